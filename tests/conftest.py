@@ -1,0 +1,53 @@
+"""What all tests share: the project root on the path, at most two threads, and a few helpers."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer if OMP_NUM_THREADS says so
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||a - b|| / ||b||, 0 for two zeros."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def shake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter and every BatchNorm statistic off its initial value: with gains at 1 and biases at
+    0, two layers that are swapped or left out would give the right answer."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=g))
+            if name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=g))
+    return module
+
+
+def random_pixels(batch: int, resolution: int, seed: int = 0) -> torch.Tensor:
+    """[B, 3, S, S] of about unit variance, as `preprocess` gives."""
+    return torch.randn(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
+
+
+def write_folder(folder: Path, count: int):
+    """A folder of pairs: pictures, train.jsonl and valid.jsonl with `count` lines each. Every picture has one
+    colour and its caption says so."""
+    folder.mkdir(parents=True)
+    for split in ("train", "valid"):
+        lines = []
+        for i in range(count):
+            colour = (40 * i % 256, 90 * i % 256, 150 * i % 256)
+            Image.new("RGB", (32, 32), colour).save(folder / f"{split}{i}.png")
+            lines.append({"image": f"{split}{i}.png", "text": f"第{i}张图片，颜色是{colour}"})
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
