@@ -1,0 +1,374 @@
+"""
+The embedded data set: small drawn scenes with captions, deterministic in their seed, nothing to download.
+
+There are two worlds, so that the paper's story can be told on a laptop. `en` stands for what OpenAI's CLIP
+learned from: flat, bright pictures with English captions. `zh` stands for the Chinese web: the same kind of
+scene painted in ink on paper, with things the first world has never seen (lanterns, kites, gourds ...),
+captioned in Chinese. A scene has a place and one or two groups of things; a thing has a kind, a colour, a
+size; a group has a number and a position. That makes some thirty million different scenes a world, and every
+scene can be said in dozens of ways, so a network that ranks unseen captions well has learned the words, not
+the sentences.
+
+    image, caption = scenes.pair("zh", "train", index=7)
+"""
+
+import math
+import random
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64  # pixels a side of a picture
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the words and the shapes
+
+# English singular, plural | Chinese names | classifier | worlds, and below it a drawing: a list of outlines
+# in a box from -1 to 1, x to the right, y down: `o x y r` circle, `e x y rx ry` ellipse, `p x y x y ...`
+# polygon; in the main colour, after + in a lighter shade, after - in a darker one.
+KINDS_TABLE = """
+apple apples | 苹果 | 个 | en zh
+    o 0 .15 .75; -p -.06 -.5 .08 -.5 .14 -.95 0 -.95; +e .35 -.7 .3 .16
+fish fish | 鱼 鱼儿 | 条 | en zh
+    e -.15 0 .7 .45; p .4 0 .95 -.5 .95 .5; -o -.5 -.1 .12
+house houses | 房子 屋子 | 座 | en zh
+    p -.7 0 .7 0 .7 .9 -.7 .9; -p -.95 0 0 -.9 .95 0; +p -.2 .9 -.2 .35 .2 .35 .2 .9
+tree trees | 树 松树 | 棵 | en zh
+    -p -.14 .2 .14 .2 .14 .95 -.14 .95; p 0 -.95 .7 .4 -.7 .4
+boat boats | 船 帆船 | 艘 | en zh
+    p -.95 .3 .95 .3 .55 .85 -.55 .85; +p .08 -.9 .75 .2 .08 .2; -p -.08 -.95 .06 -.95 .06 .3 -.08 .3
+car cars | 汽车 轿车 | 辆 | en zh
+    p -.95 0 .95 0 .95 .5 -.95 .5; +p -.6 0 -.35 -.45 .35 -.45 .65 0; -o -.5 .5 .26; -o .5 .5 .26
+star stars | 星星 | 颗 | en zh
+    p 0 -.95 .24 -.32 .92 -.3 .38 .12 .58 .8 0 .4 -.58 .8 -.38 .12 -.92 -.3 -.24 -.32
+heart hearts | 爱心 心 | 颗 | en zh
+    o -.4 -.28 .45; o .4 -.28 .45; p -.82 -.1 .82 -.1 0 .88
+flower flowers | 花 鲜花 | 朵 | en zh
+    o 0 -.55 .37; o .53 -.17 .37; o .33 .45 .37; o -.33 .45 .37; o -.53 -.17 .37; -o 0 0 .28
+umbrella umbrellas | 伞 雨伞 | 把 | en zh
+    -p -.07 0 .07 0 .07 .95 -.4 .95 -.4 .8 -.07 .8; p -.95 .15 -.7 -.4 -.3 -.75 .3 -.75 .7 -.4 .95 .15
+cup cups | 杯子 茶杯 | 个 | en zh
+    -p .4 -.45 .9 -.35 .9 .3 .35 .4 .35 .2 .68 .15 .68 -.15 .4 -.2; p -.7 -.7 .5 -.7 .35 .8 -.55 .8
+book books | 书 | 本 | en zh
+    p -.95 -.55 0 -.4 0 .7 -.95 .55; +p .95 -.55 0 -.4 0 .7 .95 .55; -p -.06 -.4 .06 -.4 .06 .7 -.06 .7
+balloon balloons | 气球 | 个 | en zh
+    -p -.04 .3 .04 .3 .1 .98 0 .98; e 0 -.25 .58 .68
+butterfly butterflies | 蝴蝶 | 只 | en zh
+    e -.48 -.38 .45 .45; e .48 -.38 .45 .45; +e -.38 .45 .34 .38; +e .38 .45 .34 .38; -e 0 0 .1 .75
+cat cats | 猫 猫咪 | 只 | en zh
+    p -.68 0 -.66 -.95 -.05 -.45; p .68 0 .66 -.95 .05 -.45; o 0 .15 .72; -o -.3 .02 .13; -o .3 .02 .13;
+    +e 0 .42 .24 .14
+flag flags | 旗子 旗 | 面 | en zh
+    -p -.8 -.9 -.64 -.9 -.64 .95 -.8 .95; p -.64 -.9 .9 -.75 .6 -.35 .9 .1 -.64 -.02
+hat hats | 帽子 | 顶 | en
+    p -.45 -.8 .45 -.8 .5 .35 -.5 .35; -p -.95 .3 .95 .3 .95 .55 -.95 .55
+key keys | 钥匙 | 把 | en
+    o -.5 0 .43; +o -.5 0 .18; p -.1 -.1 .95 -.1 .95 .5 .75 .5 .75 .1 .6 .1 .6 .4 .42 .4 .42 .1 -.1 .1
+mushroom mushrooms | 蘑菇 | 朵 | en
+    +p -.25 0 .25 0 .32 .9 -.32 .9; p -.9 .1 -.65 -.5 -.2 -.8 .2 -.8 .65 -.5 .9 .1
+rocket rockets | 火箭 | 枚 | en
+    -p -.35 .3 -.75 .9 .75 .9 .35 .3; p 0 -.98 .36 -.45 .36 .7 -.36 .7 -.36 -.45; +o 0 -.2 .2
+lantern lanterns | 灯笼 | 盏 | zh
+    -p -.35 -.85 .35 -.85 .35 .72 -.35 .72; e 0 -.05 .85 .62; +p -.12 .7 .12 .7 .12 .98 -.12 .98
+kite kites | 风筝 | 只 | zh
+    -p -.05 .3 .08 .3 .35 .95 .2 .98; p 0 -.95 .62 -.25 0 .55 -.62 -.25; +p 0 -.95 0 .55 -.62 -.25
+teapot teapots | 茶壶 | 把 | zh
+    -p -.55 -.05 -.95 -.2 -.95 .5 -.5 .5 -.6 .3 -.78 .3 -.78 0; e 0 .25 .62 .52;
+    p .45 .2 .98 -.35 .98 -.1 .5 .55; -o 0 -.35 .17
+gourd gourds | 葫芦 | 个 | zh
+    -p -.06 -.7 .06 -.7 .2 -.98 .1 -.98; o 0 -.38 .4; o 0 .35 .6; +e 0 -.02 .3 .08
+fan fans | 扇子 折扇 | 把 | zh
+    p 0 .75 -.98 -.1 -.65 -.6 0 -.8 .65 -.6 .98 -.1; -p 0 .95 -.12 .6 .12 .6; +p 0 .5 -.3 -.7 -.2 -.74;
+    +p 0 .5 .3 -.7 .2 -.74
+pagoda pagodas | 宝塔 塔 | 座 | zh
+    p -.5 -.6 .5 -.6 .5 .95 -.5 .95; -p -.7 -.45 0 -.98 .7 -.45; -p -.85 .2 -.45 -.1 .45 -.1 .85 .2;
+    -p -.95 .75 -.5 .45 .5 .45 .95 .75
+"""
+
+# English | Chinese (before a noun: X色的, X色 or X) | RGB
+COLOURS_TABLE = """
+red | 红 | 222 40 40
+orange | 橙 | 247 140 22
+yellow | 黄 | 248 218 40
+green | 绿 | 38 160 60
+blue | 蓝 | 40 90 220
+purple | 紫 | 140 50 180
+pink | 粉 | 250 150 195
+black | 黑 | 38 38 42
+white | 白 | 248 248 248
+"""
+
+# English phrase | Chinese places | colour of the upper half | of the lower half
+PLACES_TABLE = """
+on the grass | 草地 草坪 | 190 228 250 | 120 200 90
+on the snow | 雪地 | 150 178 205 | 228 236 244
+on the beach | 沙滩 | 120 205 235 | 236 214 150
+at night | 夜空 夜色 | 22 26 66 | 44 46 98
+in the desert | 沙漠 | 252 214 150 | 214 150 80
+in the forest | 树林 森林 | 84 128 84 | 46 84 52
+"""
+
+NUMBERS = {"en": ("a", "two", "three"), "zh": ("一", "两", "三")}
+SIZES = {"small": 0.72, "big": 1.3, "": 1.0}  # "" is a middle size of which captions say nothing
+
+
+def outline(shape: str, steps: int = 14) -> tuple[str, np.ndarray]:
+    """One entry of a drawing -> (its shade: "", "+" or "-", its corners [n, 2])."""
+    shape = shape.strip()
+    shade = shape[0] if shape[0] in "+-" else ""
+    kind, *numbers = shape.removeprefix(shade).split()
+    numbers = [float(number) for number in numbers]
+    if kind == "p":
+        return shade, np.array(numbers).reshape(-1, 2)
+    x, y, rx, ry = numbers if kind == "e" else numbers + numbers[-1:]
+    turn = np.arange(steps) * (2 * math.pi / steps)
+    return shade, np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    en: str
+    plural: str
+    zh: list[str]
+    classifier: str
+    worlds: list[str]
+    drawing: list[tuple[str, np.ndarray]]  # outlines, back to front
+
+
+def read_kinds() -> list[Kind]:
+    kinds = []
+    for row in KINDS_TABLE.strip().split("\n"):
+        if row.startswith(" "):
+            kinds[-1].drawing.extend(outline(shape) for shape in row.strip(" ;").split(";"))
+        else:
+            english, chinese, classifier, worlds = row.split(" | ")
+            kinds.append(Kind(*english.split(), chinese.split(), classifier, worlds.split(), []))
+    return kinds
+
+
+def read_table(table: str) -> list[list[str]]:
+    return [row.split(" | ") for row in table.strip().split("\n")]
+
+
+def rgb(text: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in text.split())
+
+
+KINDS = read_kinds()
+COLOURS = [(en, zh, rgb(value)) for en, zh, value in read_table(COLOURS_TABLE)]
+PLACES = [(en, zh.split(), rgb(upper), rgb(lower)) for en, zh, upper, lower in read_table(PLACES_TABLE)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is in a scene
+
+
+@dataclass(frozen=True)
+class Group:
+    kind: int
+    colour: int
+    count: int  # 1 to 3
+    size: str  # a key of SIZES
+    where: str  # "left", "right", "above", "below", or "" for a group that is alone in the middle
+
+
+@dataclass(frozen=True)
+class Scene:
+    world: str
+    place: int
+    groups: tuple[Group, ...]  # one or two
+
+
+def make_scene(world: str, rng: random.Random) -> Scene:
+    kinds = rng.sample([i for i, kind in enumerate(KINDS) if world in kind.worlds], 2)
+    colours = rng.sample(range(len(COLOURS)), 2)
+    wheres = rng.choice((("left", "right"), ("above", "below"))) if rng.random() < 0.5 else ("",)
+    groups = tuple(
+        Group(kind, colour, rng.choice((1, 1, 1, 2, 2, 3)), rng.choice(("", "", "", "small", "big")), where)
+        for kind, colour, where in zip(kinds, colours, wheres))
+    return Scene(world, rng.randrange(len(PLACES)), groups)
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """One full caption of a scene, in its world's language; another `rng` says it in other words."""
+    return (describe_zh if scene.world == "zh" else describe_en)(scene, rng)
+
+
+def describe_briefly(scene: Scene, rng: random.Random) -> str:
+    """A caption that says little more than what there is, as most captions of the web do: 一张猫和灯笼的图片."""
+    kinds = [KINDS[group.kind] for group in scene.groups]
+    rng.shuffle(kinds)
+    if scene.world == "zh":
+        names = "和".join(rng.choice(kind.zh) for kind in kinds)
+        return rng.choice((names, f"一张{names}的图片", f"{names}的画", f"图中是{names}", f"画的是{names}"))
+    names = " and ".join(kind.en for kind in kinds)
+    return rng.choice((names, f"a picture of {names}", f"a drawing of {names}"))
+
+
+def noun_zh(group: Group, rng: random.Random) -> str:
+    """三只红色的猫咪 / 三只小小的红猫 / 红色猫三只"""
+    kind, colour = KINDS[group.kind], COLOURS[group.colour][1]
+    number = NUMBERS["zh"][group.count - 1] + kind.classifier
+    size = {"small": rng.choice(("小小的", "很小的", "小号的")),
+            "big": rng.choice(("大大的", "很大的", "大号的")), "": ""}[group.size]
+    name = rng.choice(kind.zh)
+    colour = colour + rng.choice(("色的", "色", ""))
+    if not size and rng.random() < 0.15:
+        return colour + name + number
+    first, second = (colour, size) if colour.endswith("的") and rng.random() < 0.5 else (size, colour)
+    return number + first + second + name
+
+
+def describe_zh(scene: Scene, rng: random.Random) -> str:
+    place = rng.choice(PLACES[scene.place][1])
+    at = place + ("下" if place in ("夜空", "夜色") else "里" if place in ("树林", "森林", "沙漠") else "上")
+    a, *rest = (noun_zh(group, rng) for group in scene.groups)
+    if not rest:
+        return rng.choice((
+            f"{at}有{a}", f"{a}在{at}", f"画面中间是{a}，背景是{place}", f"{at}画着{a}", f"这是{at}的{a}"))
+    b, side = rest[0], rng.choice("边侧面")
+    left_right = scene.groups[0].where == "left"
+    first, second = ("左" + side, "右" + side) if left_right else rng.choice((("上面", "下面"), ("上方", "下方")))
+    return rng.choice((
+        f"{at}，{first}是{a}，{second}是{b}",
+        f"{at}，{second}是{b}，{first}是{a}",
+        f"{at}有{a}，{second}还有{b}",
+        f"{a}在{b}的{first}，背景是{place}",
+        f"{b}在{a}的{second}，在{at}",
+        f"{at}，{b}的{first}有{a}",
+        f"{place}的画，{first}画着{a}，{second}画着{b}",
+    ))
+
+
+def noun_en(group: Group, rng: random.Random) -> str:
+    kind, colour = KINDS[group.kind], COLOURS[group.colour][0]
+    size = {"small": rng.choice(("small ", "little ")),
+            "big": rng.choice(("big ", "large ")), "": ""}[group.size]
+    number = NUMBERS["en"][group.count - 1]
+    article = "an" if group.count == 1 and not size and colour[0] in "aeiou" else number
+    return f"{article} {size}{colour} {kind.en if group.count == 1 else kind.plural}"
+
+
+def describe_en(scene: Scene, rng: random.Random) -> str:
+    place = PLACES[scene.place][0]
+    a, *rest = (noun_en(group, rng) for group in scene.groups)
+    if not rest:
+        there_is = "there is" if scene.groups[0].count == 1 else "there are"
+        return rng.choice((f"{a} {place}", f"{place} {there_is} {a}", f"a picture of {a} {place}"))
+    b = rest[0]
+    if scene.groups[0].where == "left":
+        return rng.choice((f"{a} to the left of {b}, {place}", f"{b} to the right of {a}, {place}",
+                           f"{place}, {a} on the left and {b} on the right", f"{place}, {b} right of {a}"))
+    return rng.choice((f"{a} above {b}, {place}", f"{b} below {a}, {place}",
+                       f"{place}, {a} at the top and {b} at the bottom", f"{place}, {a} over {b}"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# how a scene looks
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """A picture of the scene, SIZE x SIZE, RGB: drawn at twice the size and halved, which smooths the
+    edges."""
+    side = 2 * SIZE
+    _, _, upper, lower = PLACES[scene.place]
+    ink = scene.world == "zh"
+    if ink:  # on paper, with pale washes of colour
+        upper, lower = (mix(colour, (235, 222, 190), 0.45) for colour in (upper, lower))
+    image = Image.new("RGB", (side, side), upper)
+    canvas = ImageDraw.Draw(image)
+    horizon = side * rng.uniform(0.4, 0.65)
+    if ink:  # the horizon is a line of hills
+        points = [(side * i / 8, horizon + side * rng.uniform(-0.12, 0.05)) for i in range(9)]
+        canvas.polygon([(0, side), *points, (side, side)], fill=lower)
+        canvas.line(points, fill=mix(lower, (0, 0, 0), 0.5), width=2)
+    else:
+        canvas.rectangle((0, horizon, side, side), fill=lower)
+    for group in scene.groups:
+        alone = group.where == "" and group.count == 1
+        radius = (0.3 if alone else 0.21) * SIZES[group.size] * (1, 0.8, 0.7)[group.count - 1]
+        for x, y in layout(group, rng):
+            draw_thing(canvas, KINDS[group.kind], COLOURS[group.colour][2], x * side, y * side,
+                       radius * side * rng.uniform(0.92, 1.08), rng.uniform(-0.3, 0.3) if ink else 0.0, ink)
+    return image.reduce(2)
+
+
+def layout(group: Group, rng: random.Random) -> list[tuple[float, float]]:
+    """Centres of the things of a group, as shares of the side."""
+    x, y = {"": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5),
+            "above": (0.5, 0.27), "below": (0.5, 0.73)}[group.where]
+    spread = 0.17 if group.where in ("left", "right", "") else 0.2
+    across = group.where in ("above", "below", "")
+    offsets = {1: (0.0,), 2: (-spread, spread), 3: (-1.6 * spread, 0.0, 1.6 * spread)}[group.count]
+    x, y = x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)
+    return [(x + offset, y + rng.uniform(-0.03, 0.03)) if across
+            else (x + rng.uniform(-0.03, 0.03), y + offset) for offset in offsets]
+
+
+def draw_thing(
+    canvas: ImageDraw.ImageDraw, kind: Kind, colour, x: float, y: float,
+    radius: float, angle: float, ink: bool,
+):
+    """One thing at (x, y) in pixels. In ink it is a little turned, its colours are dulled, and a brush
+    outlines its parts."""
+    turn = radius * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    main = mix(colour, (120, 105, 90), 0.2) if ink else colour
+    shades = {"": main, "+": mix(main, (255, 255, 255), 0.55), "-": mix(main, (0, 0, 0), 0.5)}
+    if sum(colour) < 150:  # black has no darker shade
+        shades["-"] = mix(main, (255, 255, 255), 0.3)
+    for shade, points in kind.drawing:
+        corners = (points @ turn + (x, y)).ravel().tolist()
+        canvas.polygon(corners, fill=shades[shade], outline=shades["-"])
+        if ink:  # a line, because a polygon with a wide outline takes Pillow three times as long
+            canvas.line(corners + corners[:2], fill=(30, 24, 20), width=3)
+
+
+def mix(a, b, share: float) -> tuple[int, ...]:
+    """Colour a with `share` of colour b."""
+    return tuple(round(u + (v - u) * share) for u, v in zip(a, b))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# as a data set
+
+
+def scene(world: str, split: str, index: int, seed: int = 0) -> tuple[Scene, random.Random]:
+    """Scene number `index` of a world and split, and the random numbers that word and draw it: a pure
+    function. One scene in ten belongs to "valid", by a hash of what is in it: no scene, and so no caption, of
+    one split is ever in the other."""
+    rng = random.Random(f"{world} {split} {seed} {index}")
+    while True:
+        candidate = make_scene(world, rng)
+        if (zlib.crc32(repr(candidate).encode()) % 10 == 0) == (split == "valid"):
+            return candidate, rng
+
+
+def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image, str]:
+    """Picture and caption of scene number `index`. In training one caption in three is a brief one;
+    validation has full ones only, or no one could tell which picture is meant."""
+    it, rng = scene(world, split, index, seed)
+    brief = split == "train" and rng.random() < 1 / 3
+    caption = (describe_briefly if brief else describe)(it, rng)
+    return draw(it, rng), caption
+
+
+def class_example(world: str, index: int, seed: int = 0) -> tuple[Image.Image, int, int]:
+    """For zero-shot classification: a picture of one thing, and the numbers of its kind among `kind_names`
+    and of its colour among `colour_names`."""
+    rng = random.Random(f"class {world} {seed} {index}")
+    kinds = [i for i, kind in enumerate(KINDS) if world in kind.worlds]
+    label = index % len(kinds)
+    group = Group(kinds[label], rng.randrange(len(COLOURS)), 1, rng.choice(("", "big")), "")
+    picture = draw(Scene(world, rng.randrange(len(PLACES)), (group,)), rng)
+    return picture, label, group.colour
+
+
+def kind_names(world: str) -> list[str]:
+    return [kind.zh[0] if world == "zh" else kind.en for kind in KINDS if world in kind.worlds]
+
+
+def colour_names(world: str) -> list[str]:
+    return [zh + "色" if world == "zh" else en for en, zh, _ in COLOURS]
