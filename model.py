@@ -1,0 +1,246 @@
+"""
+Two towers, one space: the whole model on one screen. The only file that knows both towers.
+
+    pixels [B, 3, S, S] -> vit.py or resnet.py -> image_features [B, E] -.
+                                                                         |-> cosine * exp(logit_scale)
+    ids    [B, T]       -> bert.py, projection -> text_features  [B, E] -'   = logits [B, B]
+
+A picture and its caption should point the same way in the joint space; everything else follows from that.
+Chinese CLIP (Yang et al., 2022) is OpenAI's CLIP with a Chinese BERT as its text tower.
+
+    import model
+    clip, preprocess = model.load("clip_cn_vit-b-16.pt")             # any file weights.py can read
+    image_features = clip.encode_image(preprocess(image)[None])      # [1, E]
+    text_features = clip.encode_text(model.tokenize(["一只猫"]))      # [1, E]
+
+`load`, `available_models` and `tokenize` are used as in `cn_clip.clip` and OpenAI's `clip`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import weights
+from bert import Bert, BertConfig
+from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this module's interface)
+from resnet import ModifiedResNet, ResNetConfig
+from vit import VisionTransformer, ViTConfig, resize_positions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    embed_dim: int  # E, the joint width
+    visual: ViTConfig | ResNetConfig
+    text: BertConfig
+
+
+RBT3, BASE, LARGE = BertConfig(layers=3), BertConfig(), BertConfig(layers=24, width=1024, heads=16)
+MINI = BertConfig(2, 128, 4, dropout=0.0)
+
+# Paper, tables 1, 6 and 7; tests/test_model.py holds the parameter counts. Table 6 says 24 text heads for
+# ViT-H-14, but the released weights use 16 (head width 64). The last rows are for the demo and the tests: no
+# released weights.
+MODELS: dict[str, ModelConfig] = {
+    "RN50": ModelConfig(1024, ResNetConfig(224, width=64, blocks=(3, 4, 6, 3), heads=32), RBT3),
+    "ViT-B-32": ModelConfig(512, ViTConfig(224, 32, width=768, layers=12), BASE),
+    "ViT-B-16": ModelConfig(512, ViTConfig(224, 16, width=768, layers=12), BASE),
+    "ViT-L-14": ModelConfig(768, ViTConfig(224, 14, width=1024, layers=24), BASE),
+    "ViT-L-14-336": ModelConfig(768, ViTConfig(336, 14, width=1024, layers=24), BASE),
+    "ViT-H-14": ModelConfig(1024, ViTConfig(224, 14, width=1280, layers=32, head_width=80), LARGE),
+    "RN-mini": ModelConfig(128, ResNetConfig(64, width=12, blocks=(1, 1, 1, 1), heads=6), MINI),
+    "ViT-mini": ModelConfig(128, ViTConfig(48, 8, width=128, layers=4, head_width=32), MINI),
+    "RN-tiny": ModelConfig(16, ResNetConfig(32, width=4, blocks=(1, 1, 1, 1), heads=4), BertConfig(2, 32, 2)),
+    "ViT-tiny": ModelConfig(16, ViTConfig(32, 8, width=32, layers=2, head_width=16), BertConfig(2, 32, 2)),
+}
+
+
+class ChineseCLIP(nn.Module):
+    """State-dict names are the official ones: visual.*, bert.*, text_projection, logit_scale."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        tower = VisionTransformer if isinstance(config.visual, ViTConfig) else ModifiedResNet
+        self.visual = tower(config.visual, config.embed_dim)
+        self.bert = Bert(config.text)
+        # paper, app. A.2: the text projection is the one part that no published weights initialise
+        self.text_projection = nn.Parameter(torch.empty(config.text.width, config.embed_dim))
+        nn.init.normal_(self.text_projection, std=config.text.width**-0.5)
+        # a temperature learned as a logarithm, so that a step changes it by a factor; CLIP, sec. 2.4 starts
+        # it at 0.07
+        self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text_projection.dtype
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [B, 3, S, S] from `preprocess` -> [B, E], not normalised."""
+        return self.visual(pixels.to(self.dtype))
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, T] from `tokenize`, 0 is padding, T up to 512 -> [B, E], not normalised."""
+        return self.bert(ids) @ self.text_projection
+
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> image_features [B, E] and text_features [B, E] of unit norm, and the factor exp(logit_scale)."""
+        image_features = normalise(self.encode_image(pixels))
+        text_features = normalise(self.encode_text(ids))
+        return image_features, text_features, self.logit_scale.exp()
+
+    def get_similarity(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every picture against every caption -> logits_per_image [B_image, B_text] and its transpose,
+        logits_per_text."""
+        image_features, text_features, logit_scale = self(pixels, ids)
+        logits_per_image = logit_scale * image_features @ text_features.T
+        return logits_per_image, logits_per_image.T
+
+    def set_grad_checkpointing(self, enable: bool = True):
+        """Trade a second forward pass for the memory of activations, block by block, in the transformers of
+        both towers."""
+        self.bert.grad_checkpointing = enable
+        if isinstance(self.visual, VisionTransformer):
+            self.visual.transformer.grad_checkpointing = enable
+
+
+def normalise(features: torch.Tensor) -> torch.Tensor:
+    """[..., E] -> the same directions with unit length, in float32 or better, so that cosines do not lose
+    digits."""
+    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def autocast(device: torch.device):
+    """The precision of a forward pass: bfloat16 on a GPU that has it, else float16 (train.py adds a scaler),
+    float32 on a CPU. Parameters stay float32 everywhere."""
+    return torch.autocast(device.type, dtype=half_type(device), enabled=device.type == "cuda")
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """bfloat16 where the GPU computes in it, not where it only emulates it (V100, T4)."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+# ------------------------------------------------------------------------------------------------------------
+# load and save
+
+
+def available_models() -> list[str]:
+    """Names of `train.py --model`; `load` understands those with released weights, weights.RELEASED."""
+    return list(MODELS)
+
+
+def load(name_or_path: str, device: str | torch.device = "cpu"):
+    """-> (model in eval mode and float32, preprocess for its resolution). Prints one line that says what was
+    loaded.
+
+    A path is recognised by its content: our .safetensors, our training checkpoint, the official .pt. A name
+    from `available_models()` is looked up in the cache folder. Raises weights.WeightsError, one line, for
+    anything else."""
+    path = weights.find(name_or_path)
+    state, config = weights.read(path)
+    config = config_from_json(config, path) if config else MODELS.get(guess(state))
+    if config is None:
+        raise weights.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
+    clip = assemble(config, state, path).to(device).eval()
+    print(f"loaded {path}: {describe(config)}, {sum(p.numel() for p in clip.parameters()):,} parameters")
+    return clip, functools.partial(preprocess, resolution=config.visual.resolution)
+
+
+def save(clip: ChineseCLIP, path: str):
+    """Write one .safetensors that carries its config: `load(path)` needs nothing else. Atomic."""
+    weights.write(path, clip.state_dict(), json.dumps(dataclasses.asdict(clip.config)))
+
+
+def assemble(config: ModelConfig, state: dict[str, torch.Tensor], path: str) -> ChineseCLIP:
+    """A model that takes over the tensors of `state`, which must be complete. Built on the meta device: no
+    memory is filled with random numbers only to be overwritten."""
+    with torch.device("meta"):
+        clip = ChineseCLIP(config)
+    weights.check(state, clip.state_dict(), path, functools.partial(guess, state))
+    clip.load_state_dict(state, assign=True)
+    return clip.requires_grad_(True)
+
+
+def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", init: str = ""):
+    """Start from published weights (paper, app. A.2): the whole model, or the image tower, its projection and
+    the temperature from a CLIP file and the text tower from a RoBERTa file. Position tables of another
+    resolution are interpolated, as from ViT-L-14 to ViT-L-14-336. Prints what it did."""
+    for source, parts in ((init, ""), (image_init, "visual."), (text_init, "bert.")):
+        if not source:
+            continue
+        path = weights.find(source)
+        state, dropped = weights.read(path)[0], ""
+        if parts:
+            state, dropped = (weights.image_tower if parts == "visual." else weights.text_tower)(state, path)
+        mine = clip.state_dict()
+        for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
+            if name in state and name in mine and len(state[name]) != len(mine[name]):
+                try:
+                    resized = resize_positions(state[name], len(mine[name]))
+                except ValueError as error:
+                    raise weights.WeightsError(f"{path}: {name}: {error}") from None
+                print(f"{path}: {name} interpolated from {len(state[name])} to {len(mine[name])} rows")
+                state[name] = resized
+        wanted = {k: v for k, v in mine.items() if k.startswith(parts)}
+        given = {k: v for k, v in state.items() if k in wanted or k != "logit_scale"}
+        weights.check(given, wanted, path, functools.partial(guess, state))
+        clip.load_state_dict(state, strict=False)
+        print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
+
+
+def signature(shapes: dict[str, tuple]) -> tuple:
+    """What tells one model from another in a state dict: widths, depths, patch and grid sizes. Not the number
+    of heads."""
+    depth = {part: len({k.split(part)[1].split(".")[0] for k in shapes if part in k})
+             for part in ("resblocks.", "visual.layer1.", "visual.layer3.", "encoder.layer.")}
+    keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.attnpool.positional_embedding",
+            "visual.proj", "visual.attnpool.c_proj.weight", "bert.embeddings.word_embeddings.weight",
+            "text_projection")
+    return tuple(depth.values()) + tuple(shapes.get(k) for k in keys)
+
+
+@functools.cache
+def signatures() -> dict[str, tuple]:
+    """Name -> signature of every row of MODELS."""
+    with torch.device("meta"):
+        return {name: signature({k: tuple(v.shape) for k, v in ChineseCLIP(config).state_dict().items()})
+                for name, config in MODELS.items()}
+
+
+def guess(state: dict[str, torch.Tensor]) -> str:
+    """The row of MODELS that a (perhaps partial) state dict looks most like, or "" if none shares half of
+    what is known."""
+    mine = signature({k: tuple(v.shape) for k, v in state.items()})
+    known = [i for i, value in enumerate(mine) if value]
+    share = {name: sum(mine[i] == row[i] for i in known) / max(1, len(known))
+             for name, row in signatures().items()}
+    best = max(share, key=share.get)
+    return best if share[best] >= 0.5 else ""
+
+
+def config_from_json(text: str, path: str) -> ModelConfig:
+    """Inverse of `json.dumps(dataclasses.asdict(config))`, for the file at `path`."""
+    try:
+        raw = json.loads(text)
+        visual = raw["visual"]
+        if "blocks" in visual:
+            visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
+        else:
+            visual = ViTConfig(**visual)
+        return ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise weights.WeightsError(f"{path}: its config is not one of ours ({error!r})") from None
+
+
+def describe(config: ModelConfig) -> str:
+    """The model's name, or its sizes if it is none of MODELS."""
+    names = [name for name, row in MODELS.items() if row == config]
+    return names[0] if names else f"a model of your own ({config})"
