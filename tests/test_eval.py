@@ -1,0 +1,368 @@
+"""Recall and zero-shot classification against answers by hand and against plain restatements."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import eval as measure  # `eval` alone would hide Python's own
+import model
+
+
+def unit(n: int, E: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(n, E, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def restated(scores: list[list[float]], positives: list[list[int]]) -> dict[str, float]:
+    """Recall@K in plain Python: sort the gallery, look whether the first K hold a right answer."""
+    right = {}
+    for query, item in positives:
+        right.setdefault(query, set()).add(item)
+    result = {}
+    for k in (1, 5, 10):
+        hits = [right[q] & set(sorted(range(len(scores[q])), key=lambda i: -scores[q][i])[:k]) for q in right]
+        result[f"R@{k}"] = 100 * sum(map(bool, hits)) / len(right)
+    return result | {"mean": sum(result.values()) / 3}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# recall
+
+
+def test_recall_by_hand():
+    # with the identity as gallery, a query's row is its scores: here with 14 items
+    queries = torch.zeros(4, 14)
+    queries[0, 2] = 1.0  # its right answer comes first
+    queries[1, 3] = 0.9  # one wrong answer before the better of its two
+    queries[1, 0], queries[1, 7] = 0.8, 0.1
+    queries[2, :6], queries[2, 13] = 0.9, 0.5  # six wrong answers before
+    queries[3, 4:], queries[3, :3] = 0.9, torch.tensor([0.1, 0.2, 0.3])  # ten before the best of its three
+    positives = torch.tensor([[3, 2], [1, 7], [0, 2], [3, 0], [2, 13], [1, 0], [3, 1]])
+    expected = {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "mean": 50.0}
+    assert measure.recall_at_k(queries, torch.eye(14), positives) == expected
+
+
+@pytest.mark.parametrize("tile", (1, 3, 7, 1024))
+def test_recall_against_a_restatement_in_both_directions(tile):
+    for seed in range(5):
+        texts, images = unit(40, 8, seed), unit(30, 8, seed + 100)
+        chosen = np.random.default_rng(seed).choice(38 * 30, 90, replace=False)  # 38 and 39 own none
+        positives = torch.tensor(np.stack(divmod(chosen, 30), axis=1))
+        scores = texts @ images.T
+        t2i = measure.recall_at_k(texts, images, positives, tile)
+        i2t = measure.recall_at_k(images, texts, positives.flip(1), tile)
+        assert t2i == pytest.approx(restated(scores.tolist(), positives.tolist()), rel=1e-6)
+        assert i2t == pytest.approx(restated(scores.T.tolist(), positives.flip(1).tolist()), rel=1e-6)
+
+
+def test_recall_does_not_change_its_inputs():
+    queries, gallery, positives = unit(5, 4, 0), unit(6, 4, 1), torch.tensor([[4, 1], [0, 0], [0, 5]])
+    before = [t.clone() for t in (queries, gallery, positives)]
+    measure.recall_at_k(queries, gallery, positives)
+    assert all(torch.equal(a, b) for a, b in zip(before, (queries, gallery, positives)))
+
+
+def test_a_positive_named_twice_counts_once():
+    queries, gallery, positives = unit(5, 4, 0), unit(20, 4, 1), torch.tensor([[0, 3], [1, 4], [2, 19]])
+    twice = torch.cat([positives, positives[:2]])
+    assert measure.recall_at_k(queries, gallery, twice) == measure.recall_at_k(queries, gallery, positives)
+
+
+def test_queries_without_a_right_answer_are_left_out():
+    queries, gallery = torch.eye(12)[:3], torch.eye(12)
+    assert measure.recall_at_k(queries, gallery, torch.tensor([[1, 1]]))["R@1"] == 100
+    assert measure.recall_at_k(queries, gallery, torch.tensor([[1, 1], [2, 0]]))["R@1"] == 50
+
+
+def test_no_right_answer_at_all_is_an_error():
+    with pytest.raises(data.DataError, match="no query"):
+        measure.recall_at_k(torch.eye(3), torch.eye(3), torch.empty(0, 2, dtype=torch.long))
+
+
+def test_a_duplicate_of_the_right_answer_counts_against_us():
+    gallery = torch.eye(12)[[0, 0, 1, 1, 2, 3]]
+    recall = measure.recall_at_k(torch.eye(12)[:2], gallery, torch.tensor([[0, 0], [1, 2], [1, 3]]))
+    assert recall["R@1"] == 50 and recall["R@5"] == 100  # query 1 owns both copies
+
+
+def test_equal_features_score_nothing_unless_every_item_is_right():
+    same = torch.full((20, 16), 0.25)
+    diagonal = torch.arange(20)[:, None].expand(-1, 2)
+    assert measure.recall_at_k(same, same, diagonal) == {"R@1": 0, "R@5": 0, "R@10": 0, "mean": 0}
+    everything = torch.cartesian_prod(torch.arange(20), torch.arange(20))
+    assert measure.recall_at_k(same, same, everything)["mean"] == 100
+
+
+def test_collapsed_features_score_nothing_to_the_last_digit():
+    # a matrix product with one row may round its last column differently: that must not break a tie
+    for seed in range(20):
+        same = unit(1, 64, seed).expand(33, -1).contiguous()
+        for item in (0, 16, 32):
+            assert measure.recall_at_k(same[:1], same, torch.tensor([[0, item]]))["mean"] == 0, (seed, item)
+
+
+def test_a_gallery_smaller_than_K_always_hits():
+    queries, gallery = -torch.eye(4), torch.eye(4)  # the right answer is the last of four
+    recall = measure.recall_at_k(queries, gallery, torch.arange(4)[:, None].expand(-1, 2))
+    assert recall["R@1"] == 0 and recall["R@5"] == recall["R@10"] == 100
+
+
+# ------------------------------------------------------------------------------------------------------------
+# features
+
+
+@pytest.fixture(scope="module")
+def clip() -> model.ChineseCLIP:
+    """Large random matrices, so that no two pictures or captions look alike to it, as they do when fresh."""
+    clip, random = model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+    return clip
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def encoded(clip, texts: list[str]) -> torch.Tensor:
+    """One by one, so without padding."""
+    ids = [data.tokenize(text) for text in texts]
+    return F.normalize(torch.cat([clip.encode_text(row[:, : int((row > 0).sum())]) for row in ids]), dim=1)
+
+
+@torch.no_grad()
+def seen(clip, pictures) -> torch.Tensor:
+    pixels = torch.stack([data.preprocess(it, clip.config.visual.resolution) for it in pictures])
+    return F.normalize(clip.encode_image(pixels), dim=1)
+
+
+TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有三棵树，左边还有一座房子", "a cat", "船", "两艘帆船", "花"]
+
+
+@pytest.mark.parametrize("batch_size", (1, 3, 256))
+def test_texts_come_back_in_their_order(clip, batch_size):
+    features = measure.encode_texts(clip, TEXTS, 52, batch_size)
+    assert features.shape == (8, 16) and features.dtype == torch.float32
+    torch.testing.assert_close(features, encoded(clip, TEXTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", (1, 3, 64))
+def test_images_come_back_in_their_order(clip, batch_size):
+    features = measure.encode_images(clip, picture, 7, batch_size)
+    torch.testing.assert_close(features, seen(clip, map(picture, range(7))), rtol=0, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    def function(rows):
+        return torch.tensor([[1.0, float("nan") if row == 3 else 2.0] for row in rows])
+
+    with pytest.raises(data.DataError, match="1 of 5 features"):
+        measure.encode(function, range(5), 2, "encoding")
+
+
+class Six(data.Pairs):
+    """Six captions and five pictures; caption 5 has two pictures, picture 0 two captions."""
+
+    texts, image_count = TEXTS[:6], 5
+    positives = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 2], [4, 3], [5, 4], [5, 1]])
+
+    def image(self, row: int) -> Image.Image:
+        return picture(row)
+
+
+def test_retrieval_is_recall_of_the_encoders(clip):
+    result = measure.retrieval(clip, Six())
+    scores = encoded(clip, TEXTS[:6]) @ seen(clip, map(picture, range(5))).T
+    t2i = restated(scores.tolist(), Six.positives.tolist())
+    i2t = restated(scores.T.tolist(), Six.positives.flip(1).tolist())
+    assert result["text_to_image"] == pytest.approx(t2i, rel=1e-6)
+    assert result["image_to_text"] == pytest.approx(i2t, rel=1e-6)
+    assert result["mean_recall"] == pytest.approx((t2i["mean"] + i2t["mean"]) / 2, rel=1e-6)
+
+
+def test_a_caption_that_is_no_text_cannot_be_measured(clip):
+    pairs = Six()
+    pairs.texts, pairs.where = [*TEXTS[:5], None], ["list line 1"] * 6
+    with pytest.raises(data.DataError, match="not text"):
+        measure.retrieval(clip, pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# zero-shot classification
+
+
+def test_class_features_normalise_average_normalise(clip):
+    names, templates = ["猫", "一艘船"], ["{}", "一张{}的照片", "{}和{}"]
+    features = measure.class_features(clip, names, templates)
+    for row, sentences in zip(features, (["猫", "一张猫的照片", "猫和猫"], ["一艘船", "一张一艘船的照片", "一艘船和一艘船"])):
+        mean = encoded(clip, sentences).mean(dim=0)
+        torch.testing.assert_close(row, mean / mean.norm(), rtol=0, atol=1e-5)
+
+
+def test_accuracy_by_hand_with_ties_wrong():
+    classes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # classes 1 and 2 cannot be told apart
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, 0.6]])
+    assert measure.accuracy(images, classes, torch.tensor([0, 1, 2, 0])) == 50
+    assert measure.accuracy(images, classes, torch.tensor([1, 0, 0, 1])) == 0
+    assert measure.accuracy(torch.ones(3, 4) / 2, torch.ones(2, 4) / 2, torch.tensor([0, 1, 0])) == 0
+
+
+def write_classes(folder, names=("猫", "船", "花"), count: int = 2) -> str:
+    """The official layout; picture n of class c is picture(10 * c + n)."""
+    os.makedirs(folder / "test", exist_ok=True)
+    (folder / "label_cn.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    for label in range(len(names)):
+        os.makedirs(folder / "test" / f"{label:03d}")
+        for n in range(count):
+            picture(10 * label + n).save(folder / "test" / f"{label:03d}" / f"{n}.png")
+    return str(folder)
+
+
+def test_classes_of_the_official_layout(tmp_path):
+    names, paths, labels = measure.open_classes(write_classes(tmp_path / "set"))
+    assert names == ["猫", "船", "花"] and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for path, label, n in zip(paths, labels.tolist(), (0, 1) * 3):
+        assert np.array_equal(np.asarray(data.open_image(path)), np.asarray(picture(10 * label + n)))
+
+
+def test_classes_that_are_wrong(tmp_path):
+    def says(*parts: str):
+        with pytest.raises(data.DataError) as caught:
+            measure.open_classes(folder)
+        message = str(caught.value)
+        assert "\n" not in message and all(part in message for part in parts), message
+
+    folder = str(tmp_path / "nothing")
+    says("label_cn.txt")
+    folder = write_classes(tmp_path / "set")
+    os.makedirs(tmp_path / "set" / "test" / "003")
+    says(os.path.join("test", "003"), "000 to 002")
+    os.rename(tmp_path / "set" / "test" / "003", tmp_path / "set" / "test" / "cat")
+    says(os.path.join("test", "cat"), "000 to 002")
+    folder = write_classes(tmp_path / "empty", count=0)
+    says("empty", "no pictures")
+    folder = str(tmp_path / "labels only")
+    os.makedirs(folder)
+    (tmp_path / "labels only" / "label_cn.txt").write_text("猫\n", encoding="utf-8")
+    says("labels only", "no pictures")
+
+
+def test_templates_need_a_place_for_the_name(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text("\ufeff# a note\n一张{}的照片\n\n  {}  \n", encoding="utf-8")
+    assert measure.read_templates(str(path)) == ["一张{}的照片", "{}"]
+    path.write_text("{}\n一张照片\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="一张照片"):
+        measure.read_templates(str(path))
+
+
+def test_templates_that_are_not_there_or_empty(tmp_path):
+    with pytest.raises(data.DataError, match="nothing.txt"):
+        measure.read_templates(str(tmp_path / "nothing.txt"))
+    (tmp_path / "empty.txt").write_text("# a note\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="empty.txt"):
+        measure.read_templates(str(tmp_path / "empty.txt"))
+
+
+def test_our_templates_are_valid():
+    templates = measure.read_templates(measure.TEMPLATES)
+    assert len(templates) >= 2 and len(set(templates)) == len(templates)
+    assert all(template.count("{}") == 1 for template in templates)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+
+RETRIEVAL = ("retrieval", "--device", "cpu", "--split", "test", "--model")
+ZEROSHOT = ("zeroshot", "--device", "cpu", "--model")
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    measure.main()
+
+
+@pytest.fixture
+def weights(clip, tmp_path) -> str:
+    model.save(clip, str(tmp_path / "tiny.safetensors"))
+    return str(tmp_path / "tiny.safetensors")
+
+
+def write_pairs(folder) -> str:
+    os.makedirs(folder)
+    for row in range(5):
+        picture(row).save(folder / f"{row}.png")
+    lines = [{"image": f"{image}.png", "text": TEXTS[text]} for text, image in Six.positives.tolist()[:6]]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return str(folder)
+
+
+def test_retrieval_command_prints_a_table_and_writes_json(clip, weights, tmp_path, monkeypatch, capsys):
+    folder, out = write_pairs(tmp_path / "pairs"), tmp_path / "result.json"
+    command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--out", out)
+    printed = capsys.readouterr().out
+    assert "5 images, 6 texts, 6 pairs" in printed and str(out) in printed
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["model"] == weights and result["data"] == folder and result["split"] == "test"
+    expected = measure.retrieval(clip, data.open_pairs(folder, "test"))
+    for way in ("text_to_image", "image_to_text"):
+        assert result[way] == pytest.approx(expected[way])
+        assert all(f"{result[way][f'R@{k}']:.1f}" in printed for k in (1, 5, 10))
+    assert result["mean_recall"] == pytest.approx(expected["mean_recall"])
+    assert f"{result['mean_recall']:.1f}" in printed
+
+
+def test_zeroshot_command_prints_a_line_and_writes_json(clip, weights, tmp_path, monkeypatch, capsys):
+    folder, out = write_classes(tmp_path / "classes"), tmp_path / "result.json"
+    command(monkeypatch, *ZEROSHOT, weights, "--data", folder, "--out", out)
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert (result["classes"], result["images"], result["chance"]) == (3, 6, pytest.approx(100 / 3))
+    templates, labels = measure.read_templates(measure.TEMPLATES), torch.tensor([0, 0, 1, 1, 2, 2])
+    images = measure.encode_images(clip, lambda row: picture(10 * (row // 2) + row % 2), 6)
+    for key, some in (("accuracy", templates), ("accuracy_single_template", templates[:1])):
+        classes = measure.class_features(clip, ["猫", "船", "花"], some)
+        assert result[key] == pytest.approx(measure.accuracy(images, classes, labels))
+        assert f"{result[key]:.1f} %" in printed
+    assert result["templates"] == len(templates)
+
+
+def test_result_file_in_a_folder_that_is_not_there_yet(weights, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "result.json"
+    command(monkeypatch, *RETRIEVAL, weights, "--data", write_pairs(tmp_path / "pairs"), "--out", out)
+    assert "mean_recall" in json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_data_that_is_wrong_is_a_data_error(weights, tmp_path, monkeypatch):
+    for task in (RETRIEVAL, ZEROSHOT):
+        with pytest.raises(data.DataError, match="nowhere"):
+            command(monkeypatch, *task, weights, "--data", tmp_path / "nowhere")
+
+
+def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):
+    folder = write_pairs(tmp_path / "pairs")
+    (tmp_path / "pairs" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(data.DataError, match="3.png"):
+        command(monkeypatch, *RETRIEVAL, weights, "--data", folder)
+
+
+def test_the_endless_training_split_of_the_scenes_cannot_be_measured(weights, monkeypatch):
+    with pytest.raises(data.DataError, match="scenes-en"):
+        command(monkeypatch, "retrieval", "--model", weights, "--data", "scenes-en", "--split", "train")
+
+
+@pytest.mark.parametrize("arguments", ((), ("sing",), ("retrieval", "--data", "x"), ZEROSHOT))
+def test_a_wrong_command_line_ends_with_2(arguments, monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, *arguments)
+    assert caught.value.code == 2
