@@ -1,0 +1,308 @@
+"""
+The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3), for one CPU, one GPU or many.
+
+    python train.py                                                    # a laptop: the demo, in minutes
+    python train.py --recipe muge --init ViT-B-16 --data path/to/MUGE  # one GPU: fine-tune the released model
+    torchrun --nproc-per-node 8 train.py --recipe pretrain --image-init ViT-B-16.pt \\
+        --text-init chinese-roberta-wwm-ext --data path/to/pairs       # eight GPUs: both stages
+
+Stage 1 freezes the image tower and teaches the text tower to read it ("locked-image tuning", Zhai et al.,
+2022); stage 2 trains everything. recipes.py has the flags and the paper's numbers. The same command, repeated
+after a crash, a kill or a finished act, goes on where it was, bit for bit (same number of processes, CPU).
+
+Written per act, under final names only when complete: checkpoint.pt (to resume), best.safetensors (by mean
+recall on the validation split), last.safetensors. Not here yet: batches larger than memory, cached features
+of the frozen tower.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import data
+import model
+import report
+import weights
+from eval import retrieval
+from loss import contrastive_loss, in_batch_accuracy
+from recipes import Config, ConfigError, parse
+
+# ------------------------------------------------------------------------------------------------------------
+# formulas
+
+
+def get_lr(step: int, cfg: Config, total: int) -> float:
+    """Linear warm-up, then a cosine from the peak to 0 (paper, table 8). Warm-up is at most a tenth of a
+    short run."""
+    warmup = min(cfg.warmup, max(1, total // 10))
+    if step < warmup:
+        return cfg.peak_lr * (step + 1) / warmup
+    return cfg.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def param_groups(clip: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Decay matrices, not gains, biases, class embedding or temperature: told by the number of dimensions.
+    The official code tells by name, misses BERT's LayerNorm, and so decays 25 of the 51 gains of ViT-B-16."""
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):
+    """Training mode; a frozen image tower stays in eval mode, or its BatchNorm statistics would move (paper,
+    app. A.2)."""
+    clip.train()
+    clip.visual.train(not freeze_image)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: list[dict]):
+    """Everything that the rest of the run depends on, in one file, atomically. Order, augmentation and
+    dropout are functions of (seed, step, rank), so the step is the position in the data and the state of all
+    random numbers."""
+    state = {
+        "model": clip.state_dict(),
+        "config": json.dumps(dataclasses.asdict(clip.config)),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "step": step,
+        "samples_seen": step * cfg.batch_size,
+        "history": history,
+        "flags": dataclasses.asdict(cfg),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+    weights.replace(os.path.join(cfg.out, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dict]]:
+    """-> (step, history) to go on from; (0, []) if this run is new. ConfigError if the checkpoint belongs to
+    another command."""
+    path = os.path.join(cfg.out, "checkpoint.pt")
+    if not os.path.isfile(path):
+        return 0, []
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        flags, world_size = saved["flags"], saved["world_size"]
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise weights.WeightsError(
+            f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to start anew") from None
+    for key, value in dataclasses.asdict(cfg).items():
+        if key not in ("out", "device", "workers", "log_every") and flags.get(key) != value:
+            raise ConfigError(
+                f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, "
+                f"this command says {value}; "
+                "repeat the first command to go on, or name another --out to start anew")
+    if world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        print(f"   {path} was made by {world_size} processes: goes on, but not bit for bit")
+    clip.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if saved["scaler"]:  # empty where no scaler was needed
+        scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["history"]
+
+
+def check_same_step(step: int, device: torch.device):
+    """Every process must have found the same checkpoint, or they would train on different data and hang."""
+    if dist.is_initialized():
+        steps = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(steps, torch.tensor([step], device=device))
+        if len({int(s) for s in steps}) > 1:
+            raise ConfigError("--out: the processes see different checkpoints; all nodes must share it")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
+    """The model of a run: fresh or from --init, towers from --image-init and --text-init, frozen as
+    --freeze-image says."""
+    torch.manual_seed(cfg.seed)
+    clip = model.ChineseCLIP(model.MODELS[cfg.model])
+    if not os.path.isfile(os.path.join(cfg.out, "checkpoint.pt")):  # which would replace it all
+        model.initialise(clip, cfg.image_init, cfg.text_init, cfg.init)
+    clip.visual.requires_grad_(not cfg.freeze_image)
+    clip.visual.patch_drop = cfg.patch_drop
+    clip.set_grad_checkpointing(cfg.grad_checkpointing)
+    return clip.to(device)
+
+
+def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimizer:
+    """AdamW with the numbers of table 8, which differ between ResNet and ViT."""
+    beta2, eps = (0.999, 1e-8) if isinstance(clip.visual, model.ModifiedResNet) else (0.98, 1e-6)
+    betas = (0.9, cfg.beta2 or beta2)
+    return torch.optim.AdamW(
+        param_groups(clip, cfg.weight_decay), betas=betas, eps=cfg.eps or eps, fused=True)
+
+
+def train(act: str, cfg: Config) -> list[dict]:
+    """Run one act to its end, from wherever its checkpoint stands. Returns its history, a list of
+    {"step", "samples", "text_to_image", "image_to_text", "mean_recall"} (filled on rank 0 only)."""
+    # 1. setup: alone, or one of the processes that torchrun started
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    B = cfg.batch_size
+    if B % world_size:
+        raise ConfigError(f"--batch-size {B}: expected a multiple of the {world_size} processes")
+    os.makedirs(cfg.out, exist_ok=True)
+
+    # 2. data
+    pairs, valid = data.open_pairs(cfg.data, "train"), data.open_pairs(cfg.data, cfg.valid_split)
+    if len(pairs) < B:
+        raise data.DataError(
+            f"{cfg.data}: {len(pairs):,} training pairs are fewer than one batch; --batch-size is {B}")
+    total = cfg.steps or math.ceil(cfg.epochs * len(pairs) / B)
+    eval_every = cfg.eval_every or max(1, min(len(pairs) // B, math.ceil(total / 5)))
+    save_every = cfg.save_every or eval_every
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this process's share
+    workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, cores)) if device.type == "cuda" else 1
+
+    # 3. model and optimizer; a run that was interrupted goes on
+    say(f"\n== {act}: {cfg.model} on {cfg.data}, {device.type} x {world_size}")
+    clip = build(cfg, device)
+    optimizer = build_optimizer(cfg, clip)
+    needs_scaler = device.type == "cuda" and model.half_type(device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler)
+    step, history = load_checkpoint(cfg, clip, optimizer, scaler)
+    check_same_step(step, device)
+    towers = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
+
+    # 4. what was derived
+    decayed, free = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+    say(f"   {sum(p.numel() for p in clip.parameters()):,} parameters, "
+        f"{decayed + free:,} train, {free:,} without decay")
+    say(f"   {len(pairs):,} training pairs; "
+        f"validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
+    say(f"   batch {B:,} = {world_size} x {B // world_size:,}; {total:,} steps, {total * B:,} pairs, "
+        f"{total * B / len(pairs):.2f} epochs; from step {step:,}")
+    say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
+    say(f"   loss by chance ln {B:,} = {math.log(B):.2f}")
+
+    # 5. the loop
+    stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment)
+    steps = range(step, total)
+    loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size))
+    skipped, clock, timed = {}, time.perf_counter(), step
+    while True:
+        # once in a while: measure, keep the best, save
+        due = step == total or step % eval_every == 0
+        if due and not (history and history[-1]["step"] == step):  # a resumed run has measured here already
+            if rank == 0:
+                result = retrieval(clip.eval(), valid, cfg.context_length)
+                history.append({"step": step, "samples": step * B} | result)
+                best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
+                say(measured_line(history[-1], best))
+                if best:
+                    model.save(clip, os.path.join(cfg.out, "best.safetensors"))
+            if world_size > 1:
+                dist.barrier()
+            clock, timed = time.perf_counter(), step
+        if rank == 0 and (step == total or step % save_every == 0):
+            save_checkpoint(cfg, clip, optimizer, scaler, step, history)
+        if step == total:
+            break
+
+        # the step
+        pixels, ids, problems = next(loader)
+        set_train_mode(clip, cfg.freeze_image)
+        # dropout depends on these three and nothing else
+        torch.manual_seed((cfg.seed << 48) + (step << 16) + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, cfg, total)
+        with model.autocast(device):
+            image_features, text_features, logit_scale = towers(
+                pixels.to(device, non_blocking=True), ids.to(device, non_blocking=True))
+        loss = contrastive_loss(image_features, text_features, logit_scale)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, math.log(100))  # paper, table 8: maximum temperature 100
+        step += 1
+
+        # say how it goes; before anything is saved, so that no checkpoint holds a loss that is not a number
+        for problem in problems:
+            if problem not in skipped:  # named once, however many epochs meet it
+                print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}", flush=True)
+            skipped[problem] = skipped.get(problem, 0) + 1
+        if step == total or step % cfg.log_every == 0 or step % save_every == 0:
+            accuracies = in_batch_accuracy(image_features, text_features)
+            if not math.isfinite(loss.item()):
+                raise data.DataError(
+                    f"the loss is {loss.item()} at step {step}; try a lower --lr than {cfg.peak_lr:.1e}")
+            rate = (step - timed) * B / max(time.perf_counter() - clock, 1e-9)
+            scale, lr = clip.logit_scale.exp().item(), get_lr(step - 1, cfg, total)
+            say(step_line(step, total, loss.item(), B, accuracies, scale, lr, rate))
+    if skipped:
+        print(f"   rank {rank} met {len(skipped)} broken pairs {sum(skipped.values())} times", flush=True)
+    if rank == 0:
+        model.save(clip, os.path.join(cfg.out, "last.safetensors"))
+    return history
+
+
+def measured_line(entry: dict, best: bool) -> str:
+    t2i, i2t = entry["text_to_image"]["R@1"], entry["image_to_text"]["R@1"]
+    return (f"   step {entry['step']:>6,}  validation: mean recall {entry['mean_recall']:.1f}, "
+            f"R@1 text to image {t2i:.1f}, image to text {i2t:.1f}{', the best so far' if best else ''}")
+
+
+def step_line(step, total, loss, B, accuracies, scale, lr, rate) -> str:
+    """One readable line: the loss beside what guessing gives, in-batch accuracies, temperature, rate, time
+    left."""
+    i2t, t2i = accuracies
+    return (f"   step {step:>6,}/{total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
+            f"in batch i2t {i2t:.0%} t2i {t2i:.0%}  scale {scale:.1f}  lr {lr:.1e}  "
+            f"{rate:,.0f} pairs/s  {(total - step) * B / rate:,.0f} s left")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def main(argv: list[str] | None = None):
+    start = time.perf_counter()
+    acts = parse(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        on_gpu = torch.cuda.is_available() and all(cfg.device != "cpu" for cfg in acts.values())
+        backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
+        # rank 0 measures while others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    histories = {act: train(act, cfg) for act, cfg in acts.items()}
+    if int(os.environ.get("RANK", 0)) == 0:
+        folders = {act: cfg.out for act, cfg in acts.items()}
+        starts = {act: cfg.init for act, cfg in acts.items()}
+        report.finish(histories, folders, starts, data_of={act: cfg.data for act, cfg in acts.items()})
+        print(f"{time.perf_counter() - start:.0f} s")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (data.DataError, weights.WeightsError) as error:
+        # a loader process sends its traceback along; the message proper is its last line
+        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("data.DataError: "))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
