@@ -1,0 +1,89 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import re
+
+import pytest
+
+from conftest import ROOT
+
+# file -> files of this project that it may import; arrows run downward only
+ARROWS = {
+    "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "weights": set(), "augment": set(),
+    "scenes": set(),
+    "data": {"augment", "scenes"},
+    "model": {"vit", "resnet", "bert", "weights", "data"},
+    "eval": {"model", "data", "weights"},
+    "report": {"eval", "model", "data", "weights", "scenes"},
+    "recipes": {"model"},
+    "train": {"recipes", "report", "eval", "model", "data", "loss", "weights"},
+}
+# file -> packages that it may import beside the standard library 
+PACKAGES = {
+    "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
+    "weights": {"torch", "safetensors"}, "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
+    "data": {"torch", "numpy", "PIL", "tokenizers"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
+    "recipes": {"torch"}, "train": {"torch"},
+}
+FILES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def imported(name: str) -> set[str]:
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {n.split(".")[0] for n in names}
+
+
+def test_every_file_is_a_room_of_the_house():
+    assert FILES == sorted(ARROWS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_downward(name):
+    import sys
+    mine = imported(name) & set(ARROWS)
+    assert mine <= ARROWS[name]
+    assert imported(name) - mine - set(sys.stdlib_module_names) <= PACKAGES[name]
+
+
+def test_the_allowed_arrows_have_no_circle():
+    def reach(name):
+        return ARROWS[name].union(*(reach(other) for other in ARROWS[name]))
+    assert all(name not in reach(name) for name in ARROWS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_is_long(name):
+    lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 450
+    assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_open_with_a_docstring_and_do_nothing_unsafe(name):
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source))
+    for pattern in (r"\.cuda\(", r"(?<![\w.])eval\(", r"(?<![\w.])exec\(",
+                    r"except( Exception)?:", r"shell=True", r"pickle\.load\b"):
+        assert not re.search(pattern, source), pattern
+    for line in source.splitlines():
+        assert "torch.load(" not in line or "weights_only=True" in line
+
+
+def test_readme_has_the_two_commands():
+    for language in ("README.md", "README_zh.md"):
+        text = (ROOT / language).read_text(encoding="utf-8")
+        for tag in ("demo", "test"):
+            assert re.search(rf"<!-- command: {tag} -->\n```\w*\n.+?\n```", text, re.DOTALL), (language, tag)
+
+
+def test_file_table_of_the_readme_is_right():
+    """`file.py` | what | lines: counts in prose go stale, so they are checked (rounded to tens)."""
+    for language in ("README.md", "README_zh.md"):
+        text = (ROOT / language).read_text(encoding="utf-8")
+        rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", text, re.MULTILINE))
+        assert set(rows) == set(FILES)
+        for name, lines in rows.items():
+            actual = len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines())
+            assert int(lines) == round(actual, -1), (language, name, actual)
