@@ -35,6 +35,7 @@ from augment import augment
 
 PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)  # CLIP's, for RGB in 0..1
 PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
+VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")  # of Chinese BERT
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "zhclip", "index")  # of large TSV files
 
 
@@ -97,8 +98,7 @@ def words(text: str) -> list[str]:
 def wordpiece() -> Tokenizer:
     """Longest-match-first WordPiece over the 21,128 tokens of Chinese BERT; a word of over 200 characters is
     [UNK]."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(VOCAB, encoding="utf-8", newline="\n") as file:
         vocab = {line.strip(): i for i, line in enumerate(file)}
     return Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import model
 from data import DataError, Pairs, open_image, open_pairs, preprocess, tokenize
-from weights import RELEASED, WeightsError, write_json
+from download import RELEASED
+from weights import WeightsError, write_json
 
 KS = (1, 5, 10)
 TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by some 1e-7 with the shape of a product

@@ -141,28 +141,31 @@ def load(name_or_path: str, device: str | torch.device = "cpu"):
     """-> (model in eval mode and float32, preprocess for its resolution). Prints one line that says what was
     loaded.
 
-    A path is recognised by its content: our .safetensors, our training checkpoint, the official .pt. A name
-    from `available_models()` is looked up in the cache folder. Raises weights.WeightsError, one line, for
-    anything else."""
+    A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name
+    from weights.download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one
+    line, for anything else."""
     path = weights.find(name_or_path)
-    state, config = weights.read(path)
+    state, config, layout = weights.read(path)
+    state, dropped = weights.whole_model(state)
     config = config_from_json(config, path) if config else MODELS.get(guess(state))
     if config is None:
         raise weights.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
     clip = assemble(config, state, path).to(device).eval()
-    print(f"loaded {path}: {describe(config)}, {sum(p.numel() for p in clip.parameters()):,} parameters")
+    count = sum(p.numel() for p in clip.parameters())
+    print(f"loaded {path} ({layout}): {describe(config)}, {count:,} parameters"
+          + (f"; left out {dropped}" if dropped else ""))
     return clip, functools.partial(preprocess, resolution=config.visual.resolution)
 
 
 def save(clip: ChineseCLIP, path: str):
     """Write one .safetensors that carries its config: `load(path)` needs nothing else. Atomic."""
-    weights.write(path, clip.state_dict(), json.dumps(dataclasses.asdict(clip.config)))
+    weights.write(path, clip.state_dict(), {"config": json.dumps(dataclasses.asdict(clip.config))})
 
 
 def assemble(config: ModelConfig, state: dict[str, torch.Tensor], path: str) -> ChineseCLIP:
     """A model that takes over the tensors of `state`, which must be complete. Built on the meta device: no
     memory is filled with random numbers only to be overwritten."""
-    with torch.device("meta"):
+    with SkipInit(), torch.device("meta"):
         clip = ChineseCLIP(config)
     weights.check(state, clip.state_dict(), path, functools.partial(guess, state))
     clip.load_state_dict(state, assign=True)
@@ -177,9 +180,11 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
         if not source:
             continue
         path = weights.find(source)
-        state, dropped = weights.read(path)[0], ""
+        state = weights.read(path).state
         if parts:
             state, dropped = (weights.image_tower if parts == "visual." else weights.text_tower)(state, path)
+        else:
+            state, dropped = weights.whole_model(state)
         mine = clip.state_dict()
         for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if name in state and name in mine and len(state[name]) != len(mine[name]):
@@ -196,40 +201,59 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
         print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
 
 
-def signature(shapes: dict[str, tuple]) -> tuple:
-    """What tells one model from another in a state dict: widths, depths, patch and grid sizes. Not the number
-    of heads."""
-    depth = {part: len({k.split(part)[1].split(".")[0] for k in shapes if part in k})
-             for part in ("resblocks.", "visual.layer1.", "visual.layer3.", "encoder.layer.")}
-    keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.attnpool.positional_embedding",
-            "visual.proj", "visual.attnpool.c_proj.weight", "bert.embeddings.word_embeddings.weight",
-            "text_projection")
-    return tuple(depth.values()) + tuple(shapes.get(k) for k in keys)
+class SkipInit(torch.overrides.TorchFunctionMode):
+    """Turns torch.nn.init off: on the meta device there is nothing to fill, and normal_ would take a second
+    to find that out."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
-@functools.cache
-def signatures() -> dict[str, tuple]:
-    """Name -> signature of every row of MODELS."""
-    with torch.device("meta"):
-        return {name: signature({k: tuple(v.shape) for k, v in ChineseCLIP(config).state_dict().items()})
-                for name, config in MODELS.items()}
+def signature(state: dict[str, torch.Tensor]) -> tuple:
+    """What tells one model from another in a (perhaps partial) state dict: depths, and the shapes that show
+    widths, patches and grids. Not the number of heads."""
+    depths = [len({key.split(part)[1].split(".")[0] for key in state if part in key})
+              for part in ("visual.transformer.resblocks.", "visual.layer1.", "visual.layer3.",
+                           "bert.encoder.layer.")]
+    tables = ("visual.conv1.weight", "visual.positional_embedding", "visual.attnpool.positional_embedding",
+              "visual.proj", "visual.attnpool.c_proj.weight", "bert.embeddings.word_embeddings.weight",
+              "text_projection")
+    return *depths, *(tuple(state[key].shape) if key in state else None for key in tables)
+
+
+def signature_of(config: ModelConfig) -> tuple:
+    """The same from a row of MODELS, without building it."""
+    v, t, E = config.visual, config.text, config.embed_dim
+    words, projection = (t.vocab_size, t.width), (t.width, E)
+    if isinstance(v, ViTConfig):
+        positions = ((v.resolution // v.patch_size) ** 2 + 1, v.width)
+        patches = (v.width, 3, v.patch_size, v.patch_size)
+        return v.layers, 0, 0, t.layers, patches, positions, None, (v.width, E), None, words, projection
+    D = 32 * v.width  # of the last feature map
+    positions, stem = ((v.resolution // 32) ** 2 + 1, D), (v.width // 2, 3, 3, 3)
+    return 0, v.blocks[0], v.blocks[2], t.layers, stem, None, positions, None, (E, D), words, projection
 
 
 def guess(state: dict[str, torch.Tensor]) -> str:
     """The row of MODELS that a (perhaps partial) state dict looks most like, or "" if none shares half of
     what is known."""
-    mine = signature({k: tuple(v.shape) for k, v in state.items()})
+    mine = signature(state)
     known = [i for i, value in enumerate(mine) if value]
-    share = {name: sum(mine[i] == row[i] for i in known) / max(1, len(known))
-             for name, row in signatures().items()}
+    share = {name: sum(mine[i] == signature_of(row)[i] for i in known) / max(1, len(known))
+             for name, row in MODELS.items()}
     best = max(share, key=share.get)
     return best if share[best] >= 0.5 else ""
 
 
 def config_from_json(text: str, path: str) -> ModelConfig:
-    """Inverse of `json.dumps(dataclasses.asdict(config))`, for the file at `path`."""
+    """Config of the file at `path`: ours, the inverse of `json.dumps(dataclasses.asdict(config))`, or
+    Hugging Face's config.json."""
     try:
         raw = json.loads(text)
+        if "vision_config" in raw:
+            return config_from_hugging_face(raw)
         visual = raw["visual"]
         if "blocks" in visual:
             visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
@@ -238,6 +262,31 @@ def config_from_json(text: str, path: str) -> ModelConfig:
         return ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"]))
     except (ValueError, KeyError, TypeError) as error:
         raise weights.WeightsError(f"{path}: its config is not one of ours ({error!r})") from None
+
+
+# Hugging Face's name of each of our numbers, and the value it means where config.json leaves it out
+HUGGING_FACE_VISION = {"resolution": ("image_size", 224), "patch_size": ("patch_size", 32),
+                       "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12)}
+HUGGING_FACE_TEXT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768),
+                     "heads": ("num_attention_heads", 12), "vocab_size": ("vocab_size", 30522),
+                     "max_positions": ("max_position_embeddings", 512), "token_types": ("type_vocab_size", 2),
+                     "dropout": ("hidden_dropout_prob", 0.1)}
+
+
+def config_from_hugging_face(raw: dict) -> ModelConfig:
+    """config.json of a ChineseCLIPModel -> ours. ValueError if it asks for something this model does not
+    do."""
+    # files of 2022 hold the numbers twice, and these are the ones that count
+    vision = raw.get("vision_config_dict") or raw["vision_config"]
+    text = raw.get("text_config_dict") or raw["text_config"]
+    for part, key, ours in ((vision, "hidden_act", "quick_gelu"), (text, "hidden_act", "gelu")):
+        if part.get(key, ours) != ours:
+            raise ValueError(f"{key} is {part[key]}, expected {ours}")
+    visual = {mine: vision.get(*theirs) for mine, theirs in HUGGING_FACE_VISION.items()}
+    head_width = visual["width"] // vision.get("num_attention_heads", 12)
+    return ModelConfig(
+        raw.get("projection_dim", 512), ViTConfig(**visual, head_width=head_width),
+        BertConfig(**{mine: text.get(*theirs) for mine, theirs in HUGGING_FACE_TEXT.items()}))
 
 
 def describe(config: ModelConfig) -> str:

@@ -1,39 +1,42 @@
 """
-Files in and out. `read` tells by content, not by extension, what a file is; small pure functions then turn
-its names into ours, which are the official ones. A checkpoint is data: nothing in it is ever executed, and no
+Files in and out. `read` tells by content, not by extension, what a file is, and small pure functions turn its
+names into ours, which are the official ones. A checkpoint is data: nothing in it is ever executed, and no
 name is silently skipped.
 
     ours                 .safetensors with the model's config inside, and train.py's checkpoint.pt
     official             {"state_dict": {"module.visual...", "module.bert...", ...}}, fp16 or fp32, with or
-                         without a pooler
-    OpenAI CLIP          TorchScript archive or plain state dict: gives the image tower, its projection and
-                         the temperature
+                         without a pooler, with or without FlashAttention's Wqkv
+    Hugging Face         ChineseCLIPModel: config.json beside model.safetensors, its shards or
+                         pytorch_model.bin
+    OpenAI, LAION CLIP   TorchScript archive, plain state dict, or Hugging Face's CLIPModel: gives the image
+                         tower, its projection and the temperature
     RoBERTa-wwm, RBT3    pytorch_model.bin or model.safetensors, gamma/beta or weight/bias, with or without
                          "bert."
 
-Not here yet: Hugging Face and open_clip layouts, downloads. A new format is a function `state dict -> state
-dict` below.
+A new format is a function `state dict -> state dict` below. The command (download, info, convert) needs whole
+models and so stands above model.py, in convert.py:
+
+    python weights.py download ViT-B-16
+    python weights.py info clip_cn_vit-b-16.pt
+    python weights.py convert out/photos/scratch/best.safetensors photos-hf --to huggingface
 """
 
 import json
 import os
 import pickle
+import runpy
 import zipfile
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 
-CACHE = os.path.join(os.path.expanduser("~"), ".cache", "zhclip")
+import download
 
-# The released files, by the names of model.MODELS and of the initialisers (paper, sec. 2.3 and app. A.2)
-RELEASED = {
-    "RN50": "clip_cn_rn50.pt",
-    "ViT-B-16": "clip_cn_vit-b-16.pt",
-    "ViT-L-14": "clip_cn_vit-l-14.pt",
-    "ViT-L-14-336": "clip_cn_vit-l-14-336.pt",
-    "ViT-H-14": "clip_cn_vit-h-14.pt",
-}
+# In a folder, the first of these that is there is the model
+IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+               "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class WeightsError(ValueError):
@@ -41,50 +44,77 @@ class WeightsError(ValueError):
     do."""
 
 
+class Checkpoint(NamedTuple):
+    state: dict[str, torch.Tensor]  # float32, the official names
+    config: str  # JSON of whoever wrote the file, "" if it brought none
+    layout: str  # what the file is, for people
+
+
 # ------------------------------------------------------------------------------------------------------------
 # reading
 
 
 def find(name_or_path: str) -> str:
-    """A path as it is; a folder's weight file; a released name's file in the cache folder. WeightsError if
-    there is none."""
+    """A path as it is; a folder's weight file; a published name's file, fetched if it must be. WeightsError
+    if there is none."""
     if os.path.isdir(name_or_path):
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in IN_A_FOLDER:
             if os.path.isfile(os.path.join(name_or_path, name)):
                 return os.path.join(name_or_path, name)
         raise WeightsError(
-            f"{name_or_path}: a folder without model.safetensors or pytorch_model.bin; name the file itself")
+            f"{name_or_path}: a folder without any of {', '.join(IN_A_FOLDER)}; name the file itself")
     if os.path.isfile(name_or_path):
         return name_or_path
-    if name_or_path in RELEASED:
-        path = os.path.join(CACHE, RELEASED[name_or_path])
-        if os.path.isfile(path):
-            return path
-        raise WeightsError(
-            f"{name_or_path}: its file is not at {path}; put the official {RELEASED[name_or_path]} there")
+    if name_or_path in download.SOURCES:
+        try:
+            return download.fetch(name_or_path)
+        except download.DownloadError as error:
+            raise WeightsError(str(error)) from None
     raise WeightsError(
-        f"{name_or_path}: neither a file nor a released model; released are {', '.join(RELEASED)}")
+        f"{name_or_path}: neither a file nor a published name; there are {', '.join(download.SOURCES)}")
 
 
-def read(path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """-> (state dict in float32 with prefixes stripped, the model's config as JSON or "" if the file carries
-    none)."""
+def read(path: str) -> Checkpoint:
+    """A file of any layout above -> its tensors in float32 under the official names. Tensors that need no
+    conversion are mapped from the file, not copied. WeightsError for anything else."""
+    state, config, layout = read_file(path)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(".Wqkv." in key for key in state):
+        state, layout = from_flash_attention(state), layout + ", FlashAttention's names"
+    if any(key.startswith("vision_model.") for key in state):
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        if os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as file:
+                config = file.read()
+        state, layout = from_hugging_face(state), layout + ", Hugging Face's names"
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return Checkpoint(state, config, layout)
+
+
+def read_file(path: str) -> Checkpoint:
+    """The tensors as they are in the file, or in the shards that an index names."""
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path}: a Git LFS pointer, not the file itself; get it with `git lfs pull`, "
+                           "or with `python weights.py download NAME`")
     try:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             with safetensors.safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
-                config = (file.metadata() or {}).get("config", "")
-        elif is_torchscript(path):
-            state, config = read_torchscript(path), ""
-        else:
-            # memory-mapped, except files older than torch 1.6 and names that torch.load would mistake
-            mapped = zipfile.is_zipfile(path) and not path.endswith(".safetensors")
-            with open(path, "rb") as file:
-                source = path if mapped else file
-                saved = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
-            state, config = unwrap(saved, path)
+                return Checkpoint(state, (file.metadata() or {}).get("config", ""), "safetensors")
+        if head.lstrip().startswith(b"{"):
+            return read_shards(path)
+        if zipfile.is_zipfile(path):
+            names = check_archive(path)
+            if any(name.split("/", 1)[-1] == "constants.pkl" for name in names):
+                return Checkpoint(read_torchscript(path), "", "TorchScript archive")
+        # memory-mapped, except files older than torch 1.6 and names that torch.load would mistake
+        mapped = zipfile.is_zipfile(path) and not path.endswith(".safetensors")
+        with open(path, "rb") as file:
+            source = path if mapped else file
+            saved = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+        return Checkpoint(*unwrap(saved, path), "PyTorch file")
     except WeightsError:
         raise
     except pickle.UnpicklingError:  # torch's message would advise to trust the file
@@ -96,11 +126,38 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], str]:
         raise WeightsError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}); "
             "is it complete, and a PyTorch or safetensors file?") from None
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    # the pooler is dropped: paper, app. A.2
-    state = {key: value for key, value in state.items() if not key.startswith("bert.pooler.")}
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    return state, config
+
+
+def read_shards(path: str) -> Checkpoint:
+    """model.safetensors.index.json: {"weight_map": {key: the file beside it that holds it}}."""
+    with open(path, encoding="utf-8") as file:
+        weight_map = json.load(file)["weight_map"]
+    state, layouts = {}, set()
+    for name in sorted(set(weight_map.values())):
+        shard = os.path.join(os.path.dirname(path), name)
+        if os.path.basename(name) != name or not os.path.isfile(shard):
+            raise WeightsError(f"{path}: names the shard {name}, which is not beside it; get all of them")
+        tensors, _, layout = read_file(shard)
+        state |= {key: tensors[key] for key in tensors if weight_map.get(key) == name}
+        layouts.add(layout)
+    lost = [key for key in weight_map if key not in state]
+    if lost:
+        raise WeightsError(f"{path}: {len(lost)} tensors are not in their shards ({lost[0]} ...); "
+                           "the shards belong to another index")
+    return Checkpoint(state, "", " and ".join(sorted(layouts)) + " in shards")
+
+
+def check_archive(path: str) -> list[str]:
+    """Names in a zip file, refused if its tensors would unpack to more than the file is: PyTorch stores them
+    as they are, and compresses only TorchScript's code, which nobody reads here."""
+    with zipfile.ZipFile(path) as archive:
+        files = archive.infolist()
+    files = [file for file in files if "/code/" not in file.filename]
+    unpacked = sum(file.file_size for file in files)
+    if any(file.compress_type != zipfile.ZIP_STORED for file in files) or unpacked > os.path.getsize(path):
+        raise WeightsError(f"{path}: a compressed zip file, {unpacked:,} bytes unpacked; PyTorch never "
+                           "writes one; refused; if you packed it yourself, unpack it")
+    return [file.filename for file in files]
 
 
 def unwrap(saved, path: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -118,23 +175,13 @@ def unwrap(saved, path: str) -> tuple[dict[str, torch.Tensor], str]:
     return state, config
 
 
-def is_torchscript(path: str) -> bool:
-    """TorchScript archives hold code/ and constants.pkl beside the tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
-
-
 def read_torchscript(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a TorchScript archive (OpenAI's ViT-B-16.pt), without compiling or running its code:
     data.pkl is read by an unpickler that knows tensors, dictionaries and inert nodes in the place of modules,
     and refuses everything else."""
     with zipfile.ZipFile(path) as archive:
-        names, files = archive.namelist(), archive.infolist()
+        names = archive.namelist()
         root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        if any(file.compress_type != zipfile.ZIP_STORED for file in files if "/data/" in file.filename):
-            raise WeightsError(f"{path}: compressed tensors, which PyTorch never writes; refused")
         with archive.open(root + "data.pkl") as file:
             tree = TensorUnpickler(file, lambda key: archive.read(f"{root}data/{key}")).load()
     state: dict[str, torch.Tensor] = {}
@@ -193,13 +240,89 @@ class TensorUnpickler(pickle.Unpickler):
 # from foreign names to ours
 
 
+# ours <-> Hugging Face's, replaced wherever they occur in a name. Beside these, q, k and v are three tensors
+# there, and the projections are transposed.
+HUGGING_FACE = (
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),  # their spelling
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("visual.proj", "visual_projection.weight"),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    ("bert.", "text_model."),
+    ("text_projection", "text_projection.weight"),
+)
+TRANSPOSED = ("visual.proj", "text_projection")
+
+
+def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ChineseCLIPModel's names -> ours; CLIPModel's image tower too, whose text tower nobody asks for."""
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in HUGGING_FACE:
+            key = key.replace(theirs, ours)
+        renamed[key] = value.T.contiguous() if key in TRANSPOSED and value.ndim == 2 else value
+    for key in [key for key in renamed if ".self_attn.q_proj." in key]:
+        parts = [key.replace("q_proj", name) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(part in renamed for part in parts):
+            merged = torch.cat([renamed.pop(part) for part in parts])
+            renamed[key.replace("self_attn.q_proj.", "attn.in_proj_")] = merged
+    return renamed
+
+
+def to_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of `from_hugging_face`, for ViT models."""
+    renamed = {}
+    for key, value in state.items():
+        value = value.T.contiguous() if key in TRANSPOSED else value
+        for ours, theirs in HUGGING_FACE:
+            key = key.replace(ours, theirs)
+        if ".attn.in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3)):
+                renamed[key.replace("attn.in_proj_", f"self_attn.{name}_proj.")] = part.contiguous()
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def from_flash_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of a checkpoint trained by the official code with --use-flash-attention -> the usual ones."""
+    renamed = {}
+    for key, value in state.items():
+        if ".attention.self.Wqkv." in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3)):
+                renamed[key.replace("Wqkv", name)] = part
+        else:
+            key = key.replace(".attention.self.out_proj.", ".attention.output.dense.")
+            renamed[key.replace(".attn.Wqkv.", ".attn.in_proj_")] = value
+    return renamed
+
+
+def left_out(state: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], what: str) -> str:
+    """"12 tensors of its text side", or "" if nothing was left out."""
+    return f"{len(state) - len(kept)} tensors of {what}" if len(kept) < len(state) else ""
+
+
+def whole_model(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """-> (state without what has no place in CLIP, what was left out). The pooler: paper, app. A.2."""
+    kept = {k: v for k, v in state.items() if ".pooler." not in k and not k.endswith(".position_ids")}
+    return kept, left_out(state, kept, "its pooler and position numbers")
+
+
 def image_tower(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """OpenAI CLIP's or any Chinese CLIP's state dict -> (visual.* and logit_scale, what was left out)."""
+    """Any CLIP's state dict -> (visual.* and logit_scale, what was left out)."""
     kept = {k: v for k, v in state.items() if k.startswith("visual.") or k == "logit_scale"}
+    kept, _ = whole_model(kept)
     if len(kept) < 2:
         raise WeightsError(
             f"{path}: no image tower in it (no keys visual.*); it starts with {list(state)[:3]}")
-    return kept, f"{len(state) - len(kept)} tensors of its text side" if len(kept) < len(state) else ""
+    return kept, left_out(state, kept, "its text side")
 
 
 def text_tower(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -210,18 +333,19 @@ def text_tower(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, tor
         kept = {k: v for k, v in state.items() if k.startswith("bert.")}
     else:
         kept = {"bert." + k: v for k, v in state.items() if k.startswith(("embeddings.", "encoder."))}
+    kept, _ = whole_model(kept)
     kept = {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-            for k, v in kept.items() if not k.startswith("bert.pooler.") and not k.endswith(".position_ids")}
+            for k, v in kept.items()}
     if not kept:
         raise WeightsError(
             f"{path}: no BERT in it (no keys bert.*, embeddings.*, encoder.*); "
             f"it starts with {list(state)[:3]}")
-    return kept, f"{len(state) - len(kept)} tensors of heads and pooler" if len(kept) < len(state) else ""
+    return kept, left_out(state, kept, "heads and pooler")
 
 
 def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str, guess):
-    """Every tensor there, none too many, all in the right shape, or one error that names what is wrong.
-    `guess()` names the model that the file looks like, and is asked only then."""
+    """Every tensor there, none too many, all in the right shape and finite, or one error that names what is
+    wrong. `guess()` names the model that the file looks like, and is asked only then."""
     missing = [k for k in wanted if k not in state]
     unknown = [k for k in state if k not in wanted]
     misshaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(wanted[k].shape)}"
@@ -231,17 +355,21 @@ def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path:
     if found:
         hint = f"; it looks like {guess()}" if guess() else ""
         raise WeightsError(f"{path}: does not fit this model: {'; '.join(found)}{hint}")
+    for key, value in state.items():
+        # one number that is not finite makes the sum so; a sum is five times as fast as looking at each
+        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+            raise WeightsError(f"{path}: {key} holds values that are not finite; "
+                               "the file is damaged or its training diverged; take an earlier one")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # writing
 
 
-def write(path: str, state: dict[str, torch.Tensor], config: str):
-    """One .safetensors with its config as JSON in the header, under its final name only when it is
-    complete."""
+def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]):
+    """One .safetensors with the metadata in its header, under its final name only when it is complete."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    replace(path, lambda temporary: safetensors.torch.save_file(state, temporary, {"config": config}))
+    replace(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
 def write_json(path: str, value):
@@ -270,3 +398,7 @@ def replace(path: str, write_to):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+if __name__ == "__main__":
+    runpy.run_module("convert", run_name="__main__")

@@ -9,11 +9,13 @@ from conftest import ROOT
 
 # file -> files of this project that it may import; arrows run downward only
 ARROWS = {
-    "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "weights": set(), "augment": set(),
+    "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "download": set(), "augment": set(),
     "scenes": set(),
+    "weights": {"download"},
     "data": {"augment", "scenes"},
     "model": {"vit", "resnet", "bert", "weights", "data"},
-    "eval": {"model", "data", "weights"},
+    "eval": {"model", "data", "weights", "download"},
+    "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "data", "weights", "scenes"},
     "recipes": {"model"},
     "train": {"recipes", "report", "eval", "model", "data", "loss", "weights"},
@@ -21,7 +23,8 @@ ARROWS = {
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
-    "weights": {"torch", "safetensors"}, "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
+    "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
+    "convert": {"torch", "tokenizers"}, "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},
 }

@@ -1,0 +1,170 @@
+"""
+Weights as a command: fetch them, look into them, take them elsewhere. Typed as `python weights.py`.
+
+    python weights.py download ViT-B-16
+    python weights.py info out/photos/scratch/best.safetensors
+    python weights.py convert clip_cn_vit-b-16.pt vit-b-16.safetensors --to ours
+    python weights.py convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
+    python weights.py convert vit-b-16.safetensors vit-b-16-hf --to huggingface
+
+To convert is to load and to save otherwise: what `model.load` refuses is not converted, and nothing has its
+final name before it is complete.
+"""
+
+import argparse
+import collections
+import math
+import os
+import shutil
+import sys
+
+import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+
+import data
+import download
+import model
+import weights
+
+# ------------------------------------------------------------------------------------------------------------
+# to the official code and to transformers
+
+
+def save_official(clip: model.ChineseCLIP, path: str):
+    """A .pt that cn_clip.clip.load_from_name and the official training script's --resume open."""
+    state = {f"module.{key}": value for key, value in clip.state_dict().items()}
+    content = {"epoch": 0, "step": 0, "name": model.describe(clip.config), "state_dict": state}
+    weights.replace(path, lambda temporary: torch.save(content, temporary))
+
+
+def save_hugging_face(clip: model.ChineseCLIP, folder: str):
+    """A folder that ChineseCLIPModel.from_pretrained and ChineseCLIPProcessor.from_pretrained open offline.
+    The weights come last: a folder without them opens nowhere. WeightsError for a ResNet, which transformers
+    has no class for."""
+    if not isinstance(clip.config.visual, model.ViTConfig):
+        raise weights.WeightsError(
+            f"{folder}: transformers has no Chinese CLIP with a ResNet; --to official or --to ours")
+    resolution, context_length = clip.config.visual.resolution, 52
+    weights.write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
+    weights.write_json(os.path.join(folder, "preprocessor_config.json"), {
+        "image_processor_type": "ChineseCLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True, "size": {"height": resolution, "width": resolution}, "resample": 3,  # 3 is bicubic
+        "do_center_crop": False,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": decimals(data.PIXEL_MEAN), "image_std": decimals(data.PIXEL_STD),
+    })
+    weights.write_json(os.path.join(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
+        "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
+        "mask_token": "[MASK]", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    })
+    weights.replace(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().save)
+    weights.replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
+    weights.write(os.path.join(folder, "model.safetensors"), weights.to_hugging_face(clip.state_dict()),
+                  {"format": "pt"})
+
+
+def hugging_face_config(config: model.ModelConfig) -> dict:
+    """config.json of a ChineseCLIPModel of these sizes, every number said: its defaults are another
+    model's."""
+    v, t = config.visual, config.text
+    vision = {theirs: getattr(v, mine) for mine, (theirs, _) in model.HUGGING_FACE_VISION.items()}
+    text = {theirs: getattr(t, mine) for mine, (theirs, _) in model.HUGGING_FACE_TEXT.items()}
+    return {
+        "architectures": ["ChineseCLIPModel"],
+        "model_type": "chinese_clip",
+        "dtype": "float32",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": math.log(1 / 0.07),
+        "vision_config": vision | {
+            "model_type": "chinese_clip_vision_model", "num_attention_heads": v.width // v.head_width,
+            "intermediate_size": 4 * v.width, "projection_dim": config.embed_dim, "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5, "attention_dropout": 0.0},
+        "text_config": text | {
+            "model_type": "chinese_clip_text_model", "intermediate_size": 4 * t.width, "hidden_act": "gelu",
+            "attention_probs_dropout_prob": t.dropout, "layer_norm_eps": 1e-12, "pad_token_id": 0},
+    }
+
+
+def hugging_face_tokenizer() -> Tokenizer:
+    """Our tokenizer spelled in the parts of the tokenizers library, [CLS] and [SEP] added by itself."""
+    tokenizer = Tokenizer.from_str(data.wordpiece().to_str())
+    curly = [normalizers.Replace(mark, '"') for mark in "“”"]
+    tokenizer.normalizer = normalizers.Sequence([*curly, normalizers.BertNormalizer(lowercase=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]")))
+    return tokenizer
+
+
+def decimals(values) -> list[float]:
+    """The numbers as they are published, without the digits that float32 adds."""
+    return [round(float(value), 8) for value in values]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def info(name_or_path: str):
+    """What a file is, without building a model."""
+    path = weights.find(name_or_path)
+    state, config, layout = weights.read(path)
+    numbers = sum(tensor.numel() for tensor in state.values())
+    parts = collections.Counter()
+    for key, tensor in state.items():
+        parts[key.split(".")[0]] += tensor.numel()
+    row = model.guess(state)
+    print(f"{path}: {layout}, {os.path.getsize(path):,} bytes, {len(state):,} tensors, {numbers:,} numbers")
+    for part, count in parts.most_common(12):
+        print(f"   {count:>13,}  {part}")
+    if config:
+        print(f"   its config says {model.describe(model.config_from_json(config, path))}")
+    print(f"   its tensors look like {row or 'none of ' + ', '.join(model.MODELS)}")
+    if "logit_scale" in state:
+        print(f"   temperature: cosines are multiplied by {state['logit_scale'].exp().item():.2f}")
+
+
+def convert(source: str, target: str, layout: str):
+    """Load any file, save it in another layout. WeightsError if `target` is there already: nothing is
+    overwritten."""
+    if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise weights.WeightsError(f"{target}: is there already; remove it or name another")
+    clip, _ = model.load(source)
+    {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}[layout](clip, target)
+    print(f"wrote {target}")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser("weights.py", description="Published weights; files of other programs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    names = ", ".join(download.SOURCES)
+    part = commands.add_parser("download", help="fetch published weights", description=(
+        f"Fetch published weights; resumes, checks, waits for others. Names: {names}. HF_ENDPOINT names a "
+        "mirror of huggingface.co, HTTPS_PROXY a proxy."))
+    part.add_argument("name", metavar="NAME", choices=download.SOURCES)
+    part.add_argument("--to", default=download.CACHE, metavar="FOLDER",
+                      help="default: %(default)s, where model.load looks")
+    part = commands.add_parser("info", help="what is this file?", description="What a weights file is.")
+    part.add_argument("file", metavar="FILE", help="a file, a folder of Hugging Face's, or a published name")
+    part = commands.add_parser("convert", help="from any layout to another", description=(
+        "Load any layout that model.load knows, write another."))
+    part.add_argument("source", metavar="IN", help="a file, a folder of Hugging Face's, or a published name")
+    part.add_argument("target", metavar="OUT", help="a file; for huggingface a folder")
+    part.add_argument("--to", required=True, choices=("ours", "official", "huggingface"),
+                      help="layout of OUT")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "download":
+            print(download.fetch(args.name, args.to))
+        elif args.command == "info":
+            info(args.file)
+        else:
+            convert(args.source, args.target, args.to)
+    except (weights.WeightsError, download.DownloadError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
