@@ -3,7 +3,7 @@ The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3), for one CPU,
 
     python train.py                                                    # a laptop: the demo, in minutes
     python train.py --recipe muge --init ViT-B-16 --data path/to/MUGE  # one GPU: fine-tune the released model
-    torchrun --nproc-per-node 8 train.py --recipe pretrain --image-init ViT-B-16.pt \\
+    torchrun --nproc-per-node 8 train.py --recipe pretrain --image-init openai-ViT-B-16 \\
         --text-init chinese-roberta-wwm-ext --data path/to/pairs       # eight GPUs: both stages
 
 Stage 1 freezes the image tower and teaches the text tower to read it ("locked-image tuning", Zhai et al.,

@@ -83,7 +83,8 @@ def test_folders_of_hugging_face(container, tmp_path, capsys):
         for name in os.listdir(tmp_path):
             if name.endswith(".safetensors"):
                 state = safetensors.torch.load_file(tmp_path / name)
-                torch.save(state, tmp_path / name.replace("safetensors", "bin").replace("model", "pytorch_model"))
+                old = name.replace("safetensors", "bin").replace("model", "pytorch_model")
+                torch.save(state, tmp_path / old)
                 os.remove(tmp_path / name)
         if sharded:
             index = tmp_path / "model.safetensors.index.json"
@@ -92,7 +93,8 @@ def test_folders_of_hugging_face(container, tmp_path, capsys):
             index.unlink()
     clip, preprocess = model.load(str(tmp_path))
     assert "Hugging Face's names" in capsys.readouterr().out
-    assert clip.config.visual.head_width == 8 and clip.config.text.heads == 4 and clip.config.text.dropout == 0.2
+    assert clip.config.visual.head_width == 8
+    assert clip.config.text.heads == 4 and clip.config.text.dropout == 0.2
     assert preprocess.keywords == {"resolution": 32}
     agree(features(clip), theirs(hf, 32))
 
@@ -130,8 +132,8 @@ def test_numbers_that_a_config_leaves_out_are_transformers_defaults():
     config = model.config_from_hugging_face({"vision_config": {}, "text_config": {}})
     assert config.embed_dim == left_out.projection_dim
     v, t = left_out.vision_config, left_out.text_config
-    assert (config.visual.resolution, config.visual.patch_size, config.visual.width, config.visual.layers) == (
-        v.image_size, v.patch_size, v.hidden_size, v.num_hidden_layers)
+    assert (config.visual.resolution, config.visual.patch_size) == (v.image_size, v.patch_size)
+    assert (config.visual.width, config.visual.layers) == (v.hidden_size, v.num_hidden_layers)
     assert config.visual.width // config.visual.head_width == v.num_attention_heads
     assert (config.text.layers, config.text.width, config.text.heads, config.text.vocab_size) == (
         t.num_hidden_layers, t.hidden_size, t.num_attention_heads, t.vocab_size)
@@ -242,7 +244,8 @@ def test_image_tower_from_hugging_faces_clip(container, tmp_path, capsys):
 def test_image_tower_from_open_clip(name, tmp_path):
     visual = {k: v for k, v in built(VIT, seed=7).state_dict().items() if k.startswith("visual.")}
     state = visual | {  # a text side unlike ours, with names that are nearly ours
-        "logit_scale": torch.tensor(4.5), "text_projection": torch.ones(8, 16), "positional_embedding": torch.ones(77, 8),
+        "logit_scale": torch.tensor(4.5), "text_projection": torch.ones(8, 16),
+        "positional_embedding": torch.ones(77, 8),
         "token_embedding.weight": torch.ones(10, 8), "ln_final.weight": torch.ones(8),
         "transformer.resblocks.0.attn.in_proj_weight": torch.ones(24, 8)}
     if name.endswith("bin"):
@@ -358,7 +361,8 @@ def test_info_of_a_bert(tmp_path, capsys):
 
 def test_the_command_as_it_is_typed(tmp_path):
     def typed(*words):
-        return subprocess.run([sys.executable, "weights.py", *words], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "weights.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert {"download", "info", "convert"} <= set(typed("--help").stdout.replace(",", " ").split())
     lost = typed("info", str(tmp_path / "lost"))
     assert lost.returncode == 1 and lost.stderr.startswith("error: ") and "Traceback" not in lost.stderr
