@@ -19,7 +19,7 @@ import shutil
 import sys
 
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 import data
 import download
@@ -88,10 +88,14 @@ def hugging_face_config(config: model.ModelConfig) -> dict:
 
 
 def hugging_face_tokenizer() -> Tokenizer:
-    """Our tokenizer spelled in the parts of the tokenizers library, [CLS] and [SEP] added by itself."""
+    """Our tokenizer spelled in the parts of the tokenizers library, [CLS] and [SEP] added by itself. Same ids
+    but for a few rare characters: ideographs 2B820 to 2B91F, and what Unicode named after that library."""
     tokenizer = Tokenizer.from_str(data.wordpiece().to_str())
-    curly = [normalizers.Replace(mark, '"') for mark in "“”"]
-    tokenizer.normalizer = normalizers.Sequence([*curly, normalizers.BertNormalizer(lowercase=True)])
+    # the library's clean_text drops private-use characters too, which BERT reads as [UNK]
+    clean = [("[“”]", '"'), (r"[\t\n\r\p{Zs}]", " "), (r"[\x{fffd}\p{Cc}\p{Cf}]", "")]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(pattern), by) for pattern, by in clean]
+        + [normalizers.BertNormalizer(clean_text=False, lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]")))

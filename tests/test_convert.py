@@ -23,7 +23,8 @@ import model
 import weights
 from model import MODELS
 
-TEXTS = ["一只猫", "“红色”的灯笼，挂在树上！", "iPhone 15 Pro手机壳", "", "Ünïcödé café ﬁ", "长" * 80, "a" * 150]
+TEXTS = ["一只猫", "“红色”的灯笼，挂在树上！", "iPhone 15 Pro手机壳", "", "Ünïcödé café ﬁ", "长" * 80, "a" * 150,
+         "tab\tnew\nline\u3000wide\u00a0hard\u200bnone\x00\x07\ufffd\ue000 private", "🙂旗: 中国", "𠀀𪜶 ‘single’…"]
 
 
 @pytest.fixture(autouse=True)
