@@ -31,19 +31,21 @@ import weights
 
 
 def save_official(clip: model.ChineseCLIP, path: str):
-    """A .pt that cn_clip.clip.load_from_name and the official training script's --resume open."""
+    """A .pt that cn_clip.clip.load_from_name opens, and the official training script's --resume with
+    --reset-optimizer."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
     content = {"epoch": 0, "step": 0, "name": model.describe(clip.config), "state_dict": state}
     weights.replace(path, lambda temporary: torch.save(content, temporary))
 
 
 def save_hugging_face(clip: model.ChineseCLIP, folder: str):
-    """A folder that ChineseCLIPModel.from_pretrained and ChineseCLIPProcessor.from_pretrained open offline.
-    The weights come last: a folder without them opens nowhere. WeightsError for a ResNet, which transformers
-    has no class for."""
+    """A folder that ChineseCLIPModel.from_pretrained and ChineseCLIPProcessor.from_pretrained open offline,
+    under its name once it is complete. WeightsError for a ResNet, which transformers has no class for."""
     if not isinstance(clip.config.visual, model.ViTConfig):
         raise weights.WeightsError(
             f"{folder}: transformers has no Chinese CLIP with a ResNet; --to official or --to ours")
+    target, folder = folder, os.path.normpath(folder) + ".tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier process that was killed
     resolution, context_length = clip.config.visual.resolution, 52
     weights.write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
     weights.write_json(os.path.join(folder, "preprocessor_config.json"), {
@@ -57,12 +59,16 @@ def save_hugging_face(clip: model.ChineseCLIP, folder: str):
     weights.write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
         "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
-        "mask_token": "[MASK]", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "mask_token": "[MASK]", "split_special_tokens": True,  # "[SEP]" in a caption is four words
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     })
-    weights.replace(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().save)
+    weights.replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
     weights.replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
     weights.write(os.path.join(folder, "model.safetensors"), weights.to_hugging_face(clip.state_dict()),
                   {"format": "pt"})
+    if os.path.isdir(target):  # an empty one, see `convert`
+        os.rmdir(target)
+    os.rename(folder, target)
 
 
 def hugging_face_config(config: model.ModelConfig) -> dict:
@@ -126,14 +132,15 @@ def info(name_or_path: str):
     if config:
         print(f"   its config says {model.describe(model.config_from_json(config, path))}")
     print(f"   its tensors look like {row or 'none of ' + ', '.join(model.MODELS)}")
-    if "logit_scale" in state:
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
         print(f"   temperature: cosines are multiplied by {state['logit_scale'].exp().item():.2f}")
 
 
 def convert(source: str, target: str, layout: str):
     """Load any file, save it in another layout. WeightsError if `target` is there already: nothing is
-    overwritten."""
-    if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+    overwritten, but an empty folder becomes the folder of Hugging Face's."""
+    empty = layout == "huggingface" and os.path.isdir(target) and not os.listdir(target)
+    if os.path.exists(target) and not empty:
         raise weights.WeightsError(f"{target}: is there already; remove it or name another")
     clip, _ = model.load(source)
     {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}[layout](clip, target)
@@ -168,6 +175,8 @@ def main(argv: list[str] | None = None):
             convert(args.source, args.target, args.to)
     except (weights.WeightsError, download.DownloadError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where a download was")
 
 
 if __name__ == "__main__":

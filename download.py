@@ -10,6 +10,7 @@ wait for one another. The checksum is the one the host publishes: OpenAI's addre
 sends it as X-Linked-ETag.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -81,25 +82,32 @@ def fetch(name: str, root: str = "") -> str:
     path = os.path.join(folder, url.rsplit("/", 1)[-1])
     if os.path.isfile(path):
         return path
-    os.makedirs(folder, exist_ok=True)
-    with filelock.FileLock(path + ".lock"):  # let go by the system if its holder is killed
-        if not os.path.isfile(path):  # another process may have brought it while this one waited
-            print(f"{name}: {url} -> {path}", file=sys.stderr)
-            fetch_part(url, path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with filelock.FileLock(path + ".lock"):  # let go by the system if its holder is killed
+            if not os.path.isfile(path):  # another process may have brought it while this one waited
+                print(f"{name}: {url} -> {path}", file=sys.stderr)
+                fetch_part(url, path)
+    except OSError as error:
+        advice = "another folder by `python weights.py download NAME --to FOLDER` or XDG_CACHE_HOME"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "what came is kept; make room and repeat"
+        raise DownloadError(f"{path}: {error.strerror}; {advice}") from None
     return path
 
 
 def fetch_part(url: str, path: str):
     """Bring `url` to path.part, as often as it takes, and rename it to `path` once its checksum is right."""
     part, tries, pause = path + ".part", 0, 1.0
+    furthest = size(part)
     while True:
-        before = size(part)
         try:
             sha256 = transfer(url, part)
             break
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
                 Interrupted) as error:
-            tries = 1 if size(part) > before else tries + 1
+            tries = 1 if size(part) > furthest else tries + 1
+            furthest = max(furthest, size(part))
             if tries >= TRIES:
                 raise DownloadError(
                     f"{url}: nothing came in {TRIES} tries ({reason(error)}); {size(part):,} bytes are kept "
@@ -110,7 +118,9 @@ def fetch_part(url: str, path: str):
             time.sleep(pause)
         except requests.RequestException as error:  # no such address, scheme or proxy: repeating won't help
             raise DownloadError(f"{url}: {error}; look at HF_ENDPOINT and HTTPS_PROXY") from None
-    if sha256:
+    if not sha256:
+        print(f"{url}: its host publishes no SHA-256; the file is not checked", file=sys.stderr)
+    else:
         with open(part, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
@@ -129,19 +139,23 @@ def transfer(url: str, part: str) -> str:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status = response.status_code
         if status == 416:  # there is nothing from that byte on: `part` is as long as the file, or longer
-            total = int(response.headers.get("Content-Range", "*/-1").rsplit("/", 1)[-1])
-            if have == total:
+            if response.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return published_sha256(url, response)
-            os.remove(part)
+            if have:
+                os.remove(part)
             raise Interrupted("the file here is longer than the one there")
         if status == 429 or status >= 500:
             raise Interrupted(f"the server says {status}")
         if status not in (200, 206):
             raise DownloadError(f"{url}: the server says {status} {response.reason}; "
                                 "is HF_ENDPOINT a mirror of Hugging Face, and the file still there?")
-        if status == 200:  # the whole file, whatever was asked: a server without ranges
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise DownloadError(f"{url}: a web page came instead of the file; does this network ask for a "
+                                "login, or is HF_ENDPOINT no mirror of Hugging Face?")
+        if status == 200 and have:  # the whole file, whatever was asked: a server without ranges
+            os.remove(part)
             have = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise DownloadError(f"{url}: asked from byte {have:,}, the server sent "
                                 f"{response.headers.get('Content-Range', 'no range')}; remove {part}")
         length = response.headers.get("Content-Length")
@@ -150,18 +164,14 @@ def transfer(url: str, part: str) -> str:
         if total and total - have > free:
             raise DownloadError(f"{part}: {total - have:,} bytes to come, {free:,} free; make room, or "
                                 "`python weights.py download NAME --to FOLDER` on another disk")
-        try:
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=total, initial=have, unit="B", unit_scale=True,
-                    desc=os.path.basename(part).removesuffix(".part")) as bar:
-                for chunk in response.iter_content(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        except OSError as error:
-            if isinstance(error, requests.RequestException):  # a cut connection is an OSError too
-                raise
-            raise DownloadError(
-                f"{part}: {error.strerror}; what came is kept, make room and repeat") from None
+        what = os.path.basename(part).removesuffix(".part")
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=what) as bar:
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
         if total and size(part) < total:
             raise Interrupted(f"the connection ended at byte {size(part):,} of {total:,}")
         return published_sha256(url, response)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import download
 import weights
 from bert import Bert, BertConfig
 from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this module's interface)
@@ -90,8 +91,9 @@ class ChineseCLIP(nn.Module):
     def forward(
         self, pixels: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> image_features [B, E] and text_features [B, E] of unit norm, and the factor exp(logit_scale)."""
-        image_features = normalise(self.encode_image(pixels))
+        """-> image_features [B, E] and text_features [B, E] of unit norm, and the factor exp(logit_scale). In
+        the place of pixels, features [B, E] that a frozen image tower gave before will do (cache.py)."""
+        image_features = normalise(self.encode_image(pixels) if pixels.ndim == 4 else pixels)
         text_features = normalise(self.encode_text(ids))
         return image_features, text_features, self.logit_scale.exp()
 
@@ -133,7 +135,7 @@ def half_type(device: torch.device) -> torch.dtype:
 
 
 def available_models() -> list[str]:
-    """Names of `train.py --model`; `load` understands those with released weights, weights.RELEASED."""
+    """Names of `train.py --model`; `load` understands those with released weights, download.RELEASED."""
     return list(MODELS)
 
 
@@ -141,12 +143,18 @@ def load(name_or_path: str, device: str | torch.device = "cpu"):
     """-> (model in eval mode and float32, preprocess for its resolution). Prints one line that says what was
     loaded.
 
-    A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name
-    from weights.download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one
-    line, for anything else."""
+    A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
+    download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one line, for
+    anything else."""
+    part = ("no whole model, a tower to start training from: "
+            "`train.py --image-init` (OpenAI's, LAION's) or `--text-init` (a BERT)")
+    if name_or_path in download.SOURCES and name_or_path not in download.RELEASED:
+        raise weights.WeightsError(f"{name_or_path}: {part}")
     path = weights.find(name_or_path)
     state, config, layout = weights.read(path)
     state, dropped = weights.whole_model(state)
+    if len({key.split(".")[0] for key in state} & {"visual", "bert"}) == 1:
+        raise weights.WeightsError(f"{path}: {part}")
     config = config_from_json(config, path) if config else MODELS.get(guess(state))
     if config is None:
         raise weights.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
@@ -180,7 +188,8 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
         if not source:
             continue
         path = weights.find(source)
-        state = weights.read(path).state
+        state, config, _ = weights.read(path)
+        check_heads(config, clip.config, parts, path)
         if parts:
             state, dropped = (weights.image_tower if parts == "visual." else weights.text_tower)(state, path)
         else:
@@ -194,11 +203,37 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
                     raise weights.WeightsError(f"{path}: {name}: {error}") from None
                 print(f"{path}: {name} interpolated from {len(state[name])} to {len(mine[name])} rows")
                 state[name] = resized
-        wanted = {k: v for k, v in mine.items() if k.startswith(parts)}
-        given = {k: v for k, v in state.items() if k in wanted or k != "logit_scale"}
-        weights.check(given, wanted, path, functools.partial(guess, state))
+        wanted = {k: v for k, v in mine.items() if k.startswith(parts) or k in state}
+        weights.check(state, wanted, path, functools.partial(guess, state))
         clip.load_state_dict(state, strict=False)
         print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
+
+
+def check_heads(config: str, mine: ModelConfig, parts: str, path: str):
+    """WeightsError if the file says that its tensors are to be cut into other heads than ours: no shape would
+    show it, and every feature would be wrong."""
+    try:
+        raw = json.loads(config or "{}")
+        if "vision_config" in raw:
+            v = raw.get("vision_config_dict") or raw["vision_config"]
+            found = {"visual.": v.get("num_attention_heads", 12)}
+            if parts != "visual.":  # a CLIPModel's text tower is not a BERT, and stays out
+                found["bert."] = config_from_hugging_face(raw).text.heads
+        elif raw:
+            ours = config_from_json(config, path)
+            found = {"visual.": heads(ours.visual), "bert.": ours.text.heads}
+        else:
+            return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise weights.WeightsError(f"{path}: its config cannot be read ({error!r})") from None
+    for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
+        if tower.startswith(parts) and found.get(tower, wanted) != wanted:
+            raise weights.WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]} heads, "
+                                       f"this model's has {wanted}; the features would differ")
+
+
+def heads(visual: ViTConfig | ResNetConfig) -> int:
+    return visual.heads if isinstance(visual, ResNetConfig) else visual.width // visual.head_width
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -249,19 +284,39 @@ def guess(state: dict[str, torch.Tensor]) -> str:
 
 def config_from_json(text: str, path: str) -> ModelConfig:
     """Config of the file at `path`: ours, the inverse of `json.dumps(dataclasses.asdict(config))`, or
-    Hugging Face's config.json."""
+    Hugging Face's config.json beside it."""
     try:
         raw = json.loads(text)
         if "vision_config" in raw:
-            return config_from_hugging_face(raw)
+            return sensible(config_from_hugging_face(raw))
         visual = raw["visual"]
         if "blocks" in visual:
             visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
         else:
             visual = ViTConfig(**visual)
-        return ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise weights.WeightsError(f"{path}: its config is not one of ours ({error!r})") from None
+        return sensible(ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"])))
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise weights.WeightsError(
+            f"{path}: the config in it, or in config.json beside it, describes no model of ours "
+            f"({error!r})") from None
+
+
+def sensible(config: ModelConfig) -> ModelConfig:
+    """The config as it is; ValueError if no model can be built of it, or none that anyone would wait for."""
+    v, t = config.visual, config.text
+    sizes = {f"visual {k}": n for k, n in vars(v).items()} | {f"text {k}": n for k, n in vars(t).items()}
+    sizes["embed_dim"], dropout = config.embed_dim, sizes.pop("text dropout")
+    for name, size in sizes.items():
+        limit = 1000 if name.endswith(("layers", "blocks")) else 2**20
+        for number in size if isinstance(size, tuple) else [size]:
+            if type(number) is not int or not 0 < number <= limit:
+                raise ValueError(f"{name} is {number!r}, expected 1 to {limit}")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}, expected 0 to below 1")
+    cut = v.head_width * heads(v) == v.width if isinstance(v, ViTConfig) else 32 * v.width % v.heads == 0
+    if not cut or t.width % t.heads:
+        raise ValueError("heads that do not divide the width")
+    return config
 
 
 # Hugging Face's name of each of our numbers, and the value it means where config.json leaves it out

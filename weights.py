@@ -57,19 +57,22 @@ class Checkpoint(NamedTuple):
 def find(name_or_path: str) -> str:
     """A path as it is; a folder's weight file; a published name's file, fetched if it must be. WeightsError
     if there is none."""
-    if os.path.isdir(name_or_path):
-        for name in IN_A_FOLDER:
-            if os.path.isfile(os.path.join(name_or_path, name)):
-                return os.path.join(name_or_path, name)
-        raise WeightsError(
-            f"{name_or_path}: a folder without any of {', '.join(IN_A_FOLDER)}; name the file itself")
     if os.path.isfile(name_or_path):
         return name_or_path
+    if os.path.isdir(name_or_path):
+        inside = os.listdir(name_or_path)
+        official = [name for name in inside if name.endswith(".pt")]
+        for name in (*IN_A_FOLDER, *(official if len(official) == 1 else ())):
+            if name in inside:
+                return os.path.join(name_or_path, name)
     if name_or_path in download.SOURCES:
         try:
             return download.fetch(name_or_path)
         except download.DownloadError as error:
             raise WeightsError(str(error)) from None
+    if os.path.isdir(name_or_path):
+        raise WeightsError(f"{name_or_path}: a folder without any of {', '.join(IN_A_FOLDER)} and not with "
+                           "exactly one .pt; name the file itself")
     raise WeightsError(
         f"{name_or_path}: neither a file nor a published name; there are {', '.join(download.SOURCES)}")
 
@@ -78,13 +81,14 @@ def read(path: str) -> Checkpoint:
     """A file of any layout above -> its tensors in float32 under the official names. Tensors that need no
     conversion are mapped from the file, not copied. WeightsError for anything else."""
     state, config, layout = read_file(path)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(".Wqkv." in key for key in state):
         state, layout = from_flash_attention(state), layout + ", FlashAttention's names"
     if any(key.startswith("vision_model.") for key in state):
         beside = os.path.join(os.path.dirname(path), "config.json")
         if os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
+            with open(beside, encoding="utf-8", errors="replace") as file:
                 config = file.read()
         state, layout = from_hugging_face(state), layout + ", Hugging Face's names"
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -93,8 +97,11 @@ def read(path: str) -> Checkpoint:
 
 def read_file(path: str) -> Checkpoint:
     """The tensors as they are in the file, or in the shards that an index names."""
-    with open(path, "rb") as file:
-        head = file.read(200)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}") from None
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a Git LFS pointer, not the file itself; get it with `git lfs pull`, "
                            "or with `python weights.py download NAME`")
@@ -102,19 +109,22 @@ def read_file(path: str) -> Checkpoint:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             with safetensors.safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
-                return Checkpoint(state, (file.metadata() or {}).get("config", ""), "safetensors")
+                config = (file.metadata() or {}).get("config", "")
+                return Checkpoint(plain(state, path), config, "safetensors")
         if head.lstrip().startswith(b"{"):
             return read_shards(path)
-        if zipfile.is_zipfile(path):
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
             names = check_archive(path)
-            if any(name.split("/", 1)[-1] == "constants.pkl" for name in names):
-                return Checkpoint(read_torchscript(path), "", "TorchScript archive")
+            if any(name.split("/")[1:] == ["constants.pkl"] for name in names):
+                return Checkpoint(plain(read_torchscript(path, names), path), "", "TorchScript archive")
         # memory-mapped, except files older than torch 1.6 and names that torch.load would mistake
-        mapped = zipfile.is_zipfile(path) and not path.endswith(".safetensors")
+        mapped = zipped and not path.endswith(".safetensors")
         with open(path, "rb") as file:
             source = path if mapped else file
             saved = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
-        return Checkpoint(*unwrap(saved, path), "PyTorch file")
+        state, config = unwrap(saved, path)
+        return Checkpoint(plain(state, path), config, "PyTorch file")
     except WeightsError:
         raise
     except pickle.UnpicklingError:  # torch's message would advise to trust the file
@@ -138,6 +148,8 @@ def read_shards(path: str) -> Checkpoint:
         if os.path.basename(name) != name or not os.path.isfile(shard):
             raise WeightsError(f"{path}: names the shard {name}, which is not beside it; get all of them")
         tensors, _, layout = read_file(shard)
+        if "shards" in layout:
+            raise WeightsError(f"{path}: its shard {name} is an index itself; refused")
         state |= {key: tensors[key] for key in tensors if weight_map.get(key) == name}
         layouts.add(layout)
     lost = [key for key in weight_map if key not in state]
@@ -149,15 +161,33 @@ def read_shards(path: str) -> Checkpoint:
 
 def check_archive(path: str) -> list[str]:
     """Names in a zip file, refused if its tensors would unpack to more than the file is: PyTorch stores them
-    as they are, and compresses only TorchScript's code, which nobody reads here."""
+    as they are, and compresses only TorchScript's folder code, which nobody reads here."""
     with zipfile.ZipFile(path) as archive:
-        files = archive.infolist()
-    files = [file for file in files if "/code/" not in file.filename]
+        files = [(file, file.filename.split("/")) for file in archive.infolist()]
+    files = [file for file, parts in files if parts[1:2] != ["code"] or ".." in parts]
     unpacked = sum(file.file_size for file in files)
     if any(file.compress_type != zipfile.ZIP_STORED for file in files) or unpacked > os.path.getsize(path):
         raise WeightsError(f"{path}: a compressed zip file, {unpacked:,} bytes unpacked; PyTorch never "
                            "writes one; refused; if you packed it yourself, unpack it")
     return [file.filename for file in files]
+
+
+def plain(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """The state as it is, if it is ordinary tensors under names, as large as the file says and no larger: a
+    tensor that repeats one number needs no bytes in a file and any number of them once it is converted."""
+    total = 0
+    for key, value in state.items():
+        ordinary = value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(key, str) or not ordinary or value.is_quantized or value.is_complex():
+            raise WeightsError(f"{path}: {key} is no ordinary tensor; expected real numbers under a name")
+        size = value.numel() * value.element_size()
+        total += size
+        if size > value.untyped_storage().nbytes():
+            raise WeightsError(f"{path}: {key} claims {size:,} bytes, the file holds "
+                               f"{value.untyped_storage().nbytes():,} of them; refused")
+    if total > 2 * os.path.getsize(path) + 2**20:  # twice: BERT files share one table between two names
+        raise WeightsError(f"{path}: its tensors claim {total:,} bytes, more than the file holds; refused")
+    return state
 
 
 def unwrap(saved, path: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -172,23 +202,24 @@ def unwrap(saved, path: str) -> tuple[dict[str, torch.Tensor], str]:
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise WeightsError(f"{path}: {key} is a {type(value).__name__}, expected a tensor")
-    return state, config
+    return state, config if isinstance(config, str) else ""
 
 
-def read_torchscript(path: str) -> dict[str, torch.Tensor]:
+def read_torchscript(path: str, names: list[str]) -> dict[str, torch.Tensor]:
     """The tensors of a TorchScript archive (OpenAI's ViT-B-16.pt), without compiling or running its code:
     data.pkl is read by an unpickler that knows tensors, dictionaries and inert nodes in the place of modules,
     and refuses everything else."""
+    (root,) = (name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"])
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
         with archive.open(root + "data.pkl") as file:
             tree = TensorUnpickler(file, lambda key: archive.read(f"{root}data/{key}")).load()
     state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
 
     def walk(node: "Node", prefix: str):
+        seen.add(id(node))  # a module is in one place; a file that says otherwise could keep us busy for ever
         for name, value in node.__dict__.items():
-            if isinstance(value, Node):
+            if isinstance(value, Node) and id(value) not in seen:
                 walk(value, f"{prefix}{name}.")
             elif isinstance(value, torch.Tensor):
                 state[prefix + name] = value
@@ -231,6 +262,8 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid
+        if not key.isalnum():
+            raise pickle.UnpicklingError(f"a storage called {key!r}")
         if numel == 0:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(bytearray(self.read_storage(key)), dtype=dtype, count=numel)
@@ -270,7 +303,7 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         renamed[key] = value.T.contiguous() if key in TRANSPOSED and value.ndim == 2 else value
     for key in [key for key in renamed if ".self_attn.q_proj." in key]:
         parts = [key.replace("q_proj", name) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(part in renamed for part in parts):
+        if all(part in renamed and renamed[part].shape == renamed[key].shape for part in parts):
             merged = torch.cat([renamed.pop(part) for part in parts])
             renamed[key.replace("self_attn.q_proj.", "attn.in_proj_")] = merged
     return renamed
@@ -295,7 +328,7 @@ def from_flash_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     """Names of a checkpoint trained by the official code with --use-flash-attention -> the usual ones."""
     renamed = {}
     for key, value in state.items():
-        if ".attention.self.Wqkv." in key:
+        if ".attention.self.Wqkv." in key and value.ndim and len(value) % 3 == 0:
             for name, part in zip(("query", "key", "value"), value.chunk(3)):
                 renamed[key.replace("Wqkv", name)] = part
         else:
@@ -305,7 +338,7 @@ def from_flash_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def left_out(state: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], what: str) -> str:
-    """"12 tensors of its text side", or "" if nothing was left out."""
+    """Says "12 tensors of its text side", or nothing if nothing was left out."""
     return f"{len(state) - len(kept)} tensors of {what}" if len(kept) < len(state) else ""
 
 
@@ -350,10 +383,13 @@ def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path:
     unknown = [k for k in state if k not in wanted]
     misshaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(wanted[k].shape)}"
                  for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    misshaped += [f"{k} holds {state[k].dtype}" for k in wanted
+                  if k in state and state[k].is_floating_point() != wanted[k].is_floating_point()]
     found = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''})"
              for what, keys in (("missing", missing), ("unknown", unknown), ("misshaped", misshaped)) if keys]
     if found:
-        hint = f"; it looks like {guess()}" if guess() else ""
+        like = guess()
+        hint = f"; it looks like {like}" if like else ""
         raise WeightsError(f"{path}: does not fit this model: {'; '.join(found)}{hint}")
     for key, value in state.items():
         # one number that is not finite makes the sum so; a sum is five times as fast as looking at each
@@ -374,9 +410,13 @@ def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]):
 
 def write_json(path: str, value):
     """Results as JSON, atomically; Chinese stays readable."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def replace_text(path: str, text: str):
     def write_to(temporary: str):
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write(text)
     replace(path, write_to)
 
 
@@ -389,7 +429,10 @@ def replace(path: str, write_to):
     try:
         with open(temporary, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode  # what files usually get; safetensors would give 0600
-        write_to(temporary)
+        try:
+            write_to(temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # their writers' word for a full disk
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             # on disk before it gets its name, or a power cut could name an empty file

@@ -7,9 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
+
+import download  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer if OMP_NUM_THREADS says so
 
@@ -51,3 +54,19 @@ def write_folder(folder: Path, count: int):
             lines.append({"image": f"{split}{i}.png", "text": f"第{i}张图片，颜色是{colour}"})
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A local server in the place of Hugging Face, for download.py."""
+    from test_download import Hub
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # whatever this machine has
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(download, "TIMEOUT", (2, 2))
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    yield server
+    server.shutdown()
+    server.server_close()

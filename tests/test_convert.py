@@ -1,11 +1,14 @@
 """Every layout in and out: files as other programs write them, and as they read them."""
 
 import dataclasses
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -24,7 +27,8 @@ import weights
 from model import MODELS
 
 TEXTS = ["一只猫", "“红色”的灯笼，挂在树上！", "iPhone 15 Pro手机壳", "", "Ünïcödé café ﬁ", "长" * 80, "a" * 150,
-         "tab\tnew\nline\u3000wide\u00a0hard\u200bnone\x00\x07\ufffd\ue000 private", "🙂旗: 中国", "𠀀𪜶 ‘single’…"]
+         "tab\tnew\nline\u3000wide\u00a0hard\u200bnone\x00\x07\ufffd\ue000 private", "🙂旗: 中国",
+         "𠀀𪜶 ‘single’…", "[MASK]猫[SEP]"]
 
 
 @pytest.fixture(autouse=True)
@@ -355,6 +359,28 @@ def test_info_tells_what_a_file_is(layout, tmp_path, capsys):
     assert ("its config says RN-tiny" in out) == (layout == "ours")
 
 
+@pytest.mark.parametrize("layout", ["ours", "official", "huggingface"])
+def test_a_full_disk_leaves_nothing(layout, tmp_path, monkeypatch):
+    model.save(built(VIT), str(tmp_path / "a"))
+
+    def full(*args, **kwargs):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SystemExit, match="error: .*could not be written"):
+        convert.main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", layout])
+    assert not (tmp_path / "b").exists()
+
+
+def test_download_as_a_command(hub, tmp_path, capsys):
+    convert.main(["download", "ViT-B-16", "--to", str(tmp_path)])
+    path = tmp_path / "ViT-B-16" / "clip_cn_vit-b-16.pt"
+    assert capsys.readouterr().out.strip() == str(path) and path.is_file()
+    hub.statuses = [404]
+    with pytest.raises(SystemExit, match="error: .*404"):
+        convert.main(["download", "rbt3", "--to", str(tmp_path)])
+
+
 def test_info_of_a_bert(tmp_path, capsys):
     convert.main(["info", saved(tmp_path, {"encoder.layer.0.output.dense.bias": torch.ones(3)})])
     assert "none of RN50" in capsys.readouterr().out
@@ -368,6 +394,68 @@ def test_the_command_as_it_is_typed(tmp_path):
     lost = typed("info", str(tmp_path / "lost"))
     assert lost.returncode == 1 and lost.stderr.startswith("error: ") and "Traceback" not in lost.stderr
     assert typed("download", "ViT-B-99").returncode == 2
+
+
+def test_folders_that_hold_one_official_file(tmp_path, monkeypatch):
+    path = saved(tmp_path, official(built(VIT).state_dict()), "clip_cn_vit-b-16.pt")
+    assert weights.find(str(tmp_path)) == path
+    saved(tmp_path, {}, "another.pt")
+    assert "exactly one .pt" in refusal(weights.find, str(tmp_path))
+
+
+def test_a_folder_does_not_hide_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-16").mkdir()
+    monkeypatch.setattr(download, "fetch", lambda name: f"fetched {name}")
+    assert weights.find("ViT-B-16") == "fetched ViT-B-16"
+
+
+@pytest.mark.parametrize("name", ["openai-ViT-B-16", "rbt3"])
+def test_initialisers_are_no_whole_models(name, tmp_path):
+    assert "--image-init" in refusal(model.load, name)  # without fetching it
+
+
+@pytest.mark.parametrize("part", ["visual.", "bert."])
+def test_half_a_model_is_told_from_a_damaged_one(part, tmp_path):
+    state = {k: v for k, v in built(VIT).state_dict().items() if k.startswith(part)}
+    assert "no whole model" in refusal(model.load, saved(tmp_path, state))
+
+
+def test_other_heads_are_not_taken_over_in_silence(tmp_path):
+    row = MODELS[VIT]
+    for other in (dataclasses.replace(row, visual=dataclasses.replace(row.visual, head_width=8)),
+                  dataclasses.replace(row, text=dataclasses.replace(row.text, heads=4))):
+        model.save(model.ChineseCLIP(other), str(tmp_path / "a"))
+        assert "heads" in refusal(model.initialise, built(VIT), init=str(tmp_path / "a"))
+    hugging_face(tmp_path / "hf")  # 4 heads each
+    for which in ("init", "image_init", "text_init"):
+        assert "4 heads" in refusal(model.initialise, built(VIT), **{which: str(tmp_path / "hf")})
+
+
+@pytest.mark.parametrize("path, value", [
+    (("visual", "head_width"), 0), (("visual", "head_width"), 5), (("visual", "patch_size"), 0),
+    (("text", "heads"), 3), (("text", "heads"), 64), (("text", "layers"), 2.5), (("visual", "layers"), 10**9),
+    (("text", "dropout"), "much"), (("embed_dim",), "16"), (("visual",), None), (("visual",), [1]),
+    (("text",), 3),
+    (("visual", "resolution"), -32)])
+def test_configs_that_no_model_can_be_built_of(path, value, tmp_path):
+    config = dataclasses.asdict(MODELS[VIT])
+    inner = config
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    weights.write(str(tmp_path / "a"), built(VIT).state_dict(), {"config": json.dumps(config)})
+    assert "describes no model of ours" in refusal(model.load, str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("content", [
+    b"{}", b"\xff\xfe", b"[" * 100_000, b'{"vision_config": null, "text_config": {}}',
+    b'{"vision_config": [], "text_config": {}}',
+    b'{"vision_config": {"num_attention_heads": 0}, "text_config": {}}'])
+def test_config_files_of_something_else(content, tmp_path):
+    convert.save_hugging_face(built(VIT), str(tmp_path / "hf"))
+    (tmp_path / "hf" / "config.json").write_bytes(content)
+    assert "config" in refusal(model.load, str(tmp_path / "hf"))
 
 
 def test_names_are_fetched_and_loaded(tmp_path, monkeypatch):
@@ -404,8 +492,72 @@ def test_large_values_whose_sum_overflows_are_fine(tmp_path):
     assert same(model.load(saved(tmp_path, state))[0].state_dict(), state)
 
 
+@pytest.mark.parametrize("name", ["bomb.pt", "bomb.safetensors"])
+@pytest.mark.parametrize("inside, where", [("a/code", "a/code/data/0"), ("a", "a/data/../code/0")])
+def test_bombs_in_the_folder_of_torchscripts_code(inside, where, name, tmp_path):
+    """Only the code of an archive may be compressed, and no tensor may be read from there."""
+    with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo(f"{inside}/data.pkl"), b"(dp0\n.")
+        archive.writestr(zipfile.ZipInfo("a/constants.pkl"), b"N.")
+        archive.writestr(where, b"\0" * 20_000_000, zipfile.ZIP_DEFLATED)
+    refusal(model.load, str(tmp_path / name))
+
+
+def test_storages_of_an_archive_are_not_looked_up_elsewhere():
+    with pytest.raises(pickle.UnpicklingError, match="storage"):
+        storage = ("storage", torch.float32, "../code/0", "cpu", 1)
+        weights.TensorUnpickler(io.BytesIO(), None).persistent_load(storage)
+
+
+@pytest.mark.parametrize("value, hint", [
+    (torch.zeros(1).half().expand(10**13), "claims"),
+    (torch.zeros(2, 2).to_sparse(), "no ordinary tensor"),
+    (torch.zeros(3, dtype=torch.complex64), "no ordinary tensor"),
+    (torch.zeros(3, device="meta"), "no ordinary tensor")])
+def test_tensors_that_are_not_ordinary(value, hint, tmp_path):
+    assert hint in refusal(model.load, saved(tmp_path, built(VIT).state_dict() | {"logit_scale": value}))
+
+
+def test_one_storage_under_a_thousand_names(tmp_path):
+    value = torch.zeros(100_000, dtype=torch.float16)
+    assert "more than the file holds" in refusal(
+        model.load, saved(tmp_path, {f"x{i}": value for i in range(1000)}))
+
+
+def test_names_that_are_no_text(tmp_path):
+    assert "no ordinary tensor" in refusal(model.load, saved(tmp_path, {0: torch.zeros(3)}))
+
+
+def test_whole_numbers_in_the_place_of_weights(tmp_path):
+    state = built(VIT).state_dict()
+    state["text_projection"] = state["text_projection"].long()
+    assert "text_projection holds torch.int64" in refusal(model.load, saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("key, shape", [
+    ("vision_model.encoder.layers.0.self_attn.k_proj.weight", (32, 16)),
+    ("vision_model.encoder.layers.1.self_attn.q_proj.bias", ()),
+    ("visual_projection.weight", (3,)), ("text_projection.weight", (16, 3))])
+def test_misshaped_tensors_of_hugging_face(key, shape, tmp_path):
+    state = weights.to_hugging_face(built(VIT).state_dict()) | {key: torch.zeros(shape)}
+    assert "does not fit this model" in refusal(model.load, saved(tmp_path, state))
+
+
+def test_misshaped_tensors_of_flash_attention(tmp_path):
+    state = built(VIT).state_dict() | {"bert.encoder.layer.0.attention.self.Wqkv.weight": torch.tensor(1.0)}
+    assert "does not fit this model" in refusal(model.load, saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(float("nan")), torch.ones(2), torch.ones(2, 2)])
+def test_the_temperature_of_an_initialiser_is_checked_too(scale, tmp_path):
+    clip = built(VIT)
+    before = {key: value.clone() for key, value in clip.state_dict().items()}
+    path = saved(tmp_path, built(VIT, seed=1).state_dict() | {"logit_scale": scale})
+    assert "logit_scale" in refusal(model.initialise, clip, image_init=path)
+    assert same(clip.state_dict(), before)
+
+
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    import zipfile
     bomb = tmp_path / "bomb.pt"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", b"\0" * 50_000_000)

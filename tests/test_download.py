@@ -36,6 +36,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.requests = []  # (path, Range) of those that came
         self.length = True  # does it say Content-Length?
         self.wrong_range = False
+        self.content_type = "application/octet-stream"
+        self.stall = 0  # seconds without a byte, once
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -62,7 +64,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked and hub.ranges:
             first = start - 1 if hub.wrong_range else start
             headers["Content-Range"] = f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        headers["Content-Type"] = hub.content_type
         self.answer(206 if asked and hub.ranges else 200, headers)
+        stall, hub.stall = hub.stall, 0
+        threading.Event().wait(stall)
         cut = hub.cuts.pop(0) if hub.cuts else len(CONTENT)
         self.wfile.write(CONTENT[start : start + cut])
         self.close_connection = True
@@ -76,18 +81,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 2))
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(download, "CHUNK", 1000)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def part(root: Path) -> Path:
@@ -210,6 +203,36 @@ def test_refused_files_are_not_asked_for_again(status, hub, tmp_path):
 def test_busy_servers_are_asked_again(status, hub, tmp_path):
     hub.statuses = [status] * 2
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
+
+
+def test_a_server_that_stalls_is_asked_again(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "TIMEOUT", (1, 0.3))
+    hub.stall = 2
+    arrived(fetch(NAME, str(tmp_path)), tmp_path)
+    assert "again in 1 s" in capsys.readouterr().err
+
+
+def test_tries_are_bounded_without_ranges_too(hub, tmp_path):
+    hub.ranges, hub.cuts = False, [100_000, 200_000] * 50  # each second one further than the one before
+    assert "nothing came" in refusal(tmp_path)
+    assert len(hub.requests) < 30
+
+
+def test_a_web_page_is_not_taken_for_the_file(hub, tmp_path):
+    hub.etag, hub.content_type = "", "text/html; charset=utf-8"
+    assert "a web page came" in refusal(tmp_path)
+
+
+def test_a_file_without_a_published_checksum_is_said_to_be_unchecked(hub, tmp_path, capsys):
+    hub.etag = ""
+    arrived(fetch(NAME, str(tmp_path)), tmp_path)
+    assert "publishes no SHA-256" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(hub, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DownloadError, match="XDG_CACHE_HOME"):
+        fetch(NAME, str(tmp_path / "file"))
 
 
 def test_tries_are_bounded(hub, tmp_path):

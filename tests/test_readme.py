@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_download import FILE, NAME, Hub
+from test_download import FILE, NAME
 from test_weights import VIT, built, official
 
 import download
@@ -21,20 +21,16 @@ def read(language: str) -> str:
 
 
 @pytest.mark.parametrize("language", READMES)
-def test_snippet_of_the_released_models(language, tmp_path, monkeypatch, capsys):
+def test_snippet_of_the_released_models(language, hub, tmp_path, monkeypatch, capsys):
     """With a small model in the official layout, from a local server in the place of Hugging Face."""
     torch.save(official(built(VIT).state_dict()), tmp_path / FILE)
     monkeypatch.setattr("test_download.CONTENT", (tmp_path / FILE).read_bytes())
-    server = Hub()
-    server.etag = ""
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    hub.etag = ""
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), "orange").save("photo.jpg")
     code = re.search(r"<!-- snippet: released -->\n```python\n(.+?)```", read(language), re.DOTALL)[1]
     exec(compile(code, language, "exec"), {})
-    server.shutdown()
-    server.server_close()
     assert Path(tmp_path / "cache" / NAME / FILE).is_file()
     shares = re.findall(r"^ *([\d.]+)%  (\S+)$", capsys.readouterr().out, re.MULTILINE)
     assert [caption for _, caption in shares] == ["一只趴在沙发上的猫", "雪山下的湖", "一盘饺子"]
