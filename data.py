@@ -1,48 +1,33 @@
 """
-Captions to token ids, pictures to pixels, files to pairs, and the order in which pairs are seen.
+Captions to token ids, pictures to pixels, and the order in which pairs are seen.
 
     tokenize(["一只猫"])                  LongTensor [1, 52]: [CLS] 一 只 猫 [SEP] 0 0 ...
     preprocess(image)                     FloatTensor [3, S, S]
-    open_pairs("path/to/MUGE", "train")   pairs of a data set, by number
     sample_order(len, seed, epoch)        the order of an epoch, a pure function
+    batches(Stream(pairs, ...), ...)      the batches of a run, from any step on
 
-Sources, told by what is there, read as they are:
-    folder with {split}_imgs.tsv + {split}_texts.jsonl   the official layout (MUGE, Flickr30K-CN, COCO-CN)
-    folder with {split}.jsonl or {split}.csv             lines with "image" (a path in the folder) and "text"
-    scenes-en, scenes-zh                                 drawn in memory (scenes.py)
-Not here yet: WebDataset shards.
+Where pairs come from: sources.py.
 """
 
-import base64
-import binascii
-import csv
 import functools
 import hashlib
-import io
-import json
 import os
 import random
 import unicodedata
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-import scenes
 from augment import augment
+from sources import DataError, Pairs
 
 PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)  # CLIP's, for RGB in 0..1
 PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")  # of Chinese BERT
-CACHE = os.path.join(os.path.expanduser("~"), ".cache", "zhclip", "index")  # of large TSV files
-
-
-class DataError(ValueError):
-    """Data that is not what it should be: one line with the file, the line or key, what was expected and what
-    to do."""
-
 
 # ------------------------------------------------------------------------------------------------------------
 # text
@@ -133,258 +118,6 @@ def preprocess(image: Image.Image, resolution: int = 224) -> torch.FloatTensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# data sets
-
-
-class Pairs:
-    """A split of a data set. `texts` and pictures are numbered; `positives` [P, 2] says which belong
-    together, a row (text, picture) each: several pictures a text and several texts a picture are both common.
-    Training sees one row at a time, evaluation the whole relation."""
-
-    texts: list[str]
-    where: list[str]  # of each text: "path line n", for messages
-    image_count: int
-    positives: torch.LongTensor
-
-    def image(self, row: int) -> Image.Image:
-        """Picture number `row`. DataError if it cannot be decoded."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.positives)
-
-    def pair(self, i: int) -> tuple[Image.Image, str]:
-        """Training pair number i: (picture, caption)."""
-        text, image = self.positives[i].tolist()
-        return self.image(image), self.text(text)
-
-    def text(self, row: int) -> str:
-        """Caption number `row`. DataError if it is something else than text."""
-        if not isinstance(self.texts[row], str):
-            raise DataError(f"{self.where[row]}: the caption is {self.texts[row]!r}, not text")
-        return self.texts[row]
-
-
-def open_pairs(source: str, split: str) -> Pairs:
-    """The split of a source, told by what is there (see the top of this file). DataError names what is
-    missing."""
-    if source in ("scenes-en", "scenes-zh"):
-        return ScenePairs(source.removeprefix("scenes-"), split)
-    if os.path.isfile(os.path.join(source, f"{split}_imgs.tsv")):
-        return OfficialPairs(source, split)
-    for kind in ("jsonl", "csv"):
-        if os.path.isfile(os.path.join(source, f"{split}.{kind}")):
-            return FolderPairs(source, f"{split}.{kind}")
-    if not os.path.isdir(source):
-        raise DataError(f"{source}: no such folder; expected a folder of pairs, scenes-en or scenes-zh")
-    raise DataError(f"{source}: no split {split!r} in it; "
-                    f"expected {split}_imgs.tsv with {split}_texts.jsonl, or {split}.jsonl or {split}.csv")
-
-
-class ScenePairs(Pairs):
-    """scenes.py: a million training scenes, drawn when asked for; a thousand for validation, no two the
-    same."""
-
-    def __init__(self, world: str, split: str):
-        if split not in ("train", "valid"):
-            raise DataError(f"scenes-{world}: no split {split!r}; expected train or valid")
-        self.world, self.split = world, split
-        self.numbers = range(1_000_000)
-        self.texts, self.image_count, self.positives = [], 0, torch.empty(0, 2)  # training is not measured
-        if split == "valid":
-            distinct = {}
-            for number in range(2000):
-                distinct.setdefault(scenes.scene(world, split, number)[0], number)
-            self.numbers = list(distinct.values())[:1000]
-            self.pictures, self.texts = zip(*(scenes.pair(world, split, number) for number in self.numbers))
-            self.image_count = len(self.numbers)
-            self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def image(self, row: int) -> Image.Image:
-        return self.pictures[row]
-
-    def pair(self, i: int) -> tuple[Image.Image, str]:
-        return scenes.pair(self.world, self.split, self.numbers[i])
-
-
-class OfficialPairs(Pairs):
-    """{split}_imgs.tsv (`id <tab> base64`, standard or URL-safe) and {split}_texts.jsonl (`text_id`, `text`,
-    `image_ids`), read as they are. Pictures are reached by byte offset, so a file of any size costs no memory
-    but its index."""
-
-    def __init__(self, folder: str, split: str):
-        self.path = os.path.join(folder, f"{split}_imgs.tsv")
-        self.lines, self.offsets = tsv_index(self.path)
-        self.image_ids, self.image_count = list(self.lines), len(self.lines)
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        self.texts, self.where, positives = [], [], []
-        path = os.path.join(folder, f"{split}_texts.jsonl")
-        for where, line in read_jsonl(path, ("text_id", "text")):
-            image_ids = line.get("image_ids", [])
-            if not isinstance(image_ids, list):
-                raise DataError(f"{where}: image_ids is {image_ids!r}; expected a list of ids")
-            for image_id in image_ids:
-                if str(image_id) not in row_of:
-                    raise DataError(
-                        f"{where}: image id {image_id} is not in {self.path}; add the picture or drop the id")
-                positives.append((len(self.texts), row_of[str(image_id)]))
-            self.texts.append(line["text"])
-            self.where.append(where)
-        if not positives:
-            raise DataError(f"{path}: no caption has any image_ids, "
-                            "so there is nothing to learn or to measure recall on")
-        self.positives = torch.tensor(positives)
-
-    def image(self, row: int) -> Image.Image:
-        image_id = self.image_ids[row]
-        where = f"{self.path} line {self.lines[image_id]} (image id {image_id})"
-        with open(self.path, "rb") as file:
-            file.seek(int(self.offsets[row]))
-            encoded = file.readline().rstrip(b"\r\n=").split(b"\t")[1]
-            encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
-        try:
-            picture = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-        except binascii.Error as error:
-            raise DataError(f"{where}: broken base64 ({error}); write the picture again") from None
-        return decode(picture, where)
-
-
-class FolderPairs(Pairs):
-    """A folder of pictures and one list of captions: JSON lines or CSV with the columns image (a path in the
-    folder) and text."""
-
-    def __init__(self, folder: str, list_name: str):
-        self.folder = folder
-        path = os.path.join(folder, list_name)
-        read = read_jsonl if path.endswith(".jsonl") else read_csv
-        lines = read(path, ("image", "text"))
-        self.names, self.texts, self.where, positives, row_of = [], [], [], [], {}
-        for where, line in lines:
-            name = line["image"]
-            if not isinstance(name, str):
-                raise DataError(f"{where}: image is {name!r}; expected the path of a picture in {folder}")
-            if name not in row_of:
-                row_of[name] = len(self.names)
-                self.names.append(name)
-                if not os.path.isfile(os.path.join(folder, name)):
-                    raise DataError(f"{where}: there is no picture {name} in {folder}")
-            positives.append((len(self.texts), row_of[name]))
-            self.texts.append(line["text"])
-            self.where.append(where)
-        if not positives:
-            raise DataError(f"{path}: empty; expected a line a pair")
-        self.image_count = len(self.names)
-        self.positives = torch.tensor(positives)
-
-    def image(self, row: int) -> Image.Image:
-        return open_image(os.path.join(self.folder, self.names[row]))
-
-
-def open_image(path: str) -> Image.Image:
-    """The picture at `path`. DataError if it is gone or cannot be decoded."""
-    try:
-        with open(path, "rb") as file:
-            return decode(file.read(), path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or drop its line") from None
-
-
-def decode(picture: bytes, where: str) -> Image.Image:
-    """Bytes of a JPEG, PNG, WebP ... -> image, fully decoded. DataError with its place if Pillow cannot."""
-    try:
-        image = Image.open(io.BytesIO(picture))
-        image.load()
-        return image
-    except UnidentifiedImageError:
-        raise DataError(f"{where}: not a picture in any format that Pillow knows") from None
-    # what Pillow's decoders raise on damaged files
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a picture that can be decoded ({error})") from None
-
-
-def tsv_index(path: str) -> tuple[dict[str, int], np.ndarray]:
-    """-> ({id: line number}, byte offsets of these lines). Built once, kept in the cache folder, rebuilt when
-    the TSV's size or time differ."""
-    status = os.stat(path)
-    stamp = f"ids, lines, offsets of {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
-    cached = os.path.join(CACHE, f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz")
-    if os.path.isfile(cached):
-        with np.load(cached) as index:  # allow_pickle is off: arrays only
-            return dict(zip(index["ids"].tolist(), index["lines"].tolist())), index["offsets"]
-    lines, offsets, offset = {}, [], 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            image_id, tab, _ = line.partition(b"\t")
-            image_id = image_id.decode("utf-8", "replace")
-            if not tab:
-                raise DataError(f"{path} line {number}: one column; "
-                                f"expected two, `id <tab> base64`, got {image_id[:40]!r}")
-            if image_id in lines:
-                raise DataError(
-                    f"{path} line {number}: image id {image_id} again, first seen on line {lines[image_id]}")
-            lines[image_id] = number
-            offsets.append(start)
-    index = {"ids": np.array(list(lines), dtype=str), "lines": np.array(list(lines.values()), dtype=np.int64),
-             "offsets": np.array(offsets, dtype=np.int64)}
-    try:
-        os.makedirs(CACHE, exist_ok=True)
-        # complete before it gets its name: two runs may start at once
-        with open(f"{cached}.{os.getpid()}.tmp", "wb") as file:
-            np.savez(file, **index)
-        os.replace(file.name, cached)
-    except OSError as error:  # a home that cannot be written to: the index is built again next time
-        print(f"{path}: its index is not kept ({error.strerror})")
-    return lines, index["offsets"]
-
-
-def read_jsonl(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", object) for each non-empty line; DataError where a line is not a JSON object
-    with these keys."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: not there; expected a line a caption, JSON objects with {', '.join(keys)}")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                item = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise DataError(
-                    f"{where}: not JSON ({error}); expected an object with {', '.join(keys)}") from None
-            yield where, require(item, keys, where)
-
-
-def read_csv(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", row) for each row of a CSV whose first line names the columns."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            for row in rows:
-                where = f"{path} line {rows.line_num}"
-                yield where, require(row, keys, where)
-        except (UnicodeDecodeError, csv.Error) as error:
-            after = f"{path} after line {rows.line_num}"
-            raise DataError(f"{after}: not CSV in UTF-8 ({error}); save it as UTF-8") from None
-
-
-def require(item, keys: tuple[str, ...], where: str) -> dict:
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a {type(item).__name__}; expected an object with {', '.join(keys)}")
-    for key in keys:
-        if key not in item:
-            got = ", ".join(map(str, item)) or "nothing"
-            raise DataError(f"{where}: no {key!r}; expected {', '.join(keys)}, got {got}")
-    return item
-
-
-# ------------------------------------------------------------------------------------------------------------
 # the order of training
 
 
@@ -395,37 +128,75 @@ def sample_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
+class Sample(NamedTuple):
+    picture: torch.FloatTensor  # pixels [3, S, S], or features [E] that a frozen tower gave before
+    caption: str
+    keys: tuple[int, int]  # numbers of the picture and of the caption: equal where these are
+    problems: list[str]  # what was wrong with pairs skipped on the way
+
+
+class Batch(NamedTuple):
+    pictures: torch.FloatTensor  # [b, 3, S, S] or [b, E]
+    ids: torch.LongTensor  # [b, T]
+    keys: torch.LongTensor  # [b, 2]
+    problems: list[str]
+
+
 class Stream(torch.utils.data.Dataset):
     """Training samples by position, 0 to infinity: position p is number p mod n of epoch p div n. Order,
     augmentation and the replacement of broken samples are functions of (seed, position) alone, whatever the
-    workers, ranks and restarts."""
+    workers, ranks and restarts. With `features` (cache.py), a picture is one of its cached views."""
 
-    def __init__(self, pairs: Pairs, seed: int, resolution: int, augment: str):
+    def __init__(self, pairs: Pairs, seed: int, resolution: int, augment: str, features=None):
         self.pairs, self.seed, self.resolution, self.augment = pairs, seed, resolution, augment
+        self.features = features
 
-    def __getitem__(self, position: int) -> tuple[torch.FloatTensor, str, list[str]]:
-        """-> (pixels [3, S, S], caption, what was wrong with pairs skipped on the way). A broken pair is
-        replaced by the next one of its epoch; a hundred in a row mean that the data set is broken, not a
-        pair."""
-        count = len(self.pairs)
+    def index(self, position: int) -> int:
+        """Which training pair stands at this position."""
+        epoch, offset = divmod(position, len(self.pairs))
+        return int(sample_order(len(self.pairs), self.seed, epoch)[offset])
+
+    def readable(self, index: int) -> str:
+        """The caption of a training pair, "" if it is broken."""
+        try:
+            return self.pairs.caption(index)
+        except DataError:
+            return ""
+
+    def keys(self, index: int, caption: str) -> tuple[int, int]:
+        """Numbers of the picture and the caption of a training pair."""
+        digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return self.pairs.image_number(index), int.from_bytes(digest, "little", signed=True)
+
+    def pair(self, index: int, position: int) -> tuple[torch.FloatTensor, str]:
+        """Picture and caption of a training pair, as seen at this position."""
+        if self.features is not None:
+            row = self.features.view(position // len(self.pairs), self.pairs.image_number(index))
+            if row.isfinite().all():  # else the picture is broken, and opening it says how
+                return row, self.pairs.caption(index)
+        image, caption = self.pairs.pair(index)
+        image = augment(image, self.resolution, self.augment, random.Random(f"{self.seed} {position}"))
+        return preprocess(image, self.resolution), caption
+
+    def __getitem__(self, position: int) -> Sample:
+        """A broken pair is replaced by the next one of its epoch; a hundred in a row mean that the data set
+        is broken, not a pair."""
+        count, problems = len(self.pairs), []
         epoch, offset = divmod(position, count)
-        problems = []
         while len(problems) < 100:
-            index = sample_order(count, self.seed, epoch)[(offset + len(problems)) % count]
+            index = self.index(epoch * count + (offset + len(problems)) % count)
             try:
-                image, caption = self.pairs.pair(int(index))
-                rng = random.Random(f"{self.seed} {position}")
-                image = augment(image, self.resolution, self.augment, rng)
-                return preprocess(image, self.resolution), caption, problems
+                picture, caption = self.pair(index, position)
+                return Sample(picture, caption, self.keys(index, caption), problems)
             except DataError as error:
                 problems.append(str(error))
         raise DataError(f"100 broken pairs in a row, the last: {problems[-1]}")
 
 
-def collate(samples: list, context_length: int) -> tuple[torch.FloatTensor, torch.LongTensor, list[str]]:
-    """Samples of a Stream -> (pixels [b, 3, S, S], ids [b, context_length], problems)."""
-    pixels, captions, problems = zip(*samples)
-    return torch.stack(pixels), tokenize(list(captions), context_length), sum(problems, [])
+def collate(samples: list[Sample], context_length: int) -> Batch:
+    pictures, captions, keys, problems = zip(*samples)
+    ids = tokenize(list(captions), context_length)
+    return Batch(torch.stack(pictures), ids, torch.tensor(keys), sum(problems, []))
 
 
 def batches(
@@ -440,3 +211,18 @@ def batches(
         stream, batch_sampler=[range(start, start + share) for start in first], num_workers=workers,
         collate_fn=functools.partial(collate, context_length=context_length),
         pin_memory=torch.cuda.is_available())
+
+
+def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
+    """-> (share of the pairs of a batch whose picture or caption another pair of it has, the loss below which
+    one-hot targets then cannot come), over the first batches. n equal captions cannot be told apart, so each
+    gets at most 1/n: ln n."""
+    shared, floors = [], []
+    for step in range(batches):
+        indices = [stream.index(step * batch_size + i) for i in range(batch_size)]
+        keys = torch.tensor([stream.keys(i, caption) for i in indices if (caption := stream.readable(i))])
+        counts = [column.unique(return_inverse=True, return_counts=True)[1:] for column in keys.T]
+        counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
+        shared.append((counts > 1).any(dim=1).float().mean().item())
+        floors.append(counts.float().log().mean(dim=0).max().item())
+    return sum(shared) / batches, sum(floors) / batches

@@ -13,16 +13,20 @@ Shapes: Q queries, G gallery items, N pictures, C classes, P positive pairs, E j
 """
 
 import argparse
+import math
 import os
 import sys
 import time
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import model
-from data import DataError, Pairs, open_image, open_pairs, preprocess, tokenize
+from data import preprocess, tokenize
 from download import RELEASED
+from loss import rank, world_size
+from sources import DataError, Pairs, open_image, open_pairs
 from weights import WeightsError, write_json
 
 KS = (1, 5, 10)
@@ -36,10 +40,18 @@ TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by some 1e
 @torch.inference_mode()
 def encode(function, items, batch_size: int, what: str) -> torch.Tensor:
     """Apply `function` (a list of items -> features [b, E]) in batches -> unit features [N, E], float32, on
-    the CPU. A bar with rate and time left appears on a terminal when it takes longer than two seconds."""
+    the CPU. Many processes each take a stretch of the items, none twice, and all get all features. A bar with
+    rate and time left appears on a terminal when it takes longer than two seconds."""
+    share = math.ceil(len(items) / world_size())
+    mine = items[rank() * share : (rank() + 1) * share]
+    starts = range(0, len(mine), batch_size)
     features = []
-    for start in tqdm(range(0, len(items), batch_size), desc=what, delay=2, leave=False, disable=None):
-        features.append(model.normalise(function(items[start : start + batch_size])).cpu())
+    for start in tqdm(starts, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
+        features.append(model.normalise(function(mine[start : start + batch_size])).cpu())
+    if world_size() > 1:
+        parts = [[] for _ in range(world_size())]
+        dist.all_gather_object(parts, features)
+        features = sum(parts, [])
     features = torch.cat(features)
     if not features.isfinite().all():
         bad = int((~features.isfinite().all(1)).sum())

@@ -17,12 +17,31 @@ mean over ranks of the gradients (what DistributedDataParallel computes) is exac
 process that holds the whole batch, `logit_scale` included. The official default gathers without gradient: its
 towers get 1/N of the gradient and its temperature all of it.
 
+Three sections below are for batches as large as the paper's 32,768: repeated pairs (`positives`), a matrix
+that is never held (`TiledLoss`), and activations that are never held (`backward_in_chunks`).
+
 Shapes: B global batch, b = B / world_size local batch, E joint width.
 """
+
+import contextlib
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+DENSE_LIMIT = 2**25  # numbers in [b, B] from which on the matrix is taken in tiles: 128 MB each way
+TILE = 2048  # rows and columns of a tile
+
+# ------------------------------------------------------------------------------------------------------------
+# many processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class Gather(torch.autograd.Function):
@@ -51,24 +70,214 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 def own_rows(x: torch.Tensor) -> torch.Tensor:
     """x [b, E] -> the numbers of its rows among the gathered ones [b]: our row i is row rank * b + i."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.arange(len(x), device=x.device) + rank * len(x)
+    return torch.arange(len(x), device=x.device) + rank() * len(x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the loss
 
 
 def contrastive_loss(
-    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor,
+    keys: torch.Tensor | None = None, dense: bool | None = None,
 ) -> torch.Tensor:
     """Symmetric cross-entropy over the global batch, this rank's share of it: a scalar whose mean over ranks
     is the loss.
 
     image_features, text_features: [b, E], unit norm, row i of one belongs to row i of the other. logit_scale:
-    scalar, the factor itself (`exp` of the parameter), at most 100 (paper, table 8). Computed in float32 or
-    better."""
+    scalar, the factor itself (`exp` of the parameter), at most 100 (paper, table 8). keys: None, or numbers
+    [b, 2] of the image and the caption of each pair, see `positives`. dense: hold the matrix? None decides by
+    its size. Computed in float32 or better."""
+    b = len(image_features)
+    if dense is None:
+        dense = b * b * world_size() <= DENSE_LIMIT
+    if not dense:
+        return TiledLoss.apply(image_features, text_features, logit_scale, keys)
     all_images, all_texts = gather(image_features), gather(text_features)  # [B, E]
     logits_per_image = logit_scale * image_features @ all_texts.T  # [b, B]
     logits_per_text = logit_scale * text_features @ all_images.T  # [b, B]
-    labels = own_rows(image_features)
-    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+    labels, floor = own_rows(image_features), 0.0
+    if keys is not None:
+        right = positives(keys, gather(keys)).to(logits_per_image.dtype)
+        labels = right / right.sum(dim=1, keepdim=True)  # [b, B], a row sums to 1
+        floor = right.sum(dim=1).log().mean()  # the entropy of the labels, below which no prediction comes
+    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2 - floor
+
+
+def positives(keys: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """keys [b, K], others [B, K] -> [b, B], True where two pairs have a number in common. With the numbers of
+    image and caption (`--targets multi`) a caption that comes twice in a batch is right for both images, all
+    right ones with the same weight (SupCon, Khosla et al., 2020, eq. 2; here less the entropy of these
+    weights, so that 0 can be reached). One-hot targets, the paper's, call the second one wrong: as the two
+    captions have one feature, what they pull apart is only dropout and augmentation, but no loss below ln 2
+    can be reached."""
+    return (keys[:, None] == others[None]).any(dim=2)
+
+
+class TiledLoss(torch.autograd.Function):
+    """`contrastive_loss` of a matrix that is never held. Of S = scale * I @ T.T the loss needs four sums: log
+    sum exp over each row and each column, kept running from tile to tile, and the mean of S over the right
+    pairs of each row and each column. Its gradient,
+
+        dS = (softmax over the row + softmax over the column - targets of the row - of the column) / (2 b),
+
+    is taken tile by tile too, from S computed again: four products of [B, E] with [E, B] in all.
+
+    With many ranks the images stay and the captions travel: each rank in turn sends its block [b, E] to all,
+    and what all find as the block's gradient is added up at its owner. A rank holds that block, its gradient
+    and the gradients of its own features, 16 b E bytes in float32, and beside them a few [B] vectors and one
+    tile, but never [B, E]."""
+
+    @staticmethod
+    def forward(ctx, images, texts, scale, keys):
+        b, B = len(images), len(images) * world_size()
+        mine = slice(rank() * b, (rank() + 1) * b)
+        keys = own_rows(images)[:, None] if keys is None else keys  # each pair is right for itself alone
+        all_keys = gather(keys)
+        lse_row, lse_column = images.new_full((b,), -torch.inf), images.new_full((B,), -torch.inf)
+        sums = [images.new_zeros(n) for n in (b, B, b, B)]
+        sum_row, sum_column, count_row, count_column = sums  # of S over right pairs; of right pairs
+        for owner in range(world_size()):
+            block = block_of(owner, texts)
+            for rows, columns, there in tiles(b, owner):
+                S = scale * images[rows] @ block[columns].T
+                lse_row[rows] = torch.logaddexp(lse_row[rows], S.logsumexp(1))
+                lse_column[there] = torch.logaddexp(lse_column[there], S.logsumexp(0))
+                right = positives(keys[rows], all_keys[there])
+                sum_row[rows] += (S * right).sum(1)
+                sum_column[there] += (S * right).sum(0)
+                count_row[rows] += right.sum(1)
+                count_column[there] += right.sum(0)
+        if world_size() > 1:  # a column has rows on every rank
+            for x in (sum_column, count_column):
+                dist.all_reduce(x)
+            largest = lse_column.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            total = (lse_column - largest).exp()
+            dist.all_reduce(total)
+            lse_column = largest + total.log()
+        ctx.save_for_backward(
+            images, texts, scale, keys, all_keys, lse_row, lse_column, count_row, count_column)
+        of_rows, of_columns = lse_row - sum_row / count_row, lse_column - sum_column / count_column
+        return (of_rows.mean() + of_columns[mine].mean()) / 2 - count_row.log().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        images, texts, scale, keys, all_keys, lse_row, lse_column, count_row, count_column = ctx.saved_tensors
+        b, d_scale = len(images), torch.zeros_like(scale)
+        d_images = torch.zeros_like(images) if ctx.needs_input_grad[0] else None  # not in stage 1
+        d_texts, d_block = None, torch.empty_like(texts)
+        for owner in range(world_size()):
+            block = block_of(owner, texts)
+            d_block.zero_()
+            for rows, columns, there in tiles(b, owner):
+                cosine = images[rows] @ block[columns].T
+                right = positives(keys[rows], all_keys[there])
+                dS = (scale * cosine - lse_row[rows, None]).exp_()
+                dS += (scale * cosine - lse_column[there]).exp_()
+                dS -= right / count_row[rows, None] + right / count_column[there]
+                dS *= grad / (2 * b)
+                d_scale += (dS * cosine).sum()
+                dS *= scale
+                d_block[columns] += dS.T @ images[rows]
+                if d_images is not None:
+                    d_images[rows] += dS @ block[columns]
+            if world_size() > 1:
+                dist.reduce(d_block, owner)
+            if owner == rank():
+                d_texts = d_block.clone()
+        return d_images, d_texts, d_scale, None
+
+
+def tiles(b: int, owner: int):
+    """-> (rows of our images, columns of the owner's captions, the same columns among all B) of each tile."""
+    for i in range(0, b, TILE):
+        for j in range(0, b, TILE):
+            end = min(j + TILE, b)
+            yield slice(i, min(i + TILE, b)), slice(j, end), slice(owner * b + j, owner * b + end)
+
+
+def block_of(owner: int, x: torch.Tensor) -> torch.Tensor:
+    """The owner's x, on every rank."""
+    if world_size() == 1:
+        return x
+    block = x.contiguous() if owner == rank() else torch.empty_like(x)
+    dist.broadcast(block, owner)
+    return block
+
+
+def distillation_loss(image_features, text_features, logit_scale, teacher_features) -> torch.Tensor:
+    """How far the in-batch similarities are from a teacher's, this rank's share: for each image, the
+    cross-entropy of its distribution over the captions of the global batch under the teacher's, and for each
+    caption likewise. The widths of teacher and student need not agree. teacher_features: its (image_features
+    [b, E'], text_features [b, E'], logit_scale), of unit norm; they get no gradient."""
+    teacher_images, teacher_texts, teacher_scale = (x.detach() for x in teacher_features)
+    losses = []
+    for rows, columns, teacher_rows, teacher_columns in (
+            (image_features, text_features, teacher_images, teacher_texts),
+            (text_features, image_features, teacher_texts, teacher_images)):
+        targets = (teacher_scale * teacher_rows @ gather(teacher_columns).T).softmax(dim=1)  # [b, B]
+        losses.append(F.cross_entropy(logit_scale * rows @ gather(columns).T, targets.to(rows.dtype)))
+    return sum(losses) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a batch larger than memory
+
+
+def backward_in_chunks(forward, towers, batch, chunk: int, seed_chunk, loss_of, scale_loss=lambda loss: loss):
+    """One step's gradients, holding the activations of `chunk` pairs at a time -> (loss, image_features [b,
+    E], text_features [b, E]).
+
+    forward: (pixels, ids) -> (image_features, text_features, logit_scale) of `towers`, the module, perhaps in
+    DistributedDataParallel. batch: (pixels, ids), b rows each. seed_chunk(k): set the random numbers of chunk
+    k. loss_of: what forward returns, for all b -> a scalar.
+
+    Adding up the losses of small batches (gradient accumulation) is another loss: each pair would compete
+    with its chunk only. Instead, as in GradCache (Gao et al., 2021): all features first, without activations;
+    one loss over all of them, which gives each feature its gradient; then chunk by chunk again, with
+    activations, under the same random numbers, and each chunk's features pass their gradients on into the
+    towers. Exact, at the price of a second forward pass. logit_scale is one more feature, counted once.
+    BatchNorm in training sees its own chunk, and its running statistics move in the second pass only."""
+    parts = list(zip(*(x.split(chunk) for x in batch)))
+    if len(parts) == 1:
+        seed_chunk(0)
+        image_features, text_features, logit_scale = forward(*batch)
+        loss = loss_of(image_features, text_features, logit_scale)
+        scale_loss(loss).backward()
+        return loss.detach(), image_features.detach(), text_features.detach()
+
+    statistics = [buffer.clone() for buffer in towers.buffers()]
+    features = []
+    with torch.no_grad():
+        for k, part in enumerate(parts):
+            seed_chunk(k)
+            features.append(forward(*part))
+    for buffer, before in zip(towers.buffers(), statistics):
+        buffer.copy_(before)
+
+    leaves = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
+    frozen = not any(p.requires_grad for name, p in towers.named_parameters() if "visual." in name)
+    trained = slice(1 if frozen else 0, None)  # in stage 1 image features need no gradient
+    for leaf in leaves[trained]:
+        leaf.requires_grad_(True)
+    loss = loss_of(*leaves)
+    scale_loss(loss).backward()
+
+    gradients = [leaf.grad.split(chunk) for leaf in leaves[:2][trained]]
+    for k, part in enumerate(parts):
+        last = k == len(parts) - 1
+        # DistributedDataParallel averages over ranks once, in the last backward pass
+        with contextlib.nullcontext() if last or world_size() == 1 else towers.no_sync():
+            seed_chunk(k)
+            outputs = forward(*part)[trained]
+            of_scale = leaves[2].grad if last else torch.zeros_like(leaves[2].grad)
+            torch.autograd.backward(outputs, [g[k] for g in gradients] + [of_scale])
+    return loss.detach(), leaves[0].detach(), leaves[1].detach()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# to watch
 
 
 @torch.no_grad()
@@ -82,5 +291,5 @@ def in_batch_accuracy(image_features: torch.Tensor, text_features: torch.Tensor)
     shares = torch.stack([i2t.float().mean(), t2i.float().mean()])
     if dist.is_initialized():
         dist.all_reduce(shares)  # a sum: gloo has no mean
-        shares /= dist.get_world_size()
+        shares /= world_size()
     return shares[0].item(), shares[1].item()

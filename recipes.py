@@ -43,6 +43,14 @@ class Config:
         "none", "none, crop (random resized crop) or auto (and AutoAugment, which changes colours)")
     context_length: int = flag(52, "tokens a caption, [CLS] and [SEP] included; up to 512")
     batch_size: int = flag(256, "pairs a step over all devices: each is a negative for all others")
+    chunk_size: int = flag(
+        0, "pairs whose activations a device holds at once, same gradient; 0: its whole share of the batch")
+    targets: str = flag(
+        "one-hot", "one-hot, as in the paper, or multi: pairs that share picture or caption are positives")
+    cache_features: int = flag(
+        0, "stage 1: encode this many views of every picture once (cache.py); 0: every picture every time")
+    teacher: str = flag("", "distil from this file or released name: learn its in-batch similarities too")
+    distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
     steps: int = flag(0, "if not 0, this many steps instead of epochs")
     lr: float = flag(0.0, "peak learning rate, used as it is; 0: the recipe's, scaled to the batch")
@@ -60,6 +68,7 @@ class Config:
     log_every: int = flag(10, "steps between log lines")
     workers: int = flag(-1, "processes that prepare pictures; -1: up to 8 with a GPU, 1 without")
     device: str = flag("", "cpu or cuda; empty: cuda if there is one")
+    compile: bool = flag(False, "torch.compile both towers: slow first steps, then faster ones")
     seed: int = flag(0, "of weights, order, augmentation and dropout")
 
     @property
@@ -215,6 +224,13 @@ def validate(cfg: Config):
          f"--context-length {cfg.context_length}: expected 2 to {positions}"),
         (cfg.batch_size < 2,
          f"--batch-size {cfg.batch_size}: expected at least 2, or there is no negative to tell from"),
+        (cfg.chunk_size < 0, f"--chunk-size {cfg.chunk_size}: expected 0 or more"),
+        (cfg.targets not in ("one-hot", "multi"), f"--targets {cfg.targets}: expected one-hot or multi"),
+        (cfg.cache_features < 0, f"--cache-features {cfg.cache_features}: expected 0 or more"),
+        (cfg.cache_features > 0 and not cfg.freeze_image,
+         "--cache-features: only a frozen image tower has features to cache; --freeze-image"),
+        (cfg.cache_features > 0 and bool(cfg.teacher),
+         "--cache-features: a --teacher looks at pictures, which cached features replace; drop one of them"),
         (not 0 <= cfg.patch_drop < 1, f"--patch-drop {cfg.patch_drop}: expected a share from 0 to below 1"),
         (cfg.patch_drop > 0 and not is_vit, f"--patch-drop: {cfg.model} has no patches to drop"),
         (cfg.steps == 0 and cfg.epochs <= 0, f"--epochs {cfg.epochs}: expected more than 0, or --steps"),

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 import model
 import scenes
 import weights
-from data import open_pairs
+from sources import open_pairs
 from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
 
 FONT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "font.ttf")

@@ -346,12 +346,17 @@ def scene(world: str, split: str, index: int, seed: int = 0) -> tuple[Scene, ran
             return candidate, rng
 
 
-def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image, str]:
-    """Picture and caption of scene number `index`. In training one caption in three is a brief one;
-    validation has full ones only, or no one could tell which picture is meant."""
+def captioned(world: str, split: str, index: int, seed: int = 0) -> tuple[str, Scene, random.Random]:
+    """Caption of scene number `index`, and what is needed to draw it. In training one caption in three is a
+    brief one; validation has full ones only, or no one could tell which picture is meant."""
     it, rng = scene(world, split, index, seed)
     brief = split == "train" and rng.random() < 1 / 3
-    caption = (describe_briefly if brief else describe)(it, rng)
+    return (describe_briefly if brief else describe)(it, rng), it, rng
+
+
+def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image, str]:
+    """Picture and caption of scene number `index`."""
+    caption, it, rng = captioned(world, split, index, seed)
     return draw(it, rng), caption
 
 

@@ -11,8 +11,8 @@ Stage 1 freezes the image tower and teaches the text tower to read it ("locked-i
 after a crash, a kill or a finished act, goes on where it was, bit for bit (same number of processes, CPU).
 
 Written per act, under final names only when complete: checkpoint.pt (to resume), best.safetensors (by mean
-recall on the validation split), last.safetensors. Not here yet: batches larger than memory, cached features
-of the frozen tower.
+recall on the validation split), last.safetensors, log.jsonl (what the console says). Batches larger than
+memory: loss.py; features of the frozen tower, computed once: cache.py.
 """
 
 import dataclasses
@@ -31,9 +31,11 @@ import data
 import model
 import report
 import weights
+from cache import open_features
 from eval import retrieval
-from loss import contrastive_loss, in_batch_accuracy
+from loss import backward_in_chunks, contrastive_loss, distillation_loss, in_batch_accuracy
 from recipes import Config, ConfigError, parse
+from sources import DataError, open_pairs
 
 # ------------------------------------------------------------------------------------------------------------
 # formulas
@@ -114,6 +116,16 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
     return saved["step"], saved["history"]
 
 
+def open_log(cfg: Config, step: int):
+    """log.jsonl, a line for each line of the console, to go on with after `step`."""
+    path = os.path.join(cfg.out, "log.jsonl")
+    if os.path.isfile(path):  # a run that was killed may have written further than it saved
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        weights.replace_text(path, "".join(kept))
+    return open(path, "a", encoding="utf-8")
+
+
 def check_same_step(step: int, device: torch.device):
     """Every process must have found the same checkpoint, or they would train on different data and hang."""
     if dist.is_initialized():
@@ -137,7 +149,13 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
-    return clip.to(device)
+    clip.to(device)
+    if device.type == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
+        clip.visual.to(memory_format=torch.channels_last)  # what its convolutions are fast in
+    if cfg.compile:
+        clip.visual.compile()
+        clip.bert.compile()
+    return clip
 
 
 def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimizer:
@@ -164,9 +182,9 @@ def train(act: str, cfg: Config) -> list[dict]:
     os.makedirs(cfg.out, exist_ok=True)
 
     # 2. data
-    pairs, valid = data.open_pairs(cfg.data, "train"), data.open_pairs(cfg.data, cfg.valid_split)
+    pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.data, cfg.valid_split)
     if len(pairs) < B:
-        raise data.DataError(
+        raise DataError(
             f"{cfg.data}: {len(pairs):,} training pairs are fewer than one batch; --batch-size is {B}")
     total = cfg.steps or math.ceil(cfg.epochs * len(pairs) / B)
     eval_every = cfg.eval_every or max(1, min(len(pairs) // B, math.ceil(total / 5)))
@@ -182,7 +200,14 @@ def train(act: str, cfg: Config) -> list[dict]:
     scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler)
     step, history = load_checkpoint(cfg, clip, optimizer, scaler)
     check_same_step(step, device)
+    teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
+    features = None
+    if cfg.cache_features:
+        features = open_features(cfg.out, clip, pairs, cfg.cache_features, cfg.seed, cfg.augment, workers)
     towers = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
+    chunk = min(cfg.chunk_size or B, B // world_size)
+    chunks = math.ceil(B // world_size / chunk)
+    stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, features)
 
     # 4. what was derived
     decayed, free = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
@@ -190,29 +215,34 @@ def train(act: str, cfg: Config) -> list[dict]:
         f"{decayed + free:,} train, {free:,} without decay")
     say(f"   {len(pairs):,} training pairs; "
         f"validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
-    say(f"   batch {B:,} = {world_size} x {B // world_size:,}; {total:,} steps, {total * B:,} pairs, "
-        f"{total * B / len(pairs):.2f} epochs; from step {step:,}")
+    say(f"   batch {B:,} = {world_size} x {B // world_size:,}"
+        + (f" in {chunks} chunks of {chunk:,}" if chunks > 1 else "")
+        + f"; {total:,} steps, {total * B:,} pairs, {total * B / len(pairs):.2f} epochs; from step {step:,}")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
-    say(f"   loss by chance ln {B:,} = {math.log(B):.2f}")
+    if cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
+        say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
+    shared, floor = data.repeats(stream, B) if rank == 0 else (0, 0)
+    say(f"   loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
+        + (f"with another and keep the loss above {floor:.3f}: --targets multi"
+           if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
 
     # 5. the loop
-    stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment)
     steps = range(step, total)
+    log = open_log(cfg, step) if rank == 0 else None
     loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size))
     skipped, clock, timed = {}, time.perf_counter(), step
     while True:
         # once in a while: measure, keep the best, save
         due = step == total or step % eval_every == 0
         if due and not (history and history[-1]["step"] == step):  # a resumed run has measured here already
+            result = retrieval(clip.eval(), valid, cfg.context_length)  # each rank a share
+            history.append({"step": step, "samples": step * B} | result)
+            best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
+            say(measured_line(history[-1], best))
             if rank == 0:
-                result = retrieval(clip.eval(), valid, cfg.context_length)
-                history.append({"step": step, "samples": step * B} | result)
-                best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
-                say(measured_line(history[-1], best))
+                print(json.dumps(history[-1]), file=log, flush=True)
                 if best:
                     model.save(clip, os.path.join(cfg.out, "best.safetensors"))
-            if world_size > 1:
-                dist.barrier()
             clock, timed = time.perf_counter(), step
         if rank == 0 and (step == total or step % save_every == 0):
             save_checkpoint(cfg, clip, optimizer, scaler, step, history)
@@ -220,18 +250,30 @@ def train(act: str, cfg: Config) -> list[dict]:
             break
 
         # the step
-        pixels, ids, problems = next(loader)
+        batch = next(loader)
+        pictures, ids = (x.to(device, non_blocking=True) for x in (batch.pictures, batch.ids))
+        keys = batch.keys.to(device) if cfg.targets == "multi" else None
+        taught = None if teacher is None else teach(teacher, pictures, ids, chunk)
         set_train_mode(clip, cfg.freeze_image)
-        # dropout depends on these three and nothing else
-        torch.manual_seed((cfg.seed << 48) + (step << 16) + rank)
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, cfg, total)
-        with model.autocast(device):
-            image_features, text_features, logit_scale = towers(
-                pixels.to(device, non_blocking=True), ids.to(device, non_blocking=True))
-        loss = contrastive_loss(image_features, text_features, logit_scale)
+
+        def seed_chunk(k: int):  # dropout depends on these and nothing else, however many processes there are
+            torch.manual_seed((cfg.seed << 48) + (step << 16) + rank * chunks + k)
+
+        def forward(*part):
+            with model.autocast(device):
+                return towers(*part)
+
+        def loss_of(image_features, text_features, logit_scale):
+            loss = contrastive_loss(image_features, text_features, logit_scale, keys)
+            if taught is None:
+                return loss
+            return loss + cfg.distill * distillation_loss(image_features, text_features, logit_scale, taught)
+
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        loss, image_features, text_features = backward_in_chunks(
+            forward, towers, (pictures, ids), chunk, seed_chunk, loss_of, scaler.scale)
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
@@ -239,23 +281,44 @@ def train(act: str, cfg: Config) -> list[dict]:
         step += 1
 
         # say how it goes; before anything is saved, so that no checkpoint holds a loss that is not a number
-        for problem in problems:
+        for problem in batch.problems:
             if problem not in skipped:  # named once, however many epochs meet it
                 print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}", flush=True)
             skipped[problem] = skipped.get(problem, 0) + 1
         if step == total or step % cfg.log_every == 0 or step % save_every == 0:
             accuracies = in_batch_accuracy(image_features, text_features)
             if not math.isfinite(loss.item()):
-                raise data.DataError(
+                raise DataError(
                     f"the loss is {loss.item()} at step {step}; try a lower --lr than {cfg.peak_lr:.1e}")
             rate = (step - timed) * B / max(time.perf_counter() - clock, 1e-9)
             scale, lr = clip.logit_scale.exp().item(), get_lr(step - 1, cfg, total)
             say(step_line(step, total, loss.item(), B, accuracies, scale, lr, rate))
+            if rank == 0:
+                i2t, t2i = accuracies
+                entry = {"step": step, "loss": loss.item(), "in_batch_i2t": i2t, "in_batch_t2i": t2i,
+                         "logit_scale": scale, "lr": lr, "pairs_per_second": rate}
+                print(json.dumps(entry), file=log, flush=True)
     if skipped:
         print(f"   rank {rank} met {len(skipped)} broken pairs {sum(skipped.values())} times", flush=True)
     if rank == 0:
+        log.close()
         model.save(clip, os.path.join(cfg.out, "last.safetensors"))
     return history
+
+
+@torch.no_grad()
+def teach(teacher: model.ChineseCLIP, pixels: torch.Tensor, ids: torch.Tensor, chunk: int) -> tuple:
+    """What the teacher makes of a batch, at its own resolution: unit features of images and captions, its
+    scale."""
+    size = teacher.config.visual.resolution
+    parts = []
+    for part, part_ids in zip(pixels.split(chunk), ids.split(chunk)):
+        if part.shape[-1] != size:
+            part = torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
+        with model.autocast(pixels.device):
+            parts.append(teacher(part, part_ids))
+    images, texts, scales = zip(*parts)
+    return torch.cat(images), torch.cat(texts), scales[0]
 
 
 def measured_line(entry: dict, best: bool) -> str:
@@ -286,13 +349,13 @@ def main(argv: list[str] | None = None):
         # rank 0 measures while others wait
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     histories = {act: train(act, cfg) for act, cfg in acts.items()}
+    if dist.is_initialized():
+        dist.destroy_process_group()  # what follows is rank 0's alone
     if int(os.environ.get("RANK", 0)) == 0:
         folders = {act: cfg.out for act, cfg in acts.items()}
         starts = {act: cfg.init for act, cfg in acts.items()}
         report.finish(histories, folders, starts, data_of={act: cfg.data for act, cfg in acts.items()})
         print(f"{time.perf_counter() - start:.0f} s")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -301,8 +364,13 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (data.DataError, weights.WeightsError) as error:
+    except (DataError, weights.WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
-        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("data.DataError: "))
+        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("sources.DataError: "))
+    except dist.DistError as error:
+        sys.exit(f"error: another process is gone ({str(error).splitlines()[0][:100]}); see its message; "
+                 "the same command goes on from the last checkpoint")
+    except OSError as error:
+        sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")

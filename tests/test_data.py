@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import random
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import augment
 import data
+import sources
 from augment import apply_operation
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -20,7 +22,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "CACHE", str(tmp_path / "cache"))
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -294,7 +296,7 @@ def same_picture(a: Image.Image, b: Image.Image) -> bool:
 
 
 def test_the_official_layout(tmp_path):
-    pairs = data.open_pairs(write_good(tmp_path / "set"), "train")
+    pairs = sources.open_pairs(write_good(tmp_path / "set"), "train")
     assert pairs.texts == ["甲", "乙", "丙", "丁，“丁”"]
     assert pairs.positives.tolist() == [[0, 0], [1, 1], [1, 0], [3, 2], [3, 3]]
     assert pairs.image_count == 4 and len(pairs) == 5
@@ -310,17 +312,17 @@ def test_any_line_ending_will_do(tmp_path, ending):
     path = tmp_path / "set" / "train_imgs.tsv"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"\n", b"\r\n") if ending == b"\r\n" else whole.rstrip(b"\n") + ending)
-    pairs = data.open_pairs(folder, "train")
+    pairs = sources.open_pairs(folder, "train")
     assert pairs.image_count == 4
     assert all(same_picture(pairs.image(row), PICTURES[i]) for row, i in enumerate((0, 1, 1, 3)))
 
 
 def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     folder, cache = write_good(tmp_path / "set"), tmp_path / "cache"
-    data.open_pairs(folder, "train")
+    sources.open_pairs(folder, "train")
     built = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(built) == 1
-    again = data.open_pairs(folder, "train")
+    again = sources.open_pairs(folder, "train")
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == built
     assert same_picture(again.image(3), PICTURES[3])
     # the same size, other offsets: only the time tells
@@ -328,10 +330,10 @@ def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     lines, time = path.read_bytes().splitlines(keepends=True), path.stat().st_mtime_ns
     path.write_bytes(b"".join(lines[::-1]))
     os.utime(path, ns=(time + 1_000_000, time + 1_000_000))
-    changed = data.open_pairs(folder, "train")
+    changed = sources.open_pairs(folder, "train")
     assert changed.image_ids == ["深", "99", "a-b", "7"] and same_picture(changed.image(3), PICTURES[0])
     path.write_bytes(path.read_bytes() + b"new\t" + BASE64[2] + b"\n")
-    assert same_picture(data.open_pairs(folder, "train").image(4), PICTURES[2])
+    assert same_picture(sources.open_pairs(folder, "train").image(4), PICTURES[2])
 
 
 JSONL = """{"image": "pictures/a.png", "text": "甲"}
@@ -345,7 +347,7 @@ CSV = 'text,note,image\r\n甲,,pictures/a.png\r\n"乙, ""丙""",x,pictures/b.png
 @pytest.mark.parametrize("mark", ("", "\ufeff"))  # a byte order mark, as Excel writes
 @pytest.mark.parametrize("name, text", (("train.jsonl", JSONL), ("train.csv", CSV)))
 def test_a_folder_with_a_list_of_captions(tmp_path, name, text, mark):
-    pairs = data.open_pairs(write_folder(tmp_path, name, mark + text), "train")
+    pairs = sources.open_pairs(write_folder(tmp_path, name, mark + text), "train")
     assert pairs.texts == ["甲", '乙, "丙"', "丁"]
     assert pairs.positives.tolist() == [[0, 0], [1, 1], [2, 0]] and pairs.image_count == 2
     assert all(same_picture(pairs.image(row), noise(9, 7, row)) for row in range(2))
@@ -357,7 +359,7 @@ def test_a_folder_with_a_list_of_captions(tmp_path, name, text, mark):
 
 def says(action, *parts: str):
     """`action` raises a DataError of one line that holds each of `parts`."""
-    with pytest.raises(data.DataError) as caught:
+    with pytest.raises(sources.DataError) as caught:
         action()
     message = str(caught.value)
     assert "\n" not in message
@@ -367,14 +369,14 @@ def says(action, *parts: str):
 
 def open_official(tmp_path, pictures=None, captions=None):
     folder = write_official(tmp_path / "set", pictures or [(7, BASE64[0])], captions or CAPTIONS[:1])
-    return data.open_pairs(folder, "train")
+    return sources.open_pairs(folder, "train")
 
 
 def test_tsv_line_with_one_column(tmp_path):
     path = tmp_path / "set" / "train_imgs.tsv"
     open_official(tmp_path)
     path.write_bytes(path.read_bytes() + b"8 no-tab\n")
-    says(lambda: data.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
+    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
 
 
 def test_image_id_twice(tmp_path):
@@ -407,7 +409,7 @@ def test_whatever_a_decoder_raises_is_a_data_error(monkeypatch, error):
         raise error("broken")
 
     monkeypatch.setattr(Image, "open", fail)
-    says(lambda: data.decode(b"", "here"), "here", "broken")
+    says(lambda: sources.decode(b"", "here"), "here", "broken")
 
 
 @pytest.mark.parametrize(
@@ -434,7 +436,7 @@ def test_image_ids_that_is_no_list(tmp_path, ids):
 def test_texts_that_are_not_utf8(tmp_path):
     open_official(tmp_path)
     (tmp_path / "set" / "train_texts.jsonl").write_bytes('{"text_id": 1, "text": "甲"}\n'.encode("gbk"))
-    says(lambda: data.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl line 1")
+    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl line 1")
 
 
 def test_no_positives_at_all(tmp_path):
@@ -445,7 +447,7 @@ def test_no_positives_at_all(tmp_path):
 def test_texts_file_missing(tmp_path):
     open_official(tmp_path)
     os.remove(tmp_path / "set" / "train_texts.jsonl")
-    says(lambda: data.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl")
+    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -463,41 +465,41 @@ def test_texts_file_missing(tmp_path):
 )
 def test_list_of_captions_that_is_wrong(tmp_path, kind, text, parts):
     folder = write_folder(tmp_path, f"train.{kind}", text)
-    says(lambda: data.open_pairs(folder, "train"), f"train.{kind}", *parts)
+    says(lambda: sources.open_pairs(folder, "train"), f"train.{kind}", *parts)
 
 
 def test_csv_that_is_not_utf8(tmp_path):
     folder = write_folder(tmp_path, "train.csv", "")
     (tmp_path / "train.csv").write_bytes("image,text\npictures/a.png,甲\n".encode("gbk"))
-    says(lambda: data.open_pairs(folder, "train"), "train.csv")
+    says(lambda: sources.open_pairs(folder, "train"), "train.csv")
 
 
 def test_picture_of_a_folder_that_cannot_be_decoded(tmp_path):
-    pairs = data.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
+    pairs = sources.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
     (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
     says(lambda: pairs.image(1), "b.png")
 
 
 def test_picture_of_a_folder_that_went_away(tmp_path):
-    pairs = data.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
+    pairs = sources.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
     os.remove(tmp_path / "pictures" / "b.png")
     says(lambda: pairs.image(1), "b.png")
 
 
 def test_unknown_source_and_split(tmp_path):
-    says(lambda: data.open_pairs("no/such/set", "train"), "no/such/set")
-    says(lambda: data.open_pairs(write_good(tmp_path / "set"), "vaild"), str(tmp_path / "set"), "'vaild'")
+    says(lambda: sources.open_pairs("no/such/set", "train"), "no/such/set")
+    says(lambda: sources.open_pairs(write_good(tmp_path / "set"), "vaild"), str(tmp_path / "set"), "'vaild'")
 
 
 def test_scenes_have_no_other_split_than_theirs():
-    says(lambda: data.open_pairs("scenes-zh", "vaild"), "scenes-zh", "'vaild'")
+    says(lambda: sources.open_pairs("scenes-zh", "vaild"), "scenes-zh", "'vaild'")
 
 
 @pytest.mark.parametrize("text", (5, None, ["甲"]))
 def test_caption_that_is_no_text_is_named_with_its_file(tmp_path, text):
     lines = [json.dumps({"image": "pictures/a.png", "text": caption}) for caption in ("甲", text)]
     folder = write_folder(tmp_path, "train.jsonl", "\n".join(lines))
-    says(lambda: data.open_pairs(folder, "train").pair(1), "train.jsonl", "not text")
+    says(lambda: sources.open_pairs(folder, "train").pair(1), "train.jsonl", "not text")
     captions = [CAPTIONS[0], {"text_id": 2, "text": text, "image_ids": [7]}]
     says(lambda: open_official(tmp_path, captions=captions).pair(1), "train_texts.jsonl", "not text")
 
@@ -506,7 +508,7 @@ def test_caption_that_is_no_text_is_named_with_its_file(tmp_path, text):
 # the order of training
 
 
-class Counted(data.Pairs):
+class Counted(sources.Pairs):
     """`count` pairs without a file: caption i is the number i, picture i a noise; `broken` ones fail."""
 
     def __init__(self, count: int, broken=()):
@@ -516,7 +518,7 @@ class Counted(data.Pairs):
 
     def image(self, row: int) -> Image.Image:
         if row in self.broken:
-            raise data.DataError(f"picture {row} is broken")
+            raise sources.DataError(f"picture {row} is broken")
         return noise(9, 8, row)
 
 
@@ -525,7 +527,7 @@ def stream(count: int, broken=(), seed: int = 0, augment: str = "crop") -> data.
 
 
 def load(count: int, batch_size: int, steps: range, workers=0, rank=0, world_size=1, **options) -> list:
-    """-> [(pixels, ids, problems) of each step]"""
+    """-> the Batch of each step"""
     return list(data.batches(stream(count, **options), batch_size, steps, 6, workers, rank, world_size))
 
 
@@ -539,7 +541,7 @@ def numbers(ids: torch.Tensor) -> list[int]:
 def assert_same(left: list, right: list):
     assert len(left) == len(right)
     for a, b in zip(left, right):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a.problems == b.problems
 
 
 def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
@@ -551,16 +553,16 @@ def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
 
 
 def test_every_pair_is_seen_once_an_epoch_across_batches_that_straddle_its_end():
-    seen = [n for _, ids, _ in load(10, 4, range(10)) for n in numbers(ids)]  # 40 samples, 4 epochs
+    seen = [n for batch in load(10, 4, range(10)) for n in numbers(batch.ids)]  # 40 samples, 4 epochs
     epochs = [seen[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_picture_and_caption_stay_together():
-    for pixels, ids, _ in load(10, 5, range(2), augment="none"):
-        for view, n in zip(pixels, numbers(ids)):
-            assert torch.equal(view, data.preprocess(noise(9, 8, n), 8))
+    for batch in load(10, 5, range(2), augment="none"):
+        for view, n, key in zip(batch.pictures, numbers(batch.ids), batch.keys):
+            assert torch.equal(view, data.preprocess(noise(9, 8, n), 8)) and key[0] == n
 
 
 def test_workers_do_not_change_the_samples():
@@ -571,8 +573,9 @@ def test_workers_do_not_change_the_samples():
 def test_ranks_together_see_the_batches_of_one():
     whole = load(20, 8, range(4), broken=(3,))
     parts = [load(20, 8, range(4), rank=rank, world_size=4, broken=(3,)) for rank in range(4)]
-    steps = [list(zip(*step)) for step in zip(*parts)]  # of each step: the ranks' pixels, ids, problems
-    assert_same([(torch.cat(pixels), torch.cat(ids), sum(told, [])) for pixels, ids, told in steps], whole)
+    steps = [list(zip(*step)) for step in zip(*parts)]  # of each step: the ranks' pictures, ids, keys ...
+    together = [data.Batch(*map(torch.cat, tensors), sum(told, [])) for *tensors, told in steps]
+    assert_same(together, whole)
 
 
 def test_starting_at_a_step_gives_what_skipping_gives():
@@ -592,16 +595,16 @@ def test_a_broken_pair_is_replaced_by_the_next_of_its_epoch_and_named():
     broken = {order[4], order[5], order[9]}
     samples = [stream(10, broken)[position] for position in range(10)]
     expected = [*order[:4], order[6], order[6], *order[6:9], order[0]]
-    assert [int(caption) for _, caption, _ in samples] == expected
-    assert [len(problems) for _, _, problems in samples] == [0] * 4 + [2, 1] + [0] * 3 + [1]
-    assert f"picture {order[4]} is broken" in samples[4][2][0]
+    assert [int(sample.caption) for sample in samples] == expected
+    assert [len(sample.problems) for sample in samples] == [0] * 4 + [2, 1] + [0] * 3 + [1]
+    assert f"picture {order[4]} is broken" in samples[4].problems[0]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(samples, (stream(10, broken)[p] for p in range(10))))
 
 
 def test_a_caption_that_is_no_text_is_replaced_too():
     it, (first, second, *_) = stream(10), data.sample_order(10, 0, 0)
     it.pairs.texts[first] = None
-    _, caption, problems = it[0]
+    _, caption, _, problems = it[0]
     assert caption == str(second) and len(problems) == 1 and "not text" in problems[0]
 
 
@@ -609,5 +612,31 @@ def test_a_hundred_broken_pairs_in_a_row_stop_the_run():
     order = data.sample_order(150, 0, 0).tolist()
     says(lambda: stream(150, broken=range(150))[0], "100 broken", f"picture {order[99]} is broken")
     says(lambda: stream(3, broken=range(3))[0], "100 broken")
-    _, caption, problems = stream(150, broken=order[:99])[0]  # ninety-nine do not
+    _, caption, _, problems = stream(150, broken=order[:99])[0]  # ninety-nine do not
     assert int(caption) == order[99] and len(problems) == 99
+
+
+def test_equal_pictures_and_captions_have_equal_keys():
+    it = stream(6)
+    it.pairs.texts = ["猫", "狗", "猫", "\ud800", "狗", "猫"]
+    keys = [it.keys(i, it.pairs.caption(i)) for i in range(6)]
+    assert [picture for picture, _ in keys] == list(range(6))
+    assert len({caption for _, caption in keys}) == 3 and keys[0][1] == keys[2][1] == keys[5][1]
+    it.pairs.positives = torch.tensor([[0, 3], [1, 3]])
+    assert it.keys(0, "猫")[0] == it.keys(1, "狗")[0] == 3
+
+
+def test_repeats_and_the_loss_they_leave():
+    """Twelve pairs of three captions, in batches of twelve: each caption four times, so ln 4."""
+    it = stream(12)
+    it.pairs.texts = ["猫", "狗", "鱼"] * 4
+    shared, floor = data.repeats(it, 12, batches=2)
+    assert shared == 1 and floor == pytest.approx(math.log(4))
+    assert data.repeats(stream(12), 12, batches=2) == (0, 0)
+
+
+def test_drawn_scenes_have_keys_too():
+    it = data.Stream(sources.open_pairs("scenes-zh", "train"), 0, 8, "none")
+    sample, index = it[5], it.index(5)
+    assert sample.keys == it.keys(index, sample.caption) and sample.keys[0] == index
+    assert sample.caption == it.pairs.pair(index)[1] == it.pairs.caption(index)

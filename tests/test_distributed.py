@@ -1,54 +1,112 @@
-"""Several processes train to the parameters of one process that holds the whole batch: float64, gloo, both
-stages."""
+"""
+The same step, however it is cut: whole batch, chunks, tiles, two and four processes, and chunks within
+processes train to the same parameters, in float64 to 1e-9, with dropout and patch dropping on, for both
+target modes.
 
-import dataclasses
+Dropout draws its numbers by chunk (train.py's seed_chunk), so the reference for a batch in four chunks is one
+process that runs the four forward passes, keeps everything, and takes one dense loss: no replay, no tiles.
+"""
+
+import itertools
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import write_folder
 from safetensors.torch import load_file
 
+import loss
 import model
 import train
-from conftest import write_folder
+
+STAGES = {  # act: (model, flags)
+    "stage1-RN": ("RN-tiny", dict(freeze_image=True)),
+    "stage1-ViT": ("ViT-tiny", dict(freeze_image=True)),
+    "stage2-ViT": ("ViT-tiny", dict(patch_drop=0.25)),
+    "stage2-RN": ("RN-tiny", {}),  # BatchNorm sees its chunk, here as there
+}
+# name: (processes, chunk size, tiles instead of the matrix); every one holds 16 pairs as chunks of 4
+WAYS = {"chunked": (1, 4, False), "chunked, tiled": (1, 4, True), "2 x chunked": (2, 4, False),
+        "2 x chunked, tiled": (2, 4, True), "4": (4, 0, False), "4, tiled": (4, 0, True)}
 
 
-def worker(rank: int, world_size: int, data: str, out: str):
-    """Trains stage 1 (with BatchNorm, frozen) and then stage 2 as one of `world_size` processes."""
+def whole_batch(forward, towers, batch, chunk, seed_chunk, loss_of, scale_loss):
+    """What `backward_in_chunks` must equal: everything kept, one graph."""
+    parts = []
+    for k, part in enumerate(zip(*(x.split(4) for x in batch))):
+        seed_chunk(k)
+        parts.append(forward(*part))
+    images, texts, scales = zip(*parts)
+    value = loss_of(torch.cat(images), torch.cat(texts), scales[0])
+    scale_loss(value).backward()
+    return value.detach(), torch.cat(images).detach(), torch.cat(texts).detach()
+
+
+def worker(rank: int, world_size: int, chunk: int, tiled: bool, reference: bool, data: str, out: str):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    for name, config in list(model.MODELS.items()):  # dropout is drawn per process, so it cannot be equal
-        model.MODELS[name] = dataclasses.replace(config, text=dataclasses.replace(config.text, dropout=0.0))
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}-store", rank=rank, world_size=world_size)
-    flags = dict(data=data, batch_size=16, steps=4, lr=1e-2, warmup=1, workers=0, device="cpu", log_every=2)
-    train.train("stage1", train.Config(model="RN-tiny", freeze_image=True, out=f"{out}/stage1", **flags))
-    train.train("stage2", train.Config(model="ViT-tiny", out=f"{out}/stage2", **flags))
+    if reference:
+        train.backward_in_chunks = whole_batch
+    if tiled:
+        loss.DENSE_LIMIT, loss.TILE = 0, 3
+    for (act, (name, how)), targets in itertools.product(STAGES.items(), ("one-hot", "multi")):
+        train.train(act, train.Config(
+            model=name, data=data, batch_size=16, chunk_size=chunk, targets=targets, steps=3, lr=1e-2,
+            warmup=1, workers=0, device="cpu", eval_every=2, out=f"{out}/{act}-{targets}", **how))
     if world_size > 1:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """-> {world size: folder}; one, two and four processes on the same 24 pairs."""
+    """-> {way: folder}, each trained on the same 24 pairs, of which every third shares its caption."""
     folder = tmp_path_factory.mktemp("distributed")
     write_folder(folder / "pairs", 24)
-    for world_size in (1, 2, 4):
-        args = (world_size, str(folder / "pairs"), str(folder / str(world_size)))
+    lines = (folder / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    for i in range(0, len(lines), 3):
+        lines[i] = lines[i].split('"text"')[0] + '"text": "同一句话"}'
+    (folder / "pairs" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for way, (world_size, chunk, tiled) in (WAYS | {"whole": (1, 4, False)}).items():
+        # `chunk` of the reference only numbers the random numbers; it keeps the whole graph
+        args = (world_size, chunk, tiled, way == "whole", str(folder / "pairs"), str(folder / way))
         mp.spawn(worker, args, nprocs=world_size)
-    return {world_size: folder / str(world_size) for world_size in (1, 2, 4)}
+    return folder
 
 
-@pytest.mark.parametrize("stage", ("stage1", "stage2"))
-@pytest.mark.parametrize("world_size", (2, 4))
-def test_parameters_equal_one_process_with_the_whole_batch(trained, stage, world_size):
-    alone, together = (load_file(trained[n] / stage / "last.safetensors") for n in (1, world_size))
-    assert alone["logit_scale"].dtype == torch.float64
-    for name, value in alone.items():
-        assert (value - together[name]).abs().max() < 1e-9, name
+@pytest.mark.parametrize("targets", ("one-hot", "multi"))
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_equal_those_of_the_whole_batch(trained, way, stage, targets):
+    whole, other = (load_file(trained / name / f"{stage}-{targets}" / "last.safetensors")
+                    for name in ("whole", way))
+    assert whole["logit_scale"].dtype == torch.float64
+    for name, value in whole.items():
+        if "running_" in name and trained_statistics(way, stage):
+            continue
+        assert (value - other[name]).abs().max() < 1e-9, name
+
+
+def trained_statistics(way: str, stage: str) -> bool:
+    """BatchNorm's running statistics, when they move, are those of each process's own pairs."""
+    return stage == "stage2-RN" and WAYS[way][0] > 1
+
+
+def test_the_modes_differ(trained):
+    """Or the equalities above would show nothing."""
+    one_hot, multi = (load_file(trained / "whole" / f"stage2-ViT-{targets}" / "last.safetensors")
+                      for targets in ("one-hot", "multi"))
+    assert (one_hot["text_projection"] - multi["text_projection"]).abs().max() > 1e-6
+
+
+def test_recall_is_the_same_for_any_number_of_processes(trained):
+    paths = [trained / way / "stage2-ViT-one-hot" / "checkpoint.pt" for way in ("whole", "2 x chunked", "4")]
+    histories = [torch.load(path, weights_only=True)["history"] for path in paths]
+    assert histories[0] == histories[1] == histories[2]
 
 
 def test_training_changed_what_it_should(trained):
@@ -58,7 +116,7 @@ def test_training_changed_what_it_should(trained):
     fresh = model.ChineseCLIP(model.MODELS["RN-tiny"]).state_dict()
     torch.set_default_dtype(torch.float32)
     torch.set_rng_state(start)
-    after = load_file(trained[1] / "stage1" / "last.safetensors")
+    after = load_file(trained / "whole" / "stage1-RN-one-hot" / "last.safetensors")
     for name, value in fresh.items():  # stage 1: the image tower, BatchNorm statistics included, is as it was
         same, either = torch.equal(value, after[name]), name.endswith((".key.bias", "embeddings.weight"))
         assert same == name.startswith("visual.") or either, name

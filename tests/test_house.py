@@ -11,21 +11,24 @@ from conftest import ROOT
 ARROWS = {
     "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "download": set(), "augment": set(),
     "scenes": set(),
+    "sources": {"scenes"},
     "weights": {"download"},
-    "data": {"augment", "scenes"},
-    "model": {"vit", "resnet", "bert", "weights", "data"},
-    "eval": {"model", "data", "weights", "download"},
+    "data": {"augment", "sources"},
+    "model": {"vit", "resnet", "bert", "weights", "download", "data"},
+    "eval": {"model", "data", "sources", "loss", "weights", "download"},
+    "cache": {"model", "data", "sources", "loss", "augment", "weights"},
     "convert": {"model", "data", "weights", "download"},
-    "report": {"eval", "model", "data", "weights", "scenes"},
+    "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
-    "train": {"recipes", "report", "eval", "model", "data", "loss", "weights"},
+    "train": {"recipes", "report", "eval", "cache", "model", "data", "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"}, "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
-    "data": {"torch", "numpy", "PIL", "tokenizers"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
+    "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
+    "cache": {"torch", "numpy", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from loss import contrastive_loss, gather, in_batch_accuracy
+import loss
+from loss import backward_in_chunks, contrastive_loss, distillation_loss, gather, in_batch_accuracy
 
 
 def features(seed: int, n: int, E: int = 6, dtype=torch.float64) -> torch.Tensor:
@@ -81,3 +83,144 @@ def test_ranks_together_give_the_loss_and_gradient_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(torch.cat(text_grads) / world_size, text.grad, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(torch.stack(scale_grads).mean(), scale.grad, rtol=1e-10, atol=1e-14)
         assert set(accuracies) == {in_batch_accuracy(image.detach(), text.detach())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# repeated pairs, tiles, chunks
+
+
+def gradients(loss_of, *inputs) -> list:
+    """Value and gradients of a loss; None where an input needs none."""
+    leaves = [x.clone().requires_grad_(needs) for x, needs in inputs]
+    value = loss_of(*leaves)
+    (3 * value).backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("tile", [1, 4, 7, 100])
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("stage_1", [False, True])
+def test_tiles_equal_the_matrix(tile, keys, stage_1, monkeypatch):
+    monkeypatch.setattr(loss, "TILE", tile)
+    numbers = torch.randint(0, 5, (13, 2), generator=torch.Generator().manual_seed(0)) if keys else None
+    inputs = ((features(0, 13), not stage_1), (features(1, 13), True), (torch.tensor(30.0).double(), True))
+    dense, tiled = (gradients(lambda *x: contrastive_loss(*x, numbers, dense=how), *inputs)  # noqa: B023
+                    for how in (True, False))
+    assert (tiled[1] is None) == stage_1
+    for one, other in zip(dense, tiled):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_tiles_stand_scores_that_float32_cannot_exponentiate(monkeypatch):
+    monkeypatch.setattr(loss, "TILE", 2)
+    image, text = features(0, 6).float(), -features(0, 6).float()  # every right pair at cosine -1
+    value = contrastive_loss(image, text, torch.tensor(100.0), dense=False)
+    torch.testing.assert_close(value, contrastive_loss(image, text, torch.tensor(100.0), dense=True))
+    assert value > 100
+
+
+def test_the_matrix_is_left_for_tiles_by_size(monkeypatch):
+    image, text, scale = features(0, 9), features(1, 9), torch.tensor(5.0).double()
+    for limit, tiled in ((81, False), (80, True)):
+        monkeypatch.setattr(loss, "DENSE_LIMIT", limit)
+        value = contrastive_loss(image.requires_grad_(), text, scale)
+        assert (type(value.grad_fn).__name__ == "TiledLossBackward") == tiled
+
+
+def test_repeated_captions_by_hand():
+    """Pairs 0 and 1 share their caption, so both texts are right for both images, half each."""
+    image, text, scale = features(0, 3), features(1, 3), torch.tensor(4.0).double()
+    text = torch.stack([text[0], text[0], text[2]])
+    log_p = (scale * image @ text.T).log_softmax(dim=1)
+    log_q = (scale * text @ image.T).log_softmax(dim=1)
+    expected = sum(-(p[0, :2].mean() + p[1, :2].mean() + p[2, 2]) / 3 for p in (log_p, log_q)) / 2
+    expected -= 2 / 3 * math.log(2)  # what two of the three rows cannot come below
+    keys = torch.tensor([[0, 7], [1, 7], [2, 8]])
+    torch.testing.assert_close(contrastive_loss(image, text, scale, keys), expected, rtol=1e-12, atol=0)
+
+
+def test_only_multi_targets_reach_0_where_captions_repeat():
+    same = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 2]]  # pairs 0 and 1: one caption, two equal images
+    keys, scale = torch.tensor([[0, 7], [1, 7], [2, 8], [3, 9]]), torch.tensor(1000.0).double()
+    assert contrastive_loss(same, same, scale, keys) < 1e-9
+    assert math.isclose(contrastive_loss(same, same, scale), math.log(2) / 2)
+
+
+def test_multi_targets_without_repeats_are_one_hot():
+    image, text, scale = features(0, 5), features(1, 5), torch.tensor(4.0).double()
+    keys = torch.arange(10).view(5, 2)
+    one_hot = contrastive_loss(image, text, scale)
+    torch.testing.assert_close(contrastive_loss(image, text, scale, keys), one_hot)
+
+
+def test_distillation_by_hand_and_its_gradient():
+    image, text, scale = features(0, 4), features(1, 4), torch.tensor(3.0).double()
+    teacher = features(2, 4, E=9), features(3, 4, E=9), torch.tensor(8.0).double()
+    expected = 0
+    for rows, columns, r, c in ((image, text, teacher[0], teacher[1]), (text, image, teacher[1], teacher[0])):
+        targets, logits = (8 * r @ c.T).softmax(1), 3 * rows @ columns.T
+        expected = expected - (targets * logits.log_softmax(1)).sum(1).mean() / 2
+    value, *grads = gradients(
+        lambda i, t, s: distillation_loss(i, t, s, teacher), (image, True), (text, True), (scale, True))
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert all(grad.abs().max() > 1e-3 for grad in grads)
+    # a student that says what the teacher says has the least loss: the teacher's entropy, no gradient
+    value, *grads = gradients(lambda *x: distillation_loss(*x, teacher), *((x, True) for x in teacher))
+    assert all(grad.abs().max() < 1e-12 for grad in grads)
+
+
+class Towers(torch.nn.Module):
+    """Two small towers with dropout and BatchNorm, and the temperature."""
+
+    def __init__(self, frozen: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        linear = torch.nn.Linear
+        self.visual = torch.nn.Sequential(linear(5, 8), torch.nn.BatchNorm1d(8), linear(8, 6))
+        self.text = torch.nn.Sequential(linear(3, 8), torch.nn.Dropout(0.5), linear(8, 6))
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.double().visual.requires_grad_(not frozen).train(not frozen)
+
+    def forward(self, pixels, ids):
+        return *(F.normalize(x, dim=1) for x in (self.visual(pixels), self.text(ids))), self.scale.exp()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5])
+def test_chunks_equal_one_graph(chunk, frozen):
+    """With dropout on and BatchNorm training; against the same chunks in one graph that keeps everything."""
+    if chunk == 1 and not frozen:
+        pytest.skip("BatchNorm has no statistics of one row")
+    batch = torch.randn(12, 5).double(), torch.randn(12, 3).double()
+    if 12 % chunk == 1:
+        batch = tuple(x[:-1] for x in batch)
+    seed = torch.manual_seed
+    chunked, whole = Towers(frozen), Towers(frozen)
+    value, image, _ = backward_in_chunks(chunked, chunked, batch, chunk, seed, contrastive_loss)
+    parts = []
+    for k, part in enumerate(zip(*(x.split(chunk) for x in batch))):
+        seed(k)
+        parts.append(whole(*part))
+    images, texts, scales = zip(*parts)
+    expected = contrastive_loss(torch.cat(images), torch.cat(texts), scales[0])
+    expected.backward()
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(image, torch.cat(images).detach(), rtol=1e-12, atol=0)
+    for (name, p), q in zip(chunked.named_parameters(), whole.parameters()):
+        assert (p.grad is None) == (q.grad is None) == (frozen and name.startswith("visual.")), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-13)
+    for (name, one), other in zip(chunked.named_buffers(), whole.buffers()):  # moved once, not twice
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_adding_up_small_batches_is_another_gradient():
+    """Why there is `backward_in_chunks`: accumulation never lets pairs of different chunks compete."""
+    batch = torch.randn(8, 5).double(), torch.randn(8, 3).double()
+    exact, added = Towers(), Towers()
+    exact.eval()
+    added.eval()
+    backward_in_chunks(exact, exact, batch, 4, torch.manual_seed, contrastive_loss)
+    for part in zip(*(x.split(4) for x in batch)):
+        (contrastive_loss(*added(*part)) / 2).backward()
+    assert (exact.text[0].weight.grad - added.text[0].weight.grad).abs().max() > 1e-3

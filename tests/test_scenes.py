@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import sources
 import report
 import scenes
 
@@ -24,8 +25,8 @@ def drawn_from(world: str, split: str, count: int) -> list[tuple[scenes.Scene, s
 
 
 @functools.cache
-def valid_pairs() -> data.Pairs:
-    return data.open_pairs("scenes-zh", "valid")
+def valid_pairs() -> sources.Pairs:
+    return sources.open_pairs("scenes-zh", "valid")
 
 
 def array(image) -> np.ndarray:
@@ -50,7 +51,7 @@ def test_a_pair_is_a_function_of_its_arguments(world):
 
 
 def test_the_data_set_hands_out_these_pairs():
-    pairs, train = valid_pairs(), data.open_pairs("scenes-zh", "train")
+    pairs, train = valid_pairs(), sources.open_pairs("scenes-zh", "train")
     for i in (0, 1, 999):
         image, caption = pairs.pair(i)
         assert pairs.positives[i].tolist() == [i, i] and pairs.texts[i] == caption

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
+import sources
 import model
 import train
 import weights
@@ -121,7 +121,7 @@ def test_history_starts_before_the_first_step_and_best_is_its_maximum(pairs, tmp
     assert [entry["step"] for entry in history] == [0, 2, 4, 6]
     clip, _ = model.load(str(tmp_path / "best.safetensors"))
     best = max(entry["mean_recall"] for entry in history)
-    assert train.retrieval(clip, data.open_pairs(pairs, "valid"))["mean_recall"] == best
+    assert train.retrieval(clip, sources.open_pairs(pairs, "valid"))["mean_recall"] == best
 
 
 def test_finished_run_is_not_run_again(pairs, tmp_path):
@@ -133,31 +133,147 @@ def test_finished_run_is_not_run_again(pairs, tmp_path):
     assert (tmp_path / "best.safetensors").stat().st_mtime_ns == written
 
 
-def test_killed_three_times_ends_bit_identical(pairs, tmp_path):
-    """kill -9 at random moments of a two-act run with dropout and augmentation; the same command goes on."""
-    command = ["--recipe", "pretrain", *TINY[2:], "--data", pairs, "--steps", "40", "--save-every", "3",
-               "--eval-every", "20", "--log-every", "1", "--augment", "auto"]
-    whole = run(*command, "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for a thorough look
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+
+
+@pytest.mark.parametrize("start, extra", [
+    (["train.py"], []), (["train.py"], ["--cache-features", "20", "--chunk-size", "3"]), (TORCHRUN, []),
+    (TORCHRUN, ["--cache-features", "20", "--chunk-size", "2", "--targets", "multi"])],
+    ids=["alone", "cached and chunked", "two processes", "two processes, cached and chunked"])
+def test_killed_runs_end_bit_identical(start, extra, pairs, tmp_path):
+    """kill -9 at random moments of a run with dropout and augmentation; the same command goes on. Without a
+    cache the run has both acts."""
+    recipe = ["--recipe", "stage1"] if extra else ["--recipe", "pretrain"]
+    command = [*recipe, *TINY[2:], "--data", pairs, "--steps", "40", "--save-every", "3",
+               "--eval-every", "20", "--log-every", "1", "--augment", "auto", *extra]
+
+    def begin(out: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-u", *start, *command, "--out", str(tmp_path / out)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=True)
+
+    whole = begin("whole")
+    said, _ = whole.communicate()
+    assert whole.returncode == 0, said
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))  # other moments every time this test runs
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-u", "train.py", *command, "--out", str(tmp_path / "killed")], cwd=ROOT,
-            stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        for _ in range(rng.randrange(8, 30)):  # lines of its log, then a moment somewhere inside a step
+    for _ in range(KILLS):
+        process = begin("killed")
+        for _ in range(rng.randrange(1, 30)):  # lines of its log, then a moment somewhere inside a step
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    again = run(*command, "--out", str(tmp_path / "killed"))
-    assert again.returncode == 0, again.stderr
-    for act in ("stage1", "stage2"):
-        for name in ("last.safetensors", "best.safetensors"):
+    again = begin("killed")
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    for act in ("stage1",) if extra else ("stage1", "stage2"):
+        for name in ("last.safetensors", "best.safetensors") + (("features.f16",) if extra else ()):
             one, other = ((tmp_path / out / act / name).read_bytes() for out in ("whole", "killed"))
             assert one == other, (act, name)
+        logs = [(tmp_path / out / act / "log.jsonl").read_text().splitlines() for out in ("whole", "killed")]
+        steps = [[(entry["step"], entry.get("loss")) for entry in map(json.loads, log)] for log in logs]
+        assert steps[0] == steps[1]
     results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "killed")]
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes of a run in /proc")
+def test_torchrun_restarts_after_a_process_died(pairs, tmp_path):
+    command = ["--recipe", "scratch", *TINY[2:], "--data", pairs, "--steps", "30", "--save-every", "2",
+               "--eval-every", "15", "--log-every", "1"]
+    restarting = [sys.executable, "-u", *TORCHRUN[:3], "--max-restarts", "3", *TORCHRUN[3:], *command]
+    process = subprocess.Popen([*restarting, "--out", str(tmp_path / "died")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if "step     10/30" in line:
+            break
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        os.kill(int(file.read().split()[1]), signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "goes on from the last checkpoint" in said and "from step" in said  # what the other process says
+    alone = subprocess.run([sys.executable, *TORCHRUN, *command, "--out", str(tmp_path / "whole")], cwd=ROOT)
+    assert alone.returncode == 0
+    one, other = ((tmp_path / out / "scratch" / "last.safetensors").read_bytes() for out in ("whole", "died"))
+    assert one == other
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_loses_nothing(pairs, tmp_path, monkeypatch):
+    cfg = train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=4, save_every=1, lr=1e-2, workers=0,
+                       out=str(tmp_path), device="cpu")
+    real, calls = torch.save, []
+
+    def full(content, path):
+        calls.append(path)
+        if len(calls) == 3:
+            with open(path, "wb") as file:
+                file.write(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed")
+        real(content, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint.pt could not be written .*file write failed"):
+        train.train("act", cfg)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert not (tmp_path / "checkpoint.pt.tmp").exists()
+    monkeypatch.setattr(torch, "save", real)
+    assert train.train("act", cfg)[-1]["step"] == 4  # goes on
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what the larger flags do
+
+
+def test_a_teacher_teaches(pairs, tmp_path):
+    """With a weight so large that only its loss counts; the teacher's width and tower are not the
+    student's."""
+    torch.manual_seed(3)
+    teacher = model.ChineseCLIP(dataclasses.replace(model.MODELS["RN-tiny"], embed_dim=24))
+    with torch.no_grad():
+        teacher.logit_scale.fill_(math.log(10))
+    model.save(teacher, str(tmp_path / "teacher"))
+    cfg = train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=30, lr=3e-3, workers=0, device="cpu",
+                       log_every=1, teacher=str(tmp_path / "teacher"), distill=1e4, out=str(tmp_path / "act"))
+    train.train("act", cfg)
+    log = [json.loads(line) for line in (tmp_path / "act" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_log_is_json_lines(pairs, tmp_path):
+    cfg = train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=6, log_every=2, eval_every=3,
+                       lr=1e-2, workers=0, out=str(tmp_path), device="cpu")
+    train.train("act", cfg)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 3, 4, 6]
+    assert [entry["step"] for entry in log if "mean_recall" in entry] == [0, 3, 6]
+    assert {"loss", "lr", "logit_scale", "in_batch_t2i", "pairs_per_second"} <= set(log[1])
+
+
+def test_a_rate_far_above_the_recipes_is_said(pairs, tmp_path, capsys):
+    for lr, warned in ((1e-2, True), (0.0, False)):
+        train.train("act", train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=1, lr=lr, workers=0,
+                                        out=str(tmp_path / str(lr)), device="cpu"))
+        assert ("more than four times the recipe's rate" in capsys.readouterr().out) == warned
+
+
+def test_a_frozen_tower_keeps_no_activations():
+    clip = model.ChineseCLIP(model.MODELS["RN-tiny"])
+    clip.visual.requires_grad_(False)
+    train.set_train_mode(clip, freeze_image=True)
+    assert clip.encode_image(torch.randn(2, 3, 32, 32)).grad_fn is None
+
+
+def test_compiled_towers_train_to_nearly_the_same(pairs, tmp_path):
+    outs = []
+    for flag in (False, True):
+        cfg = train.Config(model="ViT-tiny", data=pairs, batch_size=8, chunk_size=4, steps=2, lr=1e-3,
+                           workers=0, compile=flag, out=str(tmp_path / str(flag)), device="cpu")
+        train.train("act", cfg)
+        outs.append(load_file(tmp_path / str(flag) / "last.safetensors"))
+    assert outs[0].keys() == outs[1].keys()  # no _orig_mod. in the names
+    assert all((outs[0][name] - outs[1][name]).abs().max() < 1e-2 for name in outs[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -198,11 +314,11 @@ def test_weights_of_another_model_are_refused(pairs, tmp_path):
 
 def test_fewer_pairs_than_a_batch_is_refused(pairs, tmp_path):
     message = "24 training pairs are fewer than one batch; --batch-size is 32"
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(sources.DataError, match=message):
         train.main([*TINY, "--data", pairs, "--batch-size", "32", "--out", str(tmp_path)])
 
 
 def test_loss_that_is_no_number_stops_the_run(pairs, tmp_path):
-    with pytest.raises(data.DataError, match="the loss is nan at step"):
+    with pytest.raises(sources.DataError, match="the loss is nan at step"):
         train.main([*TINY, "--data", pairs, "--steps", "20", "--lr", "1e30", "--log-every", "1",
                     "--out", str(tmp_path)])
