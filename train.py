@@ -346,8 +346,11 @@ def main(argv: list[str] | None = None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and all(cfg.device != "cpu" for cfg in acts.values())
         backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
-        # rank 0 measures while others wait
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # after a restart torchrun's store still holds the addresses of the dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=datetime.timedelta(minutes=30))
     histories = {act: train(act, cfg) for act, cfg in acts.items()}
     if dist.is_initialized():
         dist.destroy_process_group()  # what follows is rank 0's alone
@@ -367,8 +370,11 @@ if __name__ == "__main__":
     except (DataError, weights.WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
         sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("sources.DataError: "))
-    except dist.DistError as error:
-        sys.exit(f"error: another process is gone ({str(error).splitlines()[0][:100]}); see its message; "
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        if not dist.is_initialized() or not any(word in reason for word in ("gloo", "NCCL", "Connection")):
+            raise
+        sys.exit(f"error: another process is gone, see its message ({reason[-120:]}); "
                  "the same command goes on from the last checkpoint")
     except OSError as error:
         sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
