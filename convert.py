@@ -6,6 +6,7 @@ Weights as a command: fetch them, look into them, take them elsewhere. Typed as 
     python weights.py convert clip_cn_vit-b-16.pt vit-b-16.safetensors --to ours
     python weights.py convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
     python weights.py convert vit-b-16.safetensors vit-b-16-hf --to huggingface
+    python weights.py interpolate ViT-B-16 out/muge/muge/best.safetensors between.safetensors --share 0.5
 
 To convert is to load and to save otherwise: what `model.load` refuses is not converted, and nothing has its
 final name before it is complete.
@@ -147,6 +148,23 @@ def convert(source: str, target: str, layout: str):
     print(f"wrote {target}")
 
 
+def interpolate(first: str, second: str, target: str, share: float):
+    """(1 - share) of one model's weights plus `share` of another's of the same sizes, such as the released
+    one and what fine-tuning made of it: much of what was won is kept, and much of the generality that was
+    lost comes back (WiSE-FT, Wortsman et al., 2022). WeightsError if they are not alike."""
+    if os.path.exists(target):
+        raise weights.WeightsError(f"{target}: is there already; remove it or name another")
+    one, other = model.load(first)[0], model.load(second)[0]
+    if one.config != other.config:
+        raise weights.WeightsError(f"{first} is {model.describe(one.config)}, {second} is "
+                                   f"{model.describe(other.config)}; expected two of the same sizes")
+    with torch.no_grad():
+        for mine, theirs in zip(one.state_dict().values(), other.state_dict().values()):
+            mine.copy_(torch.lerp(mine, theirs, share) if mine.is_floating_point() else theirs)
+    model.save(one, target)
+    print(f"wrote {target}: {1 - share:.0%} of {first}, {share:.0%} of {second}")
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("weights.py", description="Published weights; files of other programs.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -165,12 +183,20 @@ def main(argv: list[str] | None = None):
     part.add_argument("target", metavar="OUT", help="a file; for huggingface a folder")
     part.add_argument("--to", required=True, choices=("ours", "official", "huggingface"),
                       help="layout of OUT")
+    part = commands.add_parser("interpolate", help="between two models", description=(
+        "Weights between two models of the same sizes, as the released one and your fine-tuned one."))
+    part.add_argument("first", metavar="A", help="a file, a folder of Hugging Face's, or a published name")
+    part.add_argument("second", metavar="B", help="the same")
+    part.add_argument("target", metavar="OUT", help="a file, in our layout")
+    part.add_argument("--share", type=float, default=0.5, metavar="X", help="of B (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "download":
             print(download.fetch(args.name, args.to))
         elif args.command == "info":
             info(args.file)
+        elif args.command == "interpolate":
+            interpolate(args.first, args.second, args.target, args.share)
         else:
             convert(args.source, args.target, args.to)
     except (weights.WeightsError, download.DownloadError, OSError) as error:

@@ -381,6 +381,26 @@ def test_download_as_a_command(hub, tmp_path, capsys):
         convert.main(["download", "rbt3", "--to", str(tmp_path)])
 
 
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_interpolation(share, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        model.save(built(RN, seed), str(tmp_path / name))
+    convert.main(["interpolate", *(str(tmp_path / name) for name in "abc"), "--share", str(share)])
+    mixed = model.load(str(tmp_path / "c"))[0]
+    one, other = (built(RN, seed).state_dict() for seed in (1, 2))
+    for name, value in mixed.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (1 - share) * one[name] + share * other[name])
+
+
+def test_interpolation_between_different_models(tmp_path):
+    for name, row in (("a", RN), ("b", VIT)):
+        model.save(built(row), str(tmp_path / name))
+    with pytest.raises(SystemExit, match="RN-tiny.*ViT-tiny.*expected two of the same sizes"):
+        convert.main(["interpolate", *(str(tmp_path / name) for name in "abc")])
+    assert not (tmp_path / "c").exists()
+
+
 def test_info_of_a_bert(tmp_path, capsys):
     convert.main(["info", saved(tmp_path, {"encoder.layer.0.output.dense.bias": torch.ones(3)})])
     assert "none of RN50" in capsys.readouterr().out

@@ -20,13 +20,16 @@ ARROWS = {
     "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
+    "bench": {"train", "model", "data", "loss"},
     "train": {"recipes", "report", "eval", "cache", "model", "data", "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
-    "convert": {"torch", "tokenizers"}, "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
+    "convert": {"torch", "tokenizers"},
+    "bench": {"torch", "cn_clip", "open_clip"},  # the peers only where they are installed
+ "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
     "cache": {"torch", "numpy", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},

@@ -1,0 +1,80 @@
+"""Fifty steps of training beside the official code: the same weights, the same batches, the same curve."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import ROOT, write_folder
+
+import data
+import model
+import sources
+import train
+from bert import BertConfig
+from vit import ViTConfig
+
+official = pytest.importorskip("cn_clip.clip.model", reason="the official code, cn_clip, is not installed")
+STEPS, BATCH, LR = 50, 16, 1e-3
+EMOJI = ROOT.parent / "shared" / "data" / "emoji-cn"  # real pairs, where they are at hand
+SMALL = model.ModelConfig(
+    64, ViTConfig(64, 16, width=128, layers=3), BertConfig(layers=3, width=128, heads=2, dropout=0.0))
+
+
+def their_curve(start: dict[str, torch.Tensor], batches) -> list[float]:
+    """The loss of each step of cn_clip's own model, loss and optimizer groups (cn_clip/training)."""
+    from cn_clip.training.scheduler import cosine_lr
+    from cn_clip.training.train import get_loss
+    v, t = SMALL.visual, SMALL.text
+    clip = official.CLIP(
+        SMALL.embed_dim, v.resolution, v.layers, v.width, v.patch_size, t.vocab_size, 0.0, "gelu", 0.0,
+        t.width, 0.02, 4 * t.width, t.max_positions, t.heads, t.layers, t.token_types).float()
+    clip.load_state_dict(start)
+    clip.train()
+    groups = {True: [], False: []}
+    for name, p in clip.named_parameters():
+        groups[any(part in name for part in ("bn", "ln", "bias", "logit_scale"))].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": 0.0}, {"params": groups[False], "weight_decay": 1e-3}],
+        lr=LR, betas=(0.9, 0.98), eps=1e-6)
+    scheduler = cosine_lr(optimizer, LR, 5, STEPS)
+    args = argparse.Namespace(
+        accum_freq=1, mask_ratio=0, distillation=False, aggregate=False, local_device_rank=0,
+        report_training_batch_acc=False)
+    losses = []
+    for step, batch in enumerate(batches):
+        scheduler(step)
+        optimizer.zero_grad()
+        loss, _ = get_loss(clip, batch.pictures, batch.ids, torch.nn.CrossEntropyLoss(),
+                           torch.nn.CrossEntropyLoss(), args)
+        loss.backward()
+        optimizer.step()
+        clip.logit_scale.data.clamp_(0, 4.6052)
+        losses.append(loss.item())
+    return losses
+
+
+def test_fifty_steps_give_the_official_curve(tmp_path, monkeypatch):
+    if (EMOJI / "train_imgs.tsv").is_file():
+        folder = str(EMOJI)
+    else:
+        write_folder(tmp_path / "pairs", 200)
+        folder = str(tmp_path / "pairs")
+    monkeypatch.setitem(model.MODELS, "small", SMALL)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # they know no CPU
+    cfg = train.Config(model="small", data=folder, batch_size=BATCH, steps=STEPS, lr=LR, warmup=5,
+                       eval_every=STEPS, workers=0, log_every=1, out=str(tmp_path / "ours"), device="cpu",
+                       weight_decay=1e-3)
+    start = train.build(cfg, torch.device("cpu")).state_dict()
+    # measuring recall before and after takes longer than training, and is not what is compared
+    monkeypatch.setattr(train, "retrieval", lambda *_: {
+        "text_to_image": {"R@1": 0.0}, "image_to_text": {"R@1": 0.0}, "mean_recall": 0.0})
+    train.train("act", cfg)
+    log = [json.loads(line) for line in (tmp_path / "ours" / "log.jsonl").read_text().splitlines()]
+    ours = [entry["loss"] for entry in log if "loss" in entry]
+    stream = data.Stream(sources.open_pairs(folder, "train"), cfg.seed, 64, cfg.augment)
+    theirs = their_curve(start, data.batches(stream, BATCH, range(STEPS), 52, 0))
+    assert len(ours) == len(theirs) == STEPS and theirs[-1] < theirs[0]
+    worst = max(abs(a - b) for a, b in zip(ours, theirs))
+    print(f"worst difference of {STEPS} losses: {worst:.1e}, from {theirs[0]:.3f} to {theirs[-1]:.3f}")
+    assert worst < 1e-4
