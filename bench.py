@@ -100,8 +100,8 @@ def our_step(config: model.ModelConfig, batch: int, device: str, frozen: bool, c
     def step():
         train.set_train_mode(clip, frozen)
         optimizer.zero_grad(set_to_none=True)
-        backward_in_chunks(
-            forward, clip, (pictures, ids), chunk or batch, torch.manual_seed, contrastive_loss)
+        parts = list(zip(pictures.split(chunk or batch), ids.split(chunk or batch)))
+        backward_in_chunks(forward, clip, parts, torch.manual_seed, contrastive_loss)
         optimizer.step()
 
     return step, clip, (pictures, ids)
@@ -168,7 +168,9 @@ def bench_train(
         config, rates = model.MODELS[name], {}
         image, text = gflop(config, len(CAPTION) + 2)
         for stage, frozen, cached, pieces, work in (
-                ("1", True, False, 0, image + 3 * text), ("1, cached features", True, True, 0, 3 * text),
+                ("1", True, False, 0, image + 3 * text),
+                (f"1, chunks of {chunk}", True, False, chunk, image + 3 * text),
+                ("1, cached features", True, True, 0, 3 * text),
                 ("2", False, False, 0, 3 * (image + text)),
                 (f"2, chunks of {chunk}", False, False, chunk, 3 * (image + text))):
             if stage[0] not in stages:

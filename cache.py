@@ -20,6 +20,7 @@ import shutil
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import model
@@ -69,8 +70,17 @@ def description(clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, ho
     return {
         "image_tower": digest.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
         "views": views, "augment": how, "seed": seed, "visual": dataclasses.asdict(clip.config.visual),
-        "embed_dim": clip.config.embed_dim, "block": BLOCK,
+        "embed_dim": clip.config.embed_dim, "block": BLOCK, "transform": transform(how),
+        "device": clip.logit_scale.device.type,  # which decides the precision
     }
+
+
+def transform(how: str) -> str:
+    """Digest of what `augment` and `preprocess` make of a picture: changes when their code does."""
+    rng = random.Random(0)
+    picture = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
+    views = [preprocess(augment(picture, 32, how, rng), 32).numpy().tobytes() for _ in range(20)]
+    return hashlib.sha256(b"".join(views)).hexdigest()
 
 
 def open_features(
@@ -81,11 +91,11 @@ def open_features(
     if not pairs.image_count:
         raise DataError("--cache-features: scenes are drawn as they are asked for; there is nothing to cache")
     path, done_path = (os.path.join(folder, name) for name in ("features.f16", "features.done"))
-    wanted = json.loads(json.dumps(description(clip, pairs, views, seed, how)))  # as it reads after JSON
     shape = (views, pairs.image_count, clip.config.embed_dim)
     count, row_bytes = views * pairs.image_count, 2 * clip.config.embed_dim
     blocks = range(0, count, BLOCK)
     if rank() == 0:
+        wanted = json.loads(json.dumps(description(clip, pairs, views, seed, how)))  # as it reads after JSON
         prepare(folder, wanted, count * row_bytes, len(blocks))
     if world_size() > 1:
         dist.barrier()
@@ -119,6 +129,7 @@ def prepare(folder: str, wanted: dict, size: int, blocks: int):
     """Files of the right size for these features, kept if they are there; DataError if they are of something
     else."""
     header = os.path.join(folder, "features.json")
+    lengths = {os.path.join(folder, "features.f16"): size, os.path.join(folder, "features.done"): blocks}
     if os.path.isfile(header):
         with open(header, encoding="utf-8") as file:
             found = json.load(file)
@@ -126,12 +137,17 @@ def prepare(folder: str, wanted: dict, size: int, blocks: int):
             if found.get(key) != value:
                 raise DataError(f"{header}: features of another {key} ({found.get(key)}, now {value}); "
                                 "delete features.* there, or name another --out")
+        for path, length in lengths.items():
+            if not os.path.isfile(path) or os.path.getsize(path) != length:
+                raise DataError(f"{path}: missing or cut short, expected {length:,} bytes; "
+                                "delete features.* there to encode the pictures again")
         return
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(f"{folder}: the cached features need {size:,} bytes, {free:,} are free; "
                         "fewer --cache-features, or an --out on another disk")
-    for name, length in (("features.f16", size), ("features.done", blocks)):
-        with open(os.path.join(folder, name), "wb") as file:
+    for path, length in lengths.items():
+        with open(path, "wb") as file:
             file.truncate(length)
+            os.fsync(file.fileno())  # there before the header says so
     write_json(header, wanted)

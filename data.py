@@ -172,8 +172,12 @@ class Stream(torch.utils.data.Dataset):
         """Picture and caption of a training pair, as seen at this position."""
         if self.features is not None:
             row = self.features.view(position // len(self.pairs), self.pairs.image_number(index))
-            if row.isfinite().all():  # else the picture is broken, and opening it says how
+            if row.isfinite().all():
                 return row, self.pairs.caption(index)
+            number = self.pairs.image_number(index)
+            self.pairs.image(number)  # says what is wrong with it
+            raise DataError(f"picture {number} can be read now, but could not when its features were cached; "
+                            "delete features.* in --out to encode it")
         image, caption = self.pairs.pair(index)
         image = augment(image, self.resolution, self.augment, random.Random(f"{self.seed} {position}"))
         return preprocess(image, self.resolution), caption
@@ -201,14 +205,18 @@ def collate(samples: list[Sample], context_length: int) -> Batch:
 
 def batches(
     stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
-    rank: int = 0, world_size: int = 1,
+    rank: int = 0, world_size: int = 1, chunk: int = 0,
 ):
-    """A loader of this rank's share of the global batches of `steps`: rank r gets rows r*b to (r+1)*b, b = B
-    / world_size, so that gathered features stand in the same order for any number of ranks."""
+    """A loader of this rank's share of the global batches of `steps`, in chunks (0: in one): rank r gets rows
+    r*b to (r+1)*b, b = B / world_size, so that gathered features stand in the same order for any number of
+    ranks."""
     share = batch_size // world_size
-    first = [step * batch_size + rank * share for step in steps]
+    chunk = chunk or share
+    first = (step * batch_size + rank * share for step in steps)
     return torch.utils.data.DataLoader(
-        stream, batch_sampler=[range(start, start + share) for start in first], num_workers=workers,
+        stream, num_workers=workers,
+        batch_sampler=[range(start + i, start + min(i + chunk, share))
+                       for start in first for i in range(0, share, chunk)],
         collate_fn=functools.partial(collate, context_length=context_length),
         pin_memory=torch.cuda.is_available())
 
@@ -220,7 +228,10 @@ def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, f
     shared, floors = [], []
     for step in range(batches):
         indices = [stream.index(step * batch_size + i) for i in range(batch_size)]
-        keys = torch.tensor([stream.keys(i, caption) for i in indices if (caption := stream.readable(i))])
+        keys = [stream.keys(i, caption) for i in indices if (caption := stream.readable(i))]
+        keys = torch.tensor(keys, dtype=torch.long).view(-1, 2)
+        if not len(keys):
+            continue
         counts = [column.unique(return_inverse=True, return_counts=True)[1:] for column in keys.T]
         counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
         shared.append((counts > 1).any(dim=1).float().mean().item())

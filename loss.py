@@ -125,8 +125,8 @@ class TiledLoss(torch.autograd.Function):
 
     With many ranks the images stay and the captions travel: each rank in turn sends its block [b, E] to all,
     and what all find as the block's gradient is added up at its owner. A rank holds that block, its gradient
-    and the gradients of its own features, 16 b E bytes in float32, and beside them a few [B] vectors and one
-    tile, but never [B, E]."""
+    and the gradients of its own features, 16 b E bytes in float32, and beside them a few [B] vectors and a
+    dozen arrays of a tile's size, but never [B, E]."""
 
     @staticmethod
     def forward(ctx, images, texts, scale, keys):
@@ -225,52 +225,54 @@ def distillation_loss(image_features, text_features, logit_scale, teacher_featur
 # a batch larger than memory
 
 
-def backward_in_chunks(forward, towers, batch, chunk: int, seed_chunk, loss_of, scale_loss=lambda loss: loss):
-    """One step's gradients, holding the activations of `chunk` pairs at a time -> (loss, image_features [b,
-    E], text_features [b, E]).
+def backward_in_chunks(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss):
+    """One step's gradients, holding the activations of one part of the batch at a time -> (loss,
+    image_features [b, E], text_features [b, E]).
 
     forward: (pixels, ids) -> (image_features, text_features, logit_scale) of `towers`, the module, perhaps in
-    DistributedDataParallel. batch: (pixels, ids), b rows each. seed_chunk(k): set the random numbers of chunk
-    k. loss_of: what forward returns, for all b -> a scalar.
+    DistributedDataParallel; in the place of pixels it takes features of a frozen tower. parts: the chunks of
+    the batch, (pixels, ids) each. seed_chunk(k): set the random numbers of chunk k. loss_of: what forward
+    returns, for all b -> a scalar.
 
     Adding up the losses of small batches (gradient accumulation) is another loss: each pair would compete
     with its chunk only. Instead, as in GradCache (Gao et al., 2021): all features first, without activations;
     one loss over all of them, which gives each feature its gradient; then chunk by chunk again, with
     activations, under the same random numbers, and each chunk's features pass their gradients on into the
-    towers. Exact, at the price of a second forward pass. logit_scale is one more feature, counted once.
-    BatchNorm in training sees its own chunk, and its running statistics move in the second pass only."""
-    parts = list(zip(*(x.split(chunk) for x in batch)))
+    towers. Exact, at the price of a second forward pass (not of a frozen image tower, whose features are
+    there). logit_scale is one more feature, counted once. BatchNorm in training sees its own chunk, and its
+    running statistics move in the second pass only."""
     if len(parts) == 1:
         seed_chunk(0)
-        image_features, text_features, logit_scale = forward(*batch)
+        image_features, text_features, logit_scale = forward(*parts[0])
         loss = loss_of(image_features, text_features, logit_scale)
         scale_loss(loss).backward()
         return loss.detach(), image_features.detach(), text_features.detach()
 
     statistics = [buffer.clone() for buffer in towers.buffers()]
-    features = []
     with torch.no_grad():
+        features = []
         for k, part in enumerate(parts):
             seed_chunk(k)
             features.append(forward(*part))
     for buffer, before in zip(towers.buffers(), statistics):
         buffer.copy_(before)
 
-    leaves = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
     frozen = not any(p.requires_grad for name, p in towers.named_parameters() if "visual." in name)
     trained = slice(1 if frozen else 0, None)  # in stage 1 image features need no gradient
+    leaves = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
     for leaf in leaves[trained]:
         leaf.requires_grad_(True)
     loss = loss_of(*leaves)
     scale_loss(loss).backward()
 
-    gradients = [leaf.grad.split(chunk) for leaf in leaves[:2][trained]]
-    for k, part in enumerate(parts):
+    sizes = [len(f[0]) for f in features]
+    gradients = [leaf.grad.split(sizes) for leaf in leaves[:2][trained]]
+    for k, (pixels, ids) in enumerate(parts):
         last = k == len(parts) - 1
         # DistributedDataParallel averages over ranks once, in the last backward pass
         with contextlib.nullcontext() if last or world_size() == 1 else towers.no_sync():
             seed_chunk(k)
-            outputs = forward(*part)[trained]
+            outputs = forward(features[k][0] if frozen else pixels, ids)[trained]
             of_scale = leaves[2].grad if last else torch.zeros_like(leaves[2].grad)
             torch.autograd.backward(outputs, [g[k] for g in gradients] + [of_scale])
     return loss.detach(), leaves[0].detach(), leaves[1].detach()
@@ -284,12 +286,20 @@ def backward_in_chunks(forward, towers, batch, chunk: int, seed_chunk, loss_of, 
 def in_batch_accuracy(image_features: torch.Tensor, text_features: torch.Tensor) -> tuple[float, float]:
     """Share of images whose best caption of the global batch is their own, and of captions likewise: (i2t,
     t2i). Cheap to watch while training, but it depends on the batch size and is not recall: eval.py measures
-    that."""
+    that. Holds TILE rows of scores at a time."""
     labels = own_rows(image_features)
-    i2t = (image_features @ gather(text_features).T).argmax(1) == labels  # [b]
-    t2i = (text_features @ gather(image_features).T).argmax(1) == labels  # [b]
-    shares = torch.stack([i2t.float().mean(), t2i.float().mean()])
-    if dist.is_initialized():
-        dist.all_reduce(shares)  # a sum: gloo has no mean
-        shares /= world_size()
-    return shares[0].item(), shares[1].item()
+
+    def share(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        best = torch.cat([(part @ columns.T).argmax(dim=1) for part in rows.split(TILE)])
+        return (best == labels).float().mean()
+
+    shares = torch.stack([share(image_features, gather(text_features)),
+                          share(text_features, gather(image_features))])
+    return tuple(mean_over_ranks(shares).tolist())
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """For numbers to print; without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x)  # a sum: gloo has no mean
+    return x / world_size()

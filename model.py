@@ -221,6 +221,8 @@ def check_heads(config: str, mine: ModelConfig, parts: str, path: str):
                 found["bert."] = config_from_hugging_face(raw).text.heads
         elif raw:
             ours = config_from_json(config, path)
+            if type(ours.visual) is not type(mine.visual):
+                return  # another model altogether, which `weights.check` will say better
             found = {"visual.": heads(ours.visual), "bert.": ours.text.heads}
         else:
             return

@@ -193,7 +193,11 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
     acts = {}
     for act, flags in acts_of(given.pop("recipe"), given.get("model", Config.model)).items():
         acts[act] = fill_in(act, flags, given)
-        validate(acts[act])
+    if any(cfg.freeze_image for cfg in acts.values()):  # cached features are for the acts that can use them
+        acts = {act: cfg if cfg.freeze_image else dataclasses.replace(cfg, cache_features=0)
+                for act, cfg in acts.items()}
+    for cfg in acts.values():
+        validate(cfg)
     return acts
 
 
@@ -229,6 +233,7 @@ def validate(cfg: Config):
         (cfg.cache_features < 0, f"--cache-features {cfg.cache_features}: expected 0 or more"),
         (cfg.cache_features > 0 and not cfg.freeze_image,
          "--cache-features: only a frozen image tower has features to cache; --freeze-image"),
+        (cfg.distill < 0, f"--distill {cfg.distill}: expected 0 or more"),
         (cfg.cache_features > 0 and bool(cfg.teacher),
          "--cache-features: a --teacher looks at pictures, which cached features replace; drop one of them"),
         (not 0 <= cfg.patch_drop < 1, f"--patch-drop {cfg.patch_drop}: expected a share from 0 to below 1"),

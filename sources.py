@@ -55,7 +55,7 @@ class Pairs:
         return self.image(self.image_number(i)), self.caption(i)
 
     def fingerprint(self) -> str:
-        """Of the pictures: changes when one of them does."""
+        """Of the pictures: changes when one of them, its file's size or its time does."""
         raise NotImplementedError
 
     def image_number(self, i: int) -> int:
@@ -166,7 +166,9 @@ class OfficialPairs(Pairs):
         return decode(picture, where)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self.image_ids).encode() + self.offsets.tobytes()).hexdigest()
+        status = os.stat(self.path)
+        ids = "\n".join([*self.image_ids, f"{status.st_size} {status.st_mtime_ns}"])
+        return hashlib.sha256(ids.encode() + self.offsets.tobytes()).hexdigest()
 
 
 class FolderPairs(Pairs):
@@ -200,8 +202,9 @@ class FolderPairs(Pairs):
         return open_image(os.path.join(self.folder, self.names[row]))
 
     def fingerprint(self) -> str:
-        sizes = [os.path.getsize(os.path.join(self.folder, name)) for name in self.names]
-        return hashlib.sha256(json.dumps([self.names, sizes]).encode()).hexdigest()
+        found = [os.stat(os.path.join(self.folder, name)) for name in self.names]
+        stamps = [(status.st_size, status.st_mtime_ns) for status in found]
+        return hashlib.sha256(json.dumps([self.names, stamps]).encode()).hexdigest()
 
 
 def open_image(path: str) -> Image.Image:

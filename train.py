@@ -11,7 +11,7 @@ Stage 1 freezes the image tower and teaches the text tower to read it ("locked-i
 after a crash, a kill or a finished act, goes on where it was, bit for bit (same number of processes, CPU).
 
 Written per act, under final names only when complete: checkpoint.pt (to resume), best.safetensors (by mean
-recall on the validation split), last.safetensors, log.jsonl (what the console says). Batches larger than
+recall on the validation split), last.safetensors, log.jsonl (its lines of numbers). Batches larger than
 memory: loss.py; features of the frozen tower, computed once: cache.py.
 """
 
@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ import report
 import weights
 from cache import open_features
 from eval import retrieval
-from loss import backward_in_chunks, contrastive_loss, distillation_loss, in_batch_accuracy
+from loss import (
+    DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, in_batch_accuracy, mean_over_ranks)
 from recipes import Config, ConfigError, parse
 from sources import DataError, open_pairs
 
@@ -101,12 +103,16 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise weights.WeightsError(
             f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to start anew") from None
-    for key, value in dataclasses.asdict(cfg).items():
-        if key not in ("out", "device", "workers", "log_every") and flags.get(key) != value:
+    for f in dataclasses.fields(cfg):
+        before, now = flags.get(f.name, f.default), getattr(cfg, f.name)
+        if f.name in ("out", "device", "workers", "log_every") or before == now:
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        if f.name not in ("chunk_size", "grad_checkpointing", "compile"):
             raise ConfigError(
-                f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, "
-                f"this command says {value}; "
+                f"{path} was made with {flag} {before}, this command says {now}; "
                 "repeat the first command to go on, or name another --out to start anew")
+        print(f"   {path} was made with {flag} {before}: goes on, but not bit for bit")
     if world_size != int(os.environ.get("WORLD_SIZE", 1)):
         print(f"   {path} was made by {world_size} processes: goes on, but not bit for bit")
     clip.load_state_dict(saved["model"])
@@ -117,8 +123,10 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
 
 
 def open_log(cfg: Config, step: int):
-    """log.jsonl, a line for each line of the console, to go on with after `step`."""
+    """log.jsonl, a line for each measurement and each logged step, to go on with after `step`."""
     path = os.path.join(cfg.out, "log.jsonl")
+    if os.path.isfile(path) and step == 0:  # nothing was saved, or nothing but the start
+        os.remove(path)
     if os.path.isfile(path):  # a run that was killed may have written further than it saved
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
@@ -168,7 +176,7 @@ def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimiz
 
 def train(act: str, cfg: Config) -> list[dict]:
     """Run one act to its end, from wherever its checkpoint stands. Returns its history, a list of
-    {"step", "samples", "text_to_image", "image_to_text", "mean_recall"} (filled on rank 0 only)."""
+    {"step", "samples", "text_to_image", "image_to_text", "mean_recall"}, the same on every rank."""
     # 1. setup: alone, or one of the processes that torchrun started
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -177,6 +185,9 @@ def train(act: str, cfg: Config) -> list[dict]:
         torch.cuda.set_device(device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     B = cfg.batch_size
+    if cfg.teacher and B * B // world_size > DENSE_LIMIT:
+        raise ConfigError(f"--teacher: its loss needs the whole matrix of similarities, too large for "
+                          f"--batch-size {B:,} on {world_size} processes")
     if B % world_size:
         raise ConfigError(f"--batch-size {B}: expected a multiple of the {world_size} processes")
     os.makedirs(cfg.out, exist_ok=True)
@@ -204,7 +215,9 @@ def train(act: str, cfg: Config) -> list[dict]:
     features = None
     if cfg.cache_features:
         features = open_features(cfg.out, clip, pairs, cfg.cache_features, cfg.seed, cfg.augment, workers)
-    towers = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
+    towers = clip
+    if world_size > 1:
+        towers = torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
     chunk = min(cfg.chunk_size or B, B // world_size)
     chunks = math.ceil(B // world_size / chunk)
     stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, features)
@@ -229,12 +242,13 @@ def train(act: str, cfg: Config) -> list[dict]:
     # 5. the loop
     steps = range(step, total)
     log = open_log(cfg, step) if rank == 0 else None
-    loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size))
+    loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size, chunk))
     skipped, clock, timed = {}, time.perf_counter(), step
     while True:
         # once in a while: measure, keep the best, save
         due = step == total or step % eval_every == 0
         if due and not (history and history[-1]["step"] == step):  # a resumed run has measured here already
+            average_statistics(clip)
             result = retrieval(clip.eval(), valid, cfg.context_length)  # each rank a share
             history.append({"step": step, "samples": step * B} | result)
             best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
@@ -244,26 +258,30 @@ def train(act: str, cfg: Config) -> list[dict]:
                 if best:
                     model.save(clip, os.path.join(cfg.out, "best.safetensors"))
             clock, timed = time.perf_counter(), step
+        if step == total or step % save_every == 0:
+            average_statistics(clip)
         if rank == 0 and (step == total or step % save_every == 0):
             save_checkpoint(cfg, clip, optimizer, scaler, step, history)
         if step == total:
             break
 
         # the step
-        batch = next(loader)
-        pictures, ids = (x.to(device, non_blocking=True) for x in (batch.pictures, batch.ids))
-        keys = batch.keys.to(device) if cfg.targets == "multi" else None
-        taught = None if teacher is None else teach(teacher, pictures, ids, chunk)
+        batch = [next(loader) for _ in range(chunks)]
+        keys = None
+        if cfg.targets == "multi":
+            keys = torch.cat([part.keys for part in batch]).to(device, non_blocking=True)
+        parts = [(part.pictures, part.ids) for part in batch]
+        taught = None if teacher is None else teach(teacher, parts, device)
         set_train_mode(clip, cfg.freeze_image)
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, cfg, total)
 
         def seed_chunk(k: int):  # dropout depends on these and nothing else, however many processes there are
-            torch.manual_seed((cfg.seed << 48) + (step << 16) + rank * chunks + k)
+            torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
 
-        def forward(*part):
+        def forward(*part):  # a chunk is on the device while it is looked at, the batch never is
             with model.autocast(device):
-                return towers(*part)
+                return towers(*(x.to(device, non_blocking=True) for x in part))
 
         def loss_of(image_features, text_features, logit_scale):
             loss = contrastive_loss(image_features, text_features, logit_scale, keys)
@@ -273,7 +291,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 
         optimizer.zero_grad(set_to_none=True)
         loss, image_features, text_features = backward_in_chunks(
-            forward, towers, (pictures, ids), chunk, seed_chunk, loss_of, scaler.scale)
+            forward, towers, parts, seed_chunk, loss_of, scaler.scale)
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
@@ -281,12 +299,13 @@ def train(act: str, cfg: Config) -> list[dict]:
         step += 1
 
         # say how it goes; before anything is saved, so that no checkpoint holds a loss that is not a number
-        for problem in batch.problems:
+        for problem in (problem for part in batch for problem in part.problems):
             if problem not in skipped:  # named once, however many epochs meet it
                 print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}", flush=True)
             skipped[problem] = skipped.get(problem, 0) + 1
         if step == total or step % cfg.log_every == 0 or step % save_every == 0:
             accuracies = in_batch_accuracy(image_features, text_features)
+            loss = mean_over_ranks(loss)
             if not math.isfinite(loss.item()):
                 raise DataError(
                     f"the loss is {loss.item()} at step {step}; try a lower --lr than {cfg.peak_lr:.1e}")
@@ -306,18 +325,27 @@ def train(act: str, cfg: Config) -> list[dict]:
     return history
 
 
+def average_statistics(clip: model.ChineseCLIP):
+    """BatchNorm's running statistics, where they move, are those of each process's own pairs: before a model
+    is measured or saved they become the mean over processes, the same everywhere."""
+    for buffer in clip.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(mean_over_ranks(buffer.clone()))
+
+
 @torch.no_grad()
-def teach(teacher: model.ChineseCLIP, pixels: torch.Tensor, ids: torch.Tensor, chunk: int) -> tuple:
+def teach(teacher: model.ChineseCLIP, parts, device: torch.device) -> tuple:
     """What the teacher makes of a batch, at its own resolution: unit features of images and captions, its
     scale."""
     size = teacher.config.visual.resolution
-    parts = []
-    for part, part_ids in zip(pixels.split(chunk), ids.split(chunk)):
-        if part.shape[-1] != size:
-            part = torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
-        with model.autocast(pixels.device):
-            parts.append(teacher(part, part_ids))
-    images, texts, scales = zip(*parts)
+    features = []
+    for pixels, ids in parts:
+        pixels, ids = pixels.to(device, non_blocking=True), ids.to(device, non_blocking=True)
+        if pixels.shape[-1] != size:
+            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+        with model.autocast(device):
+            features.append(teacher(pixels, ids))
+    images, texts, scales = zip(*features)
     return torch.cat(images), torch.cat(texts), scales[0]
 
 
@@ -370,6 +398,9 @@ if __name__ == "__main__":
     except (DataError, weights.WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
         sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("sources.DataError: "))
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
+                 "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         if not dist.is_initialized() or not any(word in reason for word in ("gloo", "NCCL", "Connection")):

@@ -27,7 +27,7 @@ def test_tables_of_small_shapes(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and f"`python bench.py {' '.join(argv)}`" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ViT-tiny")]
-    assert [row[1] for row in rows] == ["1", "1, cached features", "2", "2, chunks of 2"]
+    assert [row[1] for row in rows] == ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
     assert "| 32 | 8 |" in text and sys.executable not in text
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import shake, write_folder
+from PIL import Image
 from safetensors.torch import load_file
 
 import cache
@@ -58,6 +59,23 @@ def test_the_tower_is_measured_in_eval_mode_and_left_as_it_was(pairs, tmp_path):
     opened(tmp_path, pairs, clip)
     assert clip.training
     assert all(torch.equal(before[name], value) for name, value in clip.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, length", [("features.f16", 100), ("features.done", 0), ("features.f16", None)])
+def test_a_damaged_cache_is_named(name, length, pairs, tmp_path):
+    opened(tmp_path, pairs)
+    os.remove(tmp_path / name) if length is None else os.truncate(tmp_path / name, length)
+    with pytest.raises(DataError, match=f"{name}: missing or cut short"):
+        opened(tmp_path, pairs)
+
+
+def test_a_picture_that_was_written_again_is_noticed(pairs, tmp_path):
+    opened(tmp_path, pairs)
+    path = tmp_path / "pairs" / "train0.png"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match="features of another pictures"):
+        opened(tmp_path, pairs)
 
 
 @pytest.mark.parametrize("change, word", [
@@ -126,6 +144,9 @@ def test_broken_pictures_are_named_when_their_turn_comes(pairs, tmp_path):
     assert features.view(0, 3).isnan().all() and features.view(0, 2).isfinite().all()
     stream = Stream(pairs, 0, 32, "crop", features)
     samples = [stream[position] for position in range(10)]
+    Image.new("RGB", (32, 32)).save(tmp_path / "pairs" / "train3.png")  # readable again: still not a feature
+    later = [stream[position] for position in range(10)]
+    assert any("could not when its features were cached" in p for sample in later for p in sample.problems)
     told = [problem for sample in samples for problem in sample.problems]
     assert len(told) == 1 and "train3.png" in told[0]
     assert all(sample.picture.shape == (16,) and sample.picture.isfinite().all() for sample in samples)

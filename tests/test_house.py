@@ -31,7 +31,7 @@ PACKAGES = {
     "bench": {"torch", "cn_clip", "open_clip"},  # the peers only where they are installed
  "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
-    "cache": {"torch", "numpy", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
+    "cache": {"torch", "numpy", "PIL", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
