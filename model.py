@@ -54,6 +54,8 @@ MODELS: dict[str, ModelConfig] = {
     "ViT-L-14-336": ModelConfig(768, ViTConfig(336, 14, width=1024, layers=24), BASE),
     "ViT-H-14": ModelConfig(1024, ViTConfig(224, 14, width=1280, layers=32, head_width=80), LARGE),
     "RN-mini": ModelConfig(128, ResNetConfig(64, width=12, blocks=(1, 1, 1, 1), heads=6), MINI),
+    "RN-small": ModelConfig(
+        256, ResNetConfig(64, width=32, blocks=(1, 1, 1, 1), heads=16), BertConfig(2, 256, 4)),
     "ViT-mini": ModelConfig(128, ViTConfig(48, 8, width=128, layers=4, head_width=32), MINI),
     "RN-tiny": ModelConfig(16, ResNetConfig(32, width=4, blocks=(1, 1, 1, 1), heads=4), BertConfig(2, 32, 2)),
     "ViT-tiny": ModelConfig(16, ViTConfig(32, 8, width=32, layers=2, head_width=16), BertConfig(2, 32, 2)),

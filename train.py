@@ -122,10 +122,10 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
     return saved["step"], saved["history"]
 
 
-def open_log(cfg: Config, step: int):
+def open_log(cfg: Config, step: int, history: list[dict]):
     """log.jsonl, a line for each measurement and each logged step, to go on with after `step`."""
     path = os.path.join(cfg.out, "log.jsonl")
-    if os.path.isfile(path) and step == 0:  # nothing was saved, or nothing but the start
+    if os.path.isfile(path) and not history:  # killed before anything was saved: all is done again
         os.remove(path)
     if os.path.isfile(path):  # a run that was killed may have written further than it saved
         with open(path, encoding="utf-8") as file:
@@ -215,9 +215,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     features = None
     if cfg.cache_features:
         features = open_features(cfg.out, clip, pairs, cfg.cache_features, cfg.seed, cfg.augment, workers)
-    towers = clip
-    if world_size > 1:
-        towers = torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
+    towers = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
     chunk = min(cfg.chunk_size or B, B // world_size)
     chunks = math.ceil(B // world_size / chunk)
     stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, features)
@@ -241,7 +239,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     # 5. the loop
     steps = range(step, total)
-    log = open_log(cfg, step) if rank == 0 else None
+    log = open_log(cfg, step, history) if rank == 0 else None
     loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size, chunk))
     skipped, clock, timed = {}, time.perf_counter(), step
     while True:

@@ -140,6 +140,16 @@ KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for a thorough look
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
 
 
+def children(pid: int) -> list[int]:
+    """Processes that torchrun started: they outlive it."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes of a run in /proc")
 @pytest.mark.parametrize("start, extra", [
     (["train.py"], []), (["train.py"], ["--cache-features", "20", "--chunk-size", "3"]), (TORCHRUN, []),
     (TORCHRUN, ["--cache-features", "20", "--chunk-size", "2", "--targets", "multi"])],
@@ -154,7 +164,7 @@ def test_killed_runs_end_bit_identical(start, extra, pairs, tmp_path):
     def begin(out: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-u", *start, *command, "--out", str(tmp_path / out)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=True)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
     whole = begin("whole")
     said, _ = whole.communicate()
@@ -165,7 +175,9 @@ def test_killed_runs_end_bit_identical(start, extra, pairs, tmp_path):
         for _ in range(rng.randrange(1, 30)):  # lines of its log, then a moment somewhere inside a step
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.03))
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (*children(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.stdout.read()  # until the last of them has let go of it
         process.wait()
         process.stdout.close()
     again = begin("killed")
@@ -192,8 +204,7 @@ def test_torchrun_restarts_after_a_process_died(pairs, tmp_path):
     for line in process.stdout:
         if "step     10/30" in line:
             break
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        os.kill(int(file.read().split()[1]), signal.SIGKILL)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "goes on from the last checkpoint" in said and "from step" in said  # what the other process says
