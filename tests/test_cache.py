@@ -135,7 +135,9 @@ def test_two_processes_share_the_work(pairs, tmp_path, monkeypatch):
     (tmp_path / "alone").mkdir()
     opened(tmp_path / "alone", pairs)
     assert set((tmp_path / "features.done").read_bytes()) == {1}
-    assert (tmp_path / "features.f16").read_bytes() == (tmp_path / "alone" / "features.f16").read_bytes()
+    both, alone = (np.fromfile(folder / "features.f16", np.float16).astype(np.float32)
+                   for folder in (tmp_path, tmp_path / "alone"))
+    np.testing.assert_allclose(both, alone, atol=2e-3)  # sums depend on the number of threads
 
 
 def test_broken_pictures_are_named_when_their_turn_comes(pairs, tmp_path):

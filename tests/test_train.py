@@ -247,9 +247,9 @@ def test_a_teacher_teaches(pairs, tmp_path):
     teacher = model.ChineseCLIP(dataclasses.replace(
         row, embed_dim=24, visual=dataclasses.replace(row.visual, resolution=64)))
     model.save(teacher, str(tmp_path / "teacher"))
-    valid = sources.open_pairs(pairs, "valid")
-    ids = data.tokenize([valid.text(i) for i in range(24)])
-    small, large = (torch.stack([data.preprocess(valid.image(i), size) for i in range(24)])
+    seen = sources.open_pairs(pairs, "train")
+    ids = data.tokenize([seen.text(i) for i in range(24)])
+    small, large = (torch.stack([data.preprocess(seen.image(i), size) for i in range(24)])
                     for size in (32, 64))
     with torch.no_grad():
         taught = teacher.eval()(large, ids)
@@ -257,13 +257,13 @@ def test_a_teacher_teaches(pairs, tmp_path):
     for weight in (0.0, 100.0):
         out = str(tmp_path / str(weight))
         train.train("act", train.Config(
-            model="RN-tiny", data=pairs, batch_size=8, chunk_size=4, steps=60, lr=3e-3, workers=0,
+            model="ViT-tiny", data=pairs, batch_size=24, chunk_size=12, steps=100, lr=1e-3, workers=0,
             device="cpu", teacher=str(tmp_path / "teacher"), distill=weight, out=out))
         student, _ = model.load(out + "/last.safetensors")
         with torch.no_grad():
             away[weight] = distillation_loss(*student(small, ids), taught).item()
     itself = distillation_loss(*taught, taught).item()
-    assert away[100.0] - itself < 0.75 * (away[0.0] - itself)
+    assert away[100.0] - itself < 0.2 * (away[0.0] - itself)
 
 
 def test_the_log_is_json_lines(pairs, tmp_path):
