@@ -101,6 +101,9 @@ def open_features(
         dist.barrier()
     with open(done_path, "rb") as file:
         done = file.read()
+    if rank() == 0:
+        print(f"   {path}: {views} views of {pairs.image_count:,} pictures, "
+              f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
     mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
     loader = torch.utils.data.DataLoader(
         Views(pairs, seed, clip.config.visual.resolution, how), num_workers=workers,

@@ -152,6 +152,8 @@ def interpolate(first: str, second: str, target: str, share: float):
     """(1 - share) of one model's weights plus `share` of another's of the same sizes, such as the released
     one and what fine-tuning made of it: much of what was won is kept, and much of the generality that was
     lost comes back (WiSE-FT, Wortsman et al., 2022). WeightsError if they are not alike."""
+    if not 0 <= share <= 1:
+        raise weights.WeightsError(f"--share {share}: expected 0 (all of A) to 1 (all of B)")
     if os.path.exists(target):
         raise weights.WeightsError(f"{target}: is there already; remove it or name another")
     one, other = model.load(first)[0], model.load(second)[0]

@@ -193,7 +193,7 @@ def reason(error: Exception) -> str:
         return "no answer in time"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke"
-    return str(error).split("\n")[0].rsplit(": ", 1)[-1].strip("')(\" ")[:120]
+    return str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" (")[0].strip("')(\" ")[:120]
 
 
 def size(path: str) -> int:

@@ -393,6 +393,10 @@ def test_interpolation(share, tmp_path):
             torch.testing.assert_close(value, (1 - share) * one[name] + share * other[name])
 
 
+def test_interpolation_does_not_leave_the_two(tmp_path):
+    assert "--share 50" in refusal(convert.interpolate, "a", "b", str(tmp_path / "c"), 50)
+
+
 def test_interpolation_between_different_models(tmp_path):
     for name, row in (("a", RN), ("b", VIT)):
         model.save(built(row), str(tmp_path / name))
