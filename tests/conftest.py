@@ -42,6 +42,18 @@ def random_pixels(batch: int, resolution: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
 
 
+def whole_batch(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss):
+    """What `loss.backward_in_chunks` must equal: the same chunks, everything kept, one graph."""
+    features = []
+    for k, part in enumerate(parts):
+        seed_chunk(k)
+        features.append(forward(*part))
+    images, texts, scales = zip(*features)
+    value = loss_of(torch.cat(images), torch.cat(texts), scales[0])
+    scale_loss(value).backward()
+    return value.detach(), torch.cat(images).detach(), torch.cat(texts).detach()
+
+
 def write_folder(folder: Path, count: int):
     """A folder of pairs: pictures, train.jsonl and valid.jsonl with `count` lines each. Every picture has one
     colour and its caption says so."""

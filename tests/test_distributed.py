@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import write_folder
+from conftest import whole_batch, write_folder
 from safetensors.torch import load_file
 
 import loss
@@ -33,18 +33,6 @@ STAGES = {  # act: (model, flags)
 # name: (processes, chunk size, tiles instead of the matrix); every one holds 16 pairs as chunks of 4
 WAYS = {"chunked": (1, 4, False), "chunked, tiled": (1, 4, True), "2 x chunked": (2, 4, False),
         "2 x chunked, tiled": (2, 4, True), "4": (4, 0, False), "4, tiled": (4, 0, True)}
-
-
-def whole_batch(forward, towers, parts, seed_chunk, loss_of, scale_loss):
-    """What `backward_in_chunks` must equal: everything kept, one graph."""
-    features = []
-    for k, part in enumerate(parts):
-        seed_chunk(k)
-        features.append(forward(*part))
-    images, texts, scales = zip(*features)
-    value = loss_of(torch.cat(images), torch.cat(texts), scales[0])
-    scale_loss(value).backward()
-    return value.detach(), torch.cat(images).detach(), torch.cat(texts).detach()
 
 
 def worker(rank: int, world_size: int, chunk: int, tiled: bool, reference: bool, data: str, out: str):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import whole_batch
 
 import loss
 from loss import backward_in_chunks, contrastive_loss, distillation_loss, gather, in_batch_accuracy
@@ -206,15 +207,9 @@ def test_chunks_equal_one_graph(chunk, frozen):
     chunked, whole = Towers(frozen), Towers(frozen)
     pieces = list(zip(*(x.split(chunk) for x in batch)))
     value, image, _ = backward_in_chunks(chunked, chunked, pieces, seed, contrastive_loss)
-    parts = []
-    for k, part in enumerate(pieces):
-        seed(k)
-        parts.append(whole(*part))
-    images, texts, scales = zip(*parts)
-    expected = contrastive_loss(torch.cat(images), torch.cat(texts), scales[0])
-    expected.backward()
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(image, torch.cat(images).detach(), rtol=1e-12, atol=0)
+    expected, images, _ = whole_batch(whole, whole, pieces, seed, contrastive_loss)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(image, images, rtol=1e-12, atol=0)
     for (name, p), q in zip(chunked.named_parameters(), whole.parameters()):
         assert (p.grad is None) == (q.grad is None) == (frozen and name.startswith("visual.")), name
         if p.grad is not None:
