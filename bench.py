@@ -5,6 +5,7 @@ is installed, in the same run.
     python bench.py train                          # steps of stage 1 and 2, with cached features, in chunks
     python bench.py loss                           # the loss alone, as a matrix and in tiles: time and memory
     python bench.py all --device cuda --write      # on a GPU, with tables into BENCHMARKS.md
+    python bench.py train --device cuda --models ViT-B-16 --stages 2 --batch 32768 --chunk 2048
 
 Peers: the official code (cn_clip) and open_clip, float32 on a CPU, under the same autocast on a GPU. What the
 official code computes is compared before it is timed. TFLOP/s count 2 per multiply-add and three forward
@@ -33,6 +34,7 @@ from loss import backward_in_chunks, contrastive_loss
 
 # Captions as long as those of a shop: 10 characters, 12 tokens with [CLS] and [SEP]; peers pad to 52
 CAPTION = "红色帆布手提包女大号"
+PEAK = 790  # bf16 TFLOP/s of an H200, measured there with an 8192-cube matrix product
 RN50_GFLOP = 12.22  # of an image, open_clip's docs/model_profile.csv; the others by formula
 PEERS = {"official": "cn_clip", "open_clip": "open_clip"}
 
@@ -88,7 +90,7 @@ def our_step(config: model.ModelConfig, batch: int, device: str, frozen: bool, c
     clip.visual.requires_grad_(not frozen)
     if device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)
-    optimizer, ids = optimizer_of(clip.parameters()), tokenize([CAPTION] * batch).to(device)
+    optimizer, ids = optimizer_of(clip.parameters()), tokenize([CAPTION] * batch)  # ids wait on the CPU
     pictures = torch.randn(batch, 3, config.visual.resolution, config.visual.resolution, device=device)
     if cached:
         pictures = torch.randn(batch, config.embed_dim, device=device)
@@ -119,7 +121,7 @@ def official_step(clip: model.ChineseCLIP, batch, device: str, frozen: bool):
         vision_head_width=v.head_width if is_vit else 64)
     theirs.float().load_state_dict(clip.state_dict())
     theirs.to(device).visual.requires_grad_(not frozen)
-    pictures, ids = batch
+    pictures, ids = batch[0], batch[1].to(device)
     with torch.no_grad():
         ours = clip.eval().get_similarity(pictures[:2], ids[:2])[0]
         image, text, scale = theirs.eval()(pictures[:2], ids[:2])
@@ -162,8 +164,9 @@ def open_clip_step(name: str, batch, device: str, frozen: bool):
 def bench_train(
     names: list[str], stages: list[str], device: str, batch: int, runs: int, chunk: int
 ) -> list[list[str]]:
-    rows = [["model", "stage", "pairs/s", "TFLOP/s", "official, pairs/s", "ratio", "open_clip, pairs/s",
-             "ratio", "GB a pair (GPU)"]]
+    """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside each."""
+    rows = [["model", "stage", "pairs/s", "TFLOP/s", f"share of {PEAK}", "GB a pair", "official, pairs/s",
+             "ratio", "open_clip, pairs/s", "ratio"]]
     for name in names:
         config, rates = model.MODELS[name], {}
         image, text = gflop(config, len(CAPTION) + 2)
@@ -175,12 +178,12 @@ def bench_train(
                 (f"2, chunks of {chunk}", False, False, chunk, 3 * (image + text))):
             if stage[0] not in stages:
                 continue
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            step, clip, data = our_step(config, batch, device, frozen, cached, pieces)
-            ours = batch / median_time(step, device, runs)
-            memory = f"{torch.cuda.max_memory_allocated() / batch / 1e9:.3f}" if device == "cuda" else "-"
-            row = [name, stage, f"{ours:,.2f}", f"{ours * work / 1e3:.3f}"]
+            step, clip, batch_of = our_step(config, batch, device, frozen, cached, pieces)
+            ours, memory = rate(step, batch, device, runs)
+            row = [name, stage, "out of memory", "-", "-", "-"]
+            if ours:
+                teraflops = ours * work / 1e3
+                row[2:] = [f"{ours:,.2f}", f"{teraflops:.3f}", f"{teraflops / PEAK:.1%}", memory]
             size = config.visual.resolution
             pictures = torch.randn(batch, 3, size, size, device=device)
             for peer, package in PEERS.items():
@@ -191,16 +194,33 @@ def bench_train(
                     row += ["no such model", "-"]
                     continue
                 if (peer, frozen) not in rates:  # a peer has one way to make a stage's step
-                    theirs = (official_step(clip, (pictures, data[1]), device, frozen) if peer == "official"
-                              else open_clip_step(name, (pictures, data[1]), device, frozen))
-                    rates[peer, frozen] = batch / median_time(theirs, device, runs)
+                    theirs = (official_step(clip, (pictures, batch_of[1]), device, frozen)
+                              if peer == "official"
+                              else open_clip_step(name, (pictures, batch_of[1]), device, frozen))
+                    rates[peer, frozen], _ = rate(theirs, batch, device, runs)
                     del theirs
-                row += [f"{rates[peer, frozen]:,.2f}", f"{ours / rates[peer, frozen]:.2f}"]
-            rows.append([*row, memory])
-            print("   " + " | ".join(rows[-1]), flush=True)
-            del step, clip, data, pictures
+                its = rates[peer, frozen]
+                row += [f"{its:,.2f}", f"{ours / its:.2f}" if ours else "-"] if its else ["out of memory", "-"]
+            rows.append(row)
+            print("   " + " | ".join(row), flush=True)
+            del step, clip, batch_of, pictures
             gc.collect()
     return rows
+
+
+def rate(step, batch: int, device: str, runs: int) -> tuple[float, str]:
+    """-> (pairs a second, or 0 where a GPU's memory does not suffice; GB a pair at the peak beyond what was
+    there before the first step, which on a CPU is not known)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        pairs = batch / median_time(step, device, runs)
+    except torch.OutOfMemoryError:
+        return 0.0, "-"
+    if device == "cpu":
+        return pairs, "-"
+    return pairs, f"{(torch.cuda.max_memory_allocated() - before) / batch / 1e9:.4f}"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,8 @@ class Bert(nn.Module):
         if ids.shape[1] > self.max_positions:
             raise ValueError(
                 f"{ids.shape[1]} tokens a caption, but the position table ends at {self.max_positions}")
-        ids = cut_padding(ids)  # [B, T]
+        # ids may wait on the CPU while the weights are on a GPU: there, looking at them interrupts nothing
+        ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
         pad_mask = ids != PAD_ID  # [B, T]
         x = self.embeddings(ids)  # [B, T, D]
         layers = self.encoder["layer"]
@@ -149,6 +150,7 @@ class Bert(nn.Module):
         return x[:, 0]  # [B, D]
 
 
+@torch.compiler.disable  # it looks at values, which no compiled graph can
 def cut_padding(ids: torch.Tensor) -> torch.Tensor:
     """ids [B, T] -> [B, longest caption]: columns that are padding for every caption cannot change any
     feature, and a caption of ten characters is 12 tokens: in 52 columns it would spend three quarters of the

@@ -78,7 +78,7 @@ def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: i
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
 
     def features(rows):
-        ids = tokenize([texts[i] for i in rows], context_length).to(device)
+        ids = tokenize([texts[i] for i in rows], context_length)
         with model.autocast(device):
             return clip.encode_text(ids)
 

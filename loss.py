@@ -24,6 +24,7 @@ Shapes: B global batch, b = B / world_size local batch, E joint width.
 """
 
 import contextlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -132,22 +133,27 @@ class TiledLoss(torch.autograd.Function):
     def forward(ctx, images, texts, scale, keys):
         b, B = len(images), len(images) * world_size()
         mine = slice(rank() * b, (rank() + 1) * b)
-        keys = own_rows(images)[:, None] if keys is None else keys  # each pair is right for itself alone
-        all_keys = gather(keys)
         lse_row, lse_column = images.new_full((b,), -torch.inf), images.new_full((B,), -torch.inf)
         sums = [images.new_zeros(n) for n in (b, B, b, B)]
         sum_row, sum_column, count_row, count_column = sums  # of S over right pairs; of right pairs
+        all_keys = None if keys is None else gather(keys)
+        if keys is None:  # each pair is right for itself alone: a row and a column have one right pair
+            sum_row += scale * (images * texts).sum(1)
+            sum_column[mine] = sum_row
+            count_row += 1
+            count_column[mine] = 1
         for owner in range(world_size()):
             block = block_of(owner, texts)
             for rows, columns, there in tiles(b, owner):
                 S = scale * images[rows] @ block[columns].T
                 lse_row[rows] = torch.logaddexp(lse_row[rows], S.logsumexp(1))
                 lse_column[there] = torch.logaddexp(lse_column[there], S.logsumexp(0))
-                right = positives(keys[rows], all_keys[there])
-                sum_row[rows] += (S * right).sum(1)
-                sum_column[there] += (S * right).sum(0)
-                count_row[rows] += right.sum(1)
-                count_column[there] += right.sum(0)
+                if keys is not None:
+                    right = positives(keys[rows], all_keys[there])
+                    sum_row[rows] += (S * right).sum(1)
+                    sum_column[there] += (S * right).sum(0)
+                    count_row[rows] += right.sum(1)
+                    count_column[there] += right.sum(0)
         if world_size() > 1:  # a column has rows on every rank
             for x in (sum_column, count_column):
                 dist.all_reduce(x)
@@ -172,10 +178,13 @@ class TiledLoss(torch.autograd.Function):
             d_block.zero_()
             for rows, columns, there in tiles(b, owner):
                 cosine = images[rows] @ block[columns].T
-                right = positives(keys[rows], all_keys[there])
                 dS = (scale * cosine - lse_row[rows, None]).exp_()
                 dS += (scale * cosine - lse_column[there]).exp_()
-                dS -= right / count_row[rows, None] + right / count_column[there]
+                if keys is not None:
+                    right = positives(keys[rows], all_keys[there])
+                    dS -= right / count_row[rows, None] + right / count_column[there]
+                elif owner == rank() and rows == columns:
+                    dS.diagonal().sub_(2)  # the tile that holds pairs with themselves
                 dS *= grad / (2 * b)
                 d_scale += (dS * cosine).sum()
                 dS *= scale
@@ -248,14 +257,11 @@ def backward_in_chunks(forward, towers, parts, seed_chunk, loss_of, scale_loss=l
         scale_loss(loss).backward()
         return loss.detach(), image_features.detach(), text_features.detach()
 
-    statistics = [buffer.clone() for buffer in towers.buffers()]
-    with torch.no_grad():
+    with torch.no_grad(), same_buffers(towers):
         features = []
         for k, part in enumerate(parts):
             seed_chunk(k)
             features.append(forward(*part))
-    for buffer, before in zip(towers.buffers(), statistics):
-        buffer.copy_(before)
 
     frozen = not any(p.requires_grad for name, p in towers.named_parameters() if "visual." in name)
     trained = slice(1 if frozen else 0, None)  # in stage 1 image features need no gradient
@@ -276,6 +282,67 @@ def backward_in_chunks(forward, towers, parts, seed_chunk, loss_of, scale_loss=l
             of_scale = leaves[2].grad if last else torch.zeros_like(leaves[2].grad)
             torch.autograd.backward(outputs, [g[k] for g in gradients] + [of_scale])
     return loss.detach(), leaves[0].detach(), leaves[1].detach()
+
+
+def fitting_chunk(forward, towers, pictures: torch.Tensor, ids: torch.Tensor, most: int) -> int:
+    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now -> a number that is
+    the same on every rank. forward, towers: as above. pictures, ids: of four pairs, any, of full size.
+
+    Asked of autograd, not of a device, so that it holds for any: twice as many pairs keep how many bytes
+    more? Modules work in memory that nobody keeps, too, so the largest output is counted three times again."""
+    with same_buffers(towers):
+        kept = [activation_bytes(forward, pictures[:n], ids[:n]) for n in (2, 4)]
+    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    free = free_memory(pictures.device) - 12 * trained  # a gradient and two moments of AdamW
+    chunk = max(1, min(most, int(0.7 * free / ((kept[1] - kept[0]) / 2))))
+    if world_size() > 1:
+        smallest = torch.tensor([chunk], device=pictures.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        chunk = int(smallest)
+    return chunk
+
+
+@contextlib.contextmanager
+def same_buffers(module: torch.nn.Module):
+    """BatchNorm's running statistics are afterwards what they were before."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    for buffer, value in zip(module.buffers(), before):
+        buffer.copy_(value)
+
+
+def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
+    """Bytes that a forward pass leaves for the backward pass (parameters among them, which need no copy), and
+    three times those of its largest output."""
+    saved, largest = {}, 0
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def look(module, args, output):
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.nbytes)
+
+    watch = torch.nn.modules.module.register_module_forward_hook(look)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = forward(pictures, ids)  # held until all is counted: what is freed leaves its address to others
+    watch.remove()
+    del outputs
+    return sum(saved.values()) + 3 * largest
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take. On a CPU: Linux's own estimate, its share where torchrun started
+    several; without one (macOS, Windows) as much as you like."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not os.path.isfile("/proc/meminfo"):
+        return 2**62
+    with open("/proc/meminfo", encoding="ascii") as file:
+        kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    return 1024 * kilobytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------------------------------------------------------

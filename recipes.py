@@ -44,7 +44,7 @@ class Config:
     context_length: int = flag(52, "tokens a caption, [CLS] and [SEP] included; up to 512")
     batch_size: int = flag(256, "pairs a step over all devices: each is a negative for all others")
     chunk_size: int = flag(
-        0, "pairs whose activations a device holds at once, same gradient; 0: its whole share of the batch")
+        0, "pairs whose activations a device holds at once, same gradient; 0: as many as fit in its memory")
     targets: str = flag(
         "one-hot", "one-hot, as in the paper, or multi: pairs that share picture or caption are positives")
     cache_features: int = flag(

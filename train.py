@@ -35,7 +35,8 @@ import weights
 from cache import open_features
 from eval import retrieval
 from loss import (
-    DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, in_batch_accuracy, mean_over_ranks)
+    DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, fitting_chunk, in_batch_accuracy,
+    mean_over_ranks)
 from recipes import Config, ConfigError, parse
 from sources import DataError, open_pairs
 
@@ -91,12 +92,12 @@ def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: li
     weights.replace(os.path.join(cfg.out, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dict]]:
-    """-> (step, history) to go on from; (0, []) if this run is new. ConfigError if the checkpoint belongs to
-    another command."""
+def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dict], int]:
+    """-> (step, history, pairs a chunk) to go on from; (0, [], 0) if this run is new. ConfigError if the
+    checkpoint belongs to another command."""
     path = os.path.join(cfg.out, "checkpoint.pt")
     if not os.path.isfile(path):
-        return 0, []
+        return 0, [], 0
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         flags, world_size = saved["flags"], saved["world_size"]
@@ -106,6 +107,8 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
     for f in dataclasses.fields(cfg):
         before, now = flags.get(f.name, f.default), getattr(cfg, f.name)
         if f.name in ("out", "device", "workers", "log_every") or before == now:
+            continue
+        if f.name == "chunk_size" and now == 0:  # by itself it would go by the memory that is free today
             continue
         flag = f"--{f.name.replace('_', '-')}"
         if f.name not in ("chunk_size", "grad_checkpointing", "compile"):
@@ -119,7 +122,7 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty where no scaler was needed
         scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["history"]
+    return saved["step"], saved["history"], flags["chunk_size"]
 
 
 def open_log(cfg: Config, step: int, history: list[dict]):
@@ -160,9 +163,6 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip.to(device)
     if device.type == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)  # what its convolutions are fast in
-    if cfg.compile:
-        clip.visual.compile()
-        clip.bert.compile()
     return clip
 
 
@@ -183,6 +183,9 @@ def train(act: str, cfg: Config) -> list[dict]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # TF32 for what autocast leaves in float32, the loss: that rounding (imitated on a CPU, batch 4,096)
+        # moves its gradient by 5e-4, while the features' own, to bfloat16, moves it by 4e-3
+        torch.set_float32_matmul_precision("high")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     B = cfg.batch_size
     if cfg.teacher and B * B // world_size > DENSE_LIMIT:
@@ -209,16 +212,33 @@ def train(act: str, cfg: Config) -> list[dict]:
     optimizer = build_optimizer(cfg, clip)
     needs_scaler = device.type == "cuda" and model.half_type(device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler)
-    step, history = load_checkpoint(cfg, clip, optimizer, scaler)
+    step, history, chunk = load_checkpoint(cfg, clip, optimizer, scaler)
     check_same_step(step, device)
     teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
     features = None
     if cfg.cache_features:
         features = open_features(cfg.out, clip, pairs, cfg.cache_features, cfg.seed, cfg.augment, workers)
-    towers = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
-    chunk = min(cfg.chunk_size or B, B // world_size)
+    towers = clip
+
+    def forward(pictures, ids):  # a chunk is on the device while it is looked at, the batch never is
+        with model.autocast(device):
+            return towers(pictures.to(device, non_blocking=True), ids)
+
+    size, chunk = clip.config.visual.resolution, cfg.chunk_size or chunk
+    if not chunk:
+        set_train_mode(clip, cfg.freeze_image)
+        shape = (clip.config.embed_dim,) if features is not None else (3, size, size)
+        ids = torch.ones(4, cfg.context_length, dtype=torch.long)  # the longest captions there are
+        chunk = fitting_chunk(forward, clip, torch.zeros(4, *shape, device=device), ids, B // world_size)
+    chunk = min(chunk, B // world_size)
     chunks = math.ceil(B // world_size / chunk)
-    stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, features)
+    cfg = dataclasses.replace(cfg, chunk_size=chunk)  # for the checkpoint: after a restart it is the same
+    if cfg.compile:
+        clip.visual.compile()
+        clip.bert.compile()
+    if world_size > 1:
+        towers = torch.nn.parallel.DistributedDataParallel(clip)
+    stream = data.Stream(pairs, cfg.seed, size, cfg.augment, features)
 
     # 4. what was derived
     decayed, free = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
@@ -276,10 +296,6 @@ def train(act: str, cfg: Config) -> list[dict]:
 
         def seed_chunk(k: int):  # dropout depends on these and nothing else, however many processes there are
             torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
-
-        def forward(*part):  # a chunk is on the device while it is looked at, the batch never is
-            with model.autocast(device):
-                return towers(*(x.to(device, non_blocking=True) for x in part))
 
         def loss_of(image_features, text_features, logit_scale):
             loss = contrastive_loss(image_features, text_features, logit_scale, keys)

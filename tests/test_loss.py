@@ -229,3 +229,27 @@ def test_adding_up_small_batches_is_another_gradient():
     for part in parts:
         (contrastive_loss(*added(*part)) / 2).backward()
     assert (exact.text[0].weight.grad - added.text[0].weight.grad).abs().max() > 1e-3
+
+
+def test_bytes_that_a_forward_pass_keeps():
+    """Of gelu(x @ W1) @ W2: x and W1 for the first product, its result for gelu, gelu's and W2 for the second."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 32, bias=False), torch.nn.GELU(),
+                                 torch.nn.Linear(32, 4, bias=False))
+
+    def forward(x, ids):
+        return layers(x)
+
+    kept = [loss.activation_bytes(forward, torch.randn(n, 8, requires_grad=True), None) for n in (2, 4)]
+    assert kept[0] == 4 * (2 * 8 + 8 * 32 + 2 * 32 + 2 * 32 + 32 * 4) + 3 * 4 * 2 * 32
+    assert (kept[1] - kept[0]) / 2 == 4 * (8 + 32 + 32 + 3 * 32)
+
+
+def test_what_fits_leaves_batch_norm_as_it_was(monkeypatch):
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    monkeypatch.setattr(loss, "free_memory", lambda device: 12 * (3 * 4 * 9 + 4 + 8) + 100_000)
+    most = [loss.fitting_chunk(lambda x, ids: tower(x), tower, torch.randn(4, 3, 9, 9), torch.ones(4, 2), n)
+            for n in (5, 1000)]
+    assert most[0] == 5 and 5 < most[1] < 100
+    assert not tower[1].running_mean.any() and tower[1].num_batches_tracked == 0
+    monkeypatch.setattr(loss, "free_memory", lambda device: 0)  # too little for anything: then one by one
+    assert loss.fitting_chunk(lambda x, ids: tower(x), tower, torch.randn(4, 3, 9, 9), torch.ones(4, 2), 5) == 1

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import loss
 import model
 import sources
 import train
@@ -305,6 +307,41 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
         assert not any("_orig_mod" in name for name in load_file(out / "last.safetensors"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
     assert abs(losses[0][0] - losses[0][-1]) > 1e-2  # it moved, so equal curves mean equal gradients
+
+
+def test_compiled_towers_draw_the_same_dropout_again():
+    """What chunks need: without gradient and with it, the same random numbers give the same features."""
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).train()
+    clip.visual.patch_drop = 0.5
+    ids = torch.randint(1, 99, (4, 12), generator=torch.Generator().manual_seed(0))
+    for tower, x in ((clip.bert, ids), (clip.visual, torch.randn(4, 3, 32, 32))):
+        tower.compile()
+        features = []
+        for seed, gradient in ((3, False), (3, True), (4, True)):
+            torch.manual_seed(seed)
+            with torch.set_grad_enabled(gradient):
+                features.append(tower(x).detach())
+        assert torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
+
+
+def test_chunks_are_what_fits_and_stay_so_after_a_restart(pairs, tmp_path, monkeypatch, capsys):
+    """With little memory free the batch is cut, as by --chunk-size; a run that goes on keeps its chunks."""
+    flags = dict(model="ViT-tiny", data=pairs, batch_size=8, lr=1e-3, workers=0, device="cpu", save_every=1)
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
+    moments = 12 * sum(p.numel() for p in clip.parameters())
+    monkeypatch.setattr(loss, "free_memory", lambda device: moments + 3_000_000)
+    train.train("act", train.Config(**flags, steps=2, out=str(tmp_path / "auto")))
+    chunk = int(re.search(r"in \d chunks of (\d)", capsys.readouterr().out)[1])
+    assert 1 <= chunk < 8
+    train.train("act", train.Config(**flags, steps=2, chunk_size=chunk, out=str(tmp_path / "given")))
+    monkeypatch.setattr(loss, "free_memory", lambda device: 2**40)
+    one, other = (load_file(tmp_path / out / "last.safetensors") for out in ("auto", "given"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+    train.train("act", train.Config(**flags, steps=2, out=str(tmp_path / "auto")))
+    assert f"chunks of {chunk}" in capsys.readouterr().out
+    train.train("act", train.Config(**flags, steps=2, out=str(tmp_path / "whole")))
+    assert "chunks" not in capsys.readouterr().out
 
 
 def test_out_of_memory_can_be_answered_with_chunks(pairs, tmp_path, capsys):
