@@ -19,8 +19,13 @@ def augment(image: Image.Image, resolution: int, kind: str, rng: random.Random) 
     function of `rng`."""
     if kind == "none":
         return image
-    image = random_resized_crop(image.convert("RGB"), resolution, rng)
+    image = random_resized_crop(as_rgb(image), resolution, rng)
     return auto_augment(image, rng) if kind == "auto" else image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """In RGB; itself if it is so already, where `convert` would make a copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_resized_crop(image: Image.Image, resolution: int, rng: random.Random) -> Image.Image:

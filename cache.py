@@ -13,6 +13,7 @@ refused, not used. Killed while it is being built, it goes on where it was: feat
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -25,9 +26,9 @@ from tqdm import tqdm
 
 import model
 from augment import augment
-from data import preprocess
+from data import DRAFT, preprocess
 from loss import rank, world_size
-from sources import DataError, Pairs
+from pairs import DataError, Pairs
 from weights import write_json
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
@@ -55,7 +56,7 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> torch.FloatTensor:
         view, row = divmod(n, self.pairs.image_count)
         try:
-            image = self.pairs.image(row)
+            image = self.pairs.image(row, math.ceil(DRAFT * self.resolution))
         except DataError:
             return torch.full((3, self.resolution, self.resolution), torch.nan)
         rng = random.Random(f"{self.seed} view {view} of {row}")
@@ -88,8 +89,6 @@ def open_features(
 ) -> Features:
     """The cached features of a run, built as far as they are not there yet, by all ranks together. DataError
     if those in `folder` are of something else."""
-    if not pairs.image_count:
-        raise DataError("--cache-features: scenes are drawn as they are asked for; there is nothing to cache")
     path, done_path = (os.path.join(folder, name) for name in ("features.f16", "features.done"))
     shape = (views, pairs.image_count, clip.config.embed_dim)
     count, row_bytes = views * pairs.image_count, 2 * clip.config.embed_dim

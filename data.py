@@ -3,7 +3,7 @@ Captions to token ids, pictures to pixels, and the order in which pairs are seen
 
     tokenize(["一只猫"])                  LongTensor [1, 52]: [CLS] 一 只 猫 [SEP] 0 0 ...
     preprocess(image)                     FloatTensor [3, S, S]
-    sample_order(len, seed, epoch)        the order of an epoch, a pure function
+    order(pairs, seed, position)          the order of training, a pure function
     batches(Stream(pairs, ...), ...)      the batches of a run, from any step on
 
 Where pairs come from: sources.py.
@@ -11,6 +11,7 @@ Where pairs come from: sources.py.
 
 import functools
 import hashlib
+import math
 import os
 import random
 import unicodedata
@@ -22,11 +23,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from augment import augment
-from sources import DataError, Pairs
+from augment import as_rgb, augment
+from pairs import DataError, Pairs, SourceChanged
 
-PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)  # CLIP's, for RGB in 0..1
-PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in 0..1
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+DRAFT = 1.12  # pixels a side to decode, in resolutions: crops keep at least 0.9 of a side, and 1 / 0.9 = 1.11
+BLOCK = 1024  # neighbouring pairs that stay near each other in the order of a large set
 VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")  # of Chinese BERT
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,6 +91,12 @@ def wordpiece() -> Tokenizer:
     return Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
 
 
+@functools.lru_cache(maxsize=2**16)  # most words of a Chinese caption are one character, so they come again
+def word_ids(word: str) -> list[int]:
+    """The tokens of a word."""
+    return wordpiece().encode([word], is_pretokenized=True, add_special_tokens=False).ids
+
+
 def tokenize(texts: str | list[str], context_length: int = 52) -> torch.LongTensor:
     """Captions -> ids [N, context_length]: [CLS] tokens [SEP] and zeros. 52 is the paper's 50 plus the two; a
     longer caption is cut before [SEP]. One Chinese character is one token.
@@ -95,14 +104,13 @@ def tokenize(texts: str | list[str], context_length: int = 52) -> torch.LongTens
     >>> tokenize("一只猫", 8).tolist()
     [[101, 671, 1372, 4344, 102, 0, 0, 0]]"""
     texts = [texts] if isinstance(texts, str) else texts
-    cls, sep = (wordpiece().token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    encoded = wordpiece().encode_batch(
-        [words(text) for text in texts], is_pretokenized=True, add_special_tokens=False)
-    ids = torch.zeros(len(texts), context_length, dtype=torch.long)
-    for row, caption in zip(ids, encoded):
-        tokens = [cls, *caption.ids[: context_length - 2], sep]
-        row[: len(tokens)] = torch.tensor(tokens)
-    return ids
+    cls, sep = word_ids("[CLS]"), word_ids("[SEP]")
+    ids = np.zeros((len(texts), context_length), dtype=np.int64)
+    for row, text in zip(ids, texts):
+        tokens = [token for word in words(text) for token in word_ids(word)]
+        tokens = [*cls, *tokens[: context_length - 2], *sep]
+        row[: len(tokens)] = tokens
+    return torch.from_numpy(ids)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -112,40 +120,93 @@ def tokenize(texts: str | list[str], context_length: int = 52) -> torch.LongTens
 def preprocess(image: Image.Image, resolution: int = 224) -> torch.FloatTensor:
     """PIL image of any mode and size -> [3, S, S], CLIP's mean and std taken out. The picture is squashed to
     a square, not cropped: that is how every Chinese CLIP was trained and measured (OpenAI's crops)."""
-    image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(image, dtype=np.float32) / np.float32(255) - PIXEL_MEAN) / PIXEL_STD  # [h, w, 3]
-    return torch.from_numpy(pixels.transpose(2, 0, 1))
+    return to_pixels(squash(image, resolution))
+
+
+def squash(image: Image.Image, resolution: int) -> torch.Tensor:
+    """PIL image -> its bytes [3, S, S], 0 to 255: what a loader sends to a device, a quarter of the size."""
+    image = as_rgb(image)
+    if image.size != (resolution, resolution):
+        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_pixels(picture: torch.Tensor) -> torch.FloatTensor:
+    """Bytes [..., 3, S, S] -> pixels with CLIP's mean and std taken out, on the device where they are."""
+    mean, std = pixel_statistics(picture.device)
+    return (picture.float() / 255 - mean) / std
+
+
+@functools.cache  # made once: a copy to a GPU at every step would make the CPU wait for it
+def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> mean and standard deviation of the channels, [3, 1, 1] both."""
+    return tuple(torch.tensor(x, device=device)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the order of training
 
 
+def order(pairs: Pairs, seed: int, position: int) -> int:
+    """Which training pair stands at this position, 0 to infinity: position p is number p mod n of epoch
+    p div n. A pure function, so that a resumed run needs to know only its position.
+
+    A set within `pairs.window` is shuffled as one. In a larger one blocks of neighbours are, then the pairs
+    of as many blocks as fill a window: these are read from all over a few dozen long stretches, which a slow
+    disk can do, and no rank ever holds the order of all pairs."""
+    count, window = len(pairs), pairs.window
+    epoch, offset = divmod(position, count)
+    if count <= window:
+        return int(permutation(count, seed, epoch)[offset])
+    blocks, starts = block_order(count, seed, epoch)
+    number, together = int(np.searchsorted(starts, offset, side="right")) - 1, window // BLOCK
+    first = number - number % together
+    return int(window_order(count, seed, epoch, first, together)[offset - starts[first]])
+
+
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
-def sample_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `count` pairs, [count]: a pure function, so that a resumed run needs to know only its
-    position."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def permutation(count: int, *seed: int) -> np.ndarray:
+    """The numbers 0 to count - 1 in an order that depends on the seed alone, [count]."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+@functools.lru_cache(maxsize=2)
+def block_order(count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks in the order of an epoch, and the offset at which each begins, [count // BLOCK] both. Block k is
+    pairs k * count // blocks to (k + 1) * count // blocks, so that all are of one size but for one pair."""
+    blocks = count // BLOCK
+    drawn = np.random.default_rng([seed, epoch]).permutation(blocks)
+    sizes = (drawn + 1) * count // blocks - drawn * count // blocks
+    return drawn, np.cumsum(sizes) - sizes
+
+
+@functools.lru_cache(maxsize=3)
+def window_order(count: int, seed: int, epoch: int, first: int, together: int) -> np.ndarray:
+    """The pairs of blocks `first` to first + together of an epoch, shuffled."""
+    blocks = count // BLOCK
+    drawn = block_order(count, seed, epoch)[0][first: first + together]
+    pairs = np.concatenate([np.arange(k * count // blocks, (k + 1) * count // blocks) for k in drawn])
+    return np.random.default_rng([seed, epoch, first]).permutation(pairs)
 
 
 class Sample(NamedTuple):
-    picture: torch.FloatTensor  # pixels [3, S, S], or features [E] that a frozen tower gave before
+    picture: torch.Tensor  # bytes [3, S, S], or features [E] that a frozen tower gave before
     caption: str
     keys: tuple[int, int]  # numbers of the picture and of the caption: equal where these are
     problems: list[str]  # what was wrong with pairs skipped on the way
 
 
 class Batch(NamedTuple):
-    pictures: torch.FloatTensor  # [b, 3, S, S] or [b, E]
+    pictures: torch.Tensor  # bytes [b, 3, S, S] or features [b, E]
     ids: torch.LongTensor  # [b, T]
     keys: torch.LongTensor  # [b, 2]
     problems: list[str]
 
 
 class Stream(torch.utils.data.Dataset):
-    """Training samples by position, 0 to infinity: position p is number p mod n of epoch p div n. Order,
-    augmentation and the replacement of broken samples are functions of (seed, position) alone, whatever the
-    workers, ranks and restarts. With `features` (cache.py), a picture is one of its cached views."""
+    """Training samples by position. Order, augmentation and the replacement of broken samples are functions
+    of (seed, position) alone, whatever the workers, ranks and restarts. With `features` (cache.py), a picture
+    is one of its cached views."""
 
     def __init__(self, pairs: Pairs, seed: int, resolution: int, augment: str, features=None):
         self.pairs, self.seed, self.resolution, self.augment = pairs, seed, resolution, augment
@@ -153,8 +214,7 @@ class Stream(torch.utils.data.Dataset):
 
     def index(self, position: int) -> int:
         """Which training pair stands at this position."""
-        epoch, offset = divmod(position, len(self.pairs))
-        return int(sample_order(len(self.pairs), self.seed, epoch)[offset])
+        return order(self.pairs, self.seed, position)
 
     def readable(self, index: int) -> str:
         """The caption of a training pair, "" if it is broken."""
@@ -168,7 +228,7 @@ class Stream(torch.utils.data.Dataset):
         digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return self.pairs.image_number(index), int.from_bytes(digest, "little", signed=True)
 
-    def pair(self, index: int, position: int) -> tuple[torch.FloatTensor, str]:
+    def pair(self, index: int, position: int) -> tuple[torch.Tensor, str]:
         """Picture and caption of a training pair, as seen at this position."""
         if self.features is not None:
             row = self.features.view(position // len(self.pairs), self.pairs.image_number(index))
@@ -178,9 +238,9 @@ class Stream(torch.utils.data.Dataset):
             self.pairs.image(number)  # says what is wrong with it
             raise DataError(f"picture {number} can be read now, but could not when its features were cached; "
                             "delete features.* in --out to encode it")
-        image, caption = self.pairs.pair(index)
+        image, caption = self.pairs.pair(index, math.ceil(DRAFT * self.resolution))
         image = augment(image, self.resolution, self.augment, random.Random(f"{self.seed} {position}"))
-        return preprocess(image, self.resolution), caption
+        return squash(image, self.resolution), caption
 
     def __getitem__(self, position: int) -> Sample:
         """A broken pair is replaced by the next one of its epoch; a hundred in a row mean that the data set
@@ -192,6 +252,8 @@ class Stream(torch.utils.data.Dataset):
             try:
                 picture, caption = self.pair(index, position)
                 return Sample(picture, caption, self.keys(index, caption), problems)
+            except SourceChanged:
+                raise
             except DataError as error:
                 problems.append(str(error))
         raise DataError(f"100 broken pairs in a row, the last: {problems[-1]}")

@@ -285,11 +285,12 @@ def backward_in_chunks(forward, towers, parts, seed_chunk, loss_of, scale_loss=l
 
 
 def fitting_chunk(forward, towers, pictures: torch.Tensor, ids: torch.Tensor, most: int) -> int:
-    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now -> a number that is
-    the same on every rank. forward, towers: as above. pictures, ids: of four pairs, any, of full size.
+    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now -> a number that
+    is the same on every rank. forward, towers: as above. pictures, ids: of four pairs, any, of full size.
 
     Asked of autograd, not of a device, so that it holds for any: twice as many pairs keep how many bytes
-    more? Modules work in memory that nobody keeps, too, so the largest output is counted three times again."""
+    more? Modules work in memory that nobody keeps, too, so the largest output is counted three times
+    again."""
     with same_buffers(towers):
         kept = [activation_bytes(forward, pictures[:n], ids[:n]) for n in (2, 4)]
     trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
@@ -327,15 +328,15 @@ def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
 
     watch = torch.nn.modules.module.register_module_forward_hook(look)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        outputs = forward(pictures, ids)  # held until all is counted: what is freed leaves its address to others
+        outputs = forward(pictures, ids)  # held until all is counted: an address that is freed is used again
     watch.remove()
     del outputs
     return sum(saved.values()) + 3 * largest
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take. On a CPU: Linux's own estimate, its share where torchrun started
-    several; without one (macOS, Windows) as much as you like."""
+    """Bytes that this process may still take. On a CPU: Linux's own estimate, its share where torchrun
+    started several; without one (macOS, Windows) as much as you like."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not os.path.isfile("/proc/meminfo"):

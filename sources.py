@@ -5,88 +5,69 @@ Files to pairs of picture and caption, by number.
 
 Sources, told by what is there, read as they are:
     folder with {split}_imgs.tsv + {split}_texts.jsonl   the official layout (MUGE, Flickr30K-CN, COCO-CN)
-    folder with {split}.jsonl or {split}.csv             lines with "image" (a path in the folder) and "text"
+    folder with {split}.jsonl or {split}.csv             lines with a picture (its path there) and a text
+    folder with tar shards, or a pattern {000..999}.tar  WebDataset, as img2dataset writes it (shards.py)
     scenes-en, scenes-zh                                 drawn in memory (scenes.py)
-Not here yet: WebDataset shards.
+    several of these, with commas between                read as one
 """
 
 import base64
 import binascii
-import csv
+import bisect
+import functools
 import hashlib
-import io
+import itertools
 import json
 import os
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import scenes
+import shards
+from pairs import (
+    DataError, Pairs, as_text, kept, lines_of, parse_json, read_at, read_csv, read_jsonl, read_picture, stamp)
 
-CACHE = os.path.join(  # of the indices of TSV files
-    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip", "index")
-
-
-class DataError(ValueError):
-    """Data that is not what it should be: one line with the file, the line or key, what was expected and what
-    to do."""
-
-
-class Pairs:
-    """A split of a data set. `texts` and pictures are numbered; `positives` [P, 2] says which belong
-    together, a row (text, picture) each: several pictures a text and several texts a picture are both common.
-    Training sees one row at a time, evaluation the whole relation."""
-
-    texts: list[str]
-    where: list[str]  # of each text: "path line n", for messages
-    image_count: int
-    positives: torch.LongTensor
-
-    def image(self, row: int) -> Image.Image:
-        """Picture number `row`. DataError if it cannot be decoded."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.positives)
-
-    def pair(self, i: int) -> tuple[Image.Image, str]:
-        """Training pair number i: (picture, caption)."""
-        return self.image(self.image_number(i)), self.caption(i)
-
-    def fingerprint(self) -> str:
-        """Of the pictures: changes when one of them, its file's size or its time does."""
-        raise NotImplementedError
-
-    def image_number(self, i: int) -> int:
-        """Which picture training pair number i has."""
-        return int(self.positives[i, 1])
-
-    def caption(self, i: int) -> str:
-        """Which caption training pair number i has."""
-        return self.text(int(self.positives[i, 0]))
-
-    def text(self, row: int) -> str:
-        """Caption number `row`. DataError if it is something else than text."""
-        if not isinstance(self.texts[row], str):
-            raise DataError(f"{self.where[row]}: the caption is {self.texts[row]!r}, not text")
-        return self.texts[row]
+# What lists call their columns: ours; Hugging Face's; open_clip's; Wukong's
+PICTURE_COLUMNS = ("image", "file_name", "filepath", "dir")
+TEXT_COLUMNS = ("text", "caption", "title")
+MAX_ID = 256  # bytes; ids are kept in an array as wide as the longest
 
 
 def open_pairs(source: str, split: str) -> Pairs:
     """The split of a source, told by what is there (see the top of this file). DataError names what is
     missing."""
-    if source in ("scenes-en", "scenes-zh"):
+    layout = layout_of(source, split)
+    if layout == "joined":
+        return JoinedPairs([open_pairs(one, split) for one in shards.split_outside_braces(source)])
+    if layout == "scenes":
         return ScenePairs(source.removeprefix("scenes-"), split)
-    if os.path.isfile(os.path.join(source, f"{split}_imgs.tsv")):
+    if layout == "official":
         return OfficialPairs(source, split)
-    for kind in ("jsonl", "csv"):
-        if os.path.isfile(os.path.join(source, f"{split}.{kind}")):
-            return FolderPairs(source, f"{split}.{kind}")
+    if layout in ("jsonl", "csv"):
+        return FolderPairs(source, f"{split}.{layout}")
+    if layout == "shards":
+        return shards.TarPairs(source, shards.find(source, split))
     if not os.path.isdir(source):
-        raise DataError(f"{source}: no such folder; expected a folder of pairs, scenes-en or scenes-zh")
-    raise DataError(f"{source}: no split {split!r} in it; "
-                    f"expected {split}_imgs.tsv with {split}_texts.jsonl, or {split}.jsonl or {split}.csv")
+        raise DataError(
+            f"{source}: no such folder; expected a folder of pairs, tar shards, scenes-en or scenes-zh")
+    raise DataError(f"{source}: no split {split!r} in it; expected {split}_imgs.tsv with "
+                    f"{split}_texts.jsonl, or {split}.jsonl or {split}.csv, or {split}-*.tar")
+
+
+def layout_of(source: str, split: str) -> str:
+    """How the split of a source is stored: joined, scenes, official, jsonl, csv or shards; "" if it is not
+    there."""
+    if len(shards.split_outside_braces(source)) > 1 and not os.path.exists(source):
+        return "joined"
+    if source in ("scenes-en", "scenes-zh"):
+        return "scenes"
+    names = {"official": f"{split}_imgs.tsv", "jsonl": f"{split}.jsonl", "csv": f"{split}.csv"}
+    for layout, name in names.items():
+        if os.path.isfile(os.path.join(source, name)):
+            return layout
+    return "shards" if shards.find(source, split) else ""
 
 
 class ScenePairs(Pairs):
@@ -96,213 +77,251 @@ class ScenePairs(Pairs):
     def __init__(self, world: str, split: str):
         if split not in ("train", "valid"):
             raise DataError(f"scenes-{world}: no split {split!r}; expected train or valid")
-        self.world, self.split = world, split
-        self.numbers = range(1_000_000)
-        self.texts, self.image_count, self.positives = [], 0, torch.empty(0, 2)  # training is not measured
+        self.world, self.split, self.numbers = world, split, range(1_000_000)
         if split == "valid":
             distinct = {}
             for number in range(2000):
                 distinct.setdefault(scenes.scene(world, split, number)[0], number)
             self.numbers = list(distinct.values())[:1000]
-            self.pictures, self.texts = zip(*(scenes.pair(world, split, number) for number in self.numbers))
-            self.image_count = len(self.numbers)
-            self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
+        self.image_count = len(self.numbers)
+        self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        if self.split == "train":
+            raise DataError(f"scenes-{self.world}: its training pairs are endless, to measure take valid")
+        return [self.text(row) for row in range(len(self.numbers))]
 
-    def image(self, row: int) -> Image.Image:
-        return self.pictures[row]
+    def text(self, row: int) -> str:
+        return scenes.captioned(self.world, self.split, self.numbers[row])[0]
 
-    def pair(self, i: int) -> tuple[Image.Image, str]:
+    @functools.cached_property
+    def pictures(self) -> list[Image.Image]:
+        return [self.pair(row)[0] for row in range(len(self.numbers))]
+
+    def image(self, row: int, size: int = 0) -> Image.Image:
+        # validation looks at all of them again and again
+        return self.pictures[row] if self.split == "valid" else self.pair(row)[0]
+
+    def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
         return scenes.pair(self.world, self.split, self.numbers[i])
 
-    def image_number(self, i: int) -> int:
-        return i
-
-    def caption(self, i: int) -> str:
-        return scenes.captioned(self.world, self.split, self.numbers[i])[0]
+    def fingerprint(self) -> str:
+        raise DataError(f"scenes-{self.world}: drawn as they are asked for; there is nothing to cache")
 
 
 class OfficialPairs(Pairs):
     """{split}_imgs.tsv (`id <tab> base64`, standard or URL-safe) and {split}_texts.jsonl (`text_id`, `text`,
-    `image_ids`), read as they are. Pictures are reached by byte offset, so a file of any size costs no memory
-    but its index."""
+    `image_ids`), read as they are. Pictures and captions are reached by byte offset, through an index that is
+    kept in the cache folder and mapped from there: a set of any size opens at once and costs no memory."""
 
     def __init__(self, folder: str, split: str):
+        self.opened = folder, split
         self.path = os.path.join(folder, f"{split}_imgs.tsv")
-        self.lines, self.offsets = tsv_index(self.path)
-        self.image_ids, self.image_count = list(self.lines), len(self.lines)
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        self.texts, self.where, positives = [], [], []
-        path = os.path.join(folder, f"{split}_texts.jsonl")
-        for where, line in read_jsonl(path, ("text_id", "text")):
-            image_ids = line.get("image_ids", [])
-            if not isinstance(image_ids, list):
-                raise DataError(f"{where}: image_ids is {image_ids!r}; expected a list of ids")
-            for image_id in image_ids:
-                if str(image_id) not in row_of:
-                    raise DataError(
-                        f"{where}: image id {image_id} is not in {self.path}; add the picture or drop the id")
-                positives.append((len(self.texts), row_of[str(image_id)]))
-            self.texts.append(line["text"])
-            self.where.append(where)
-        if not positives:
-            raise DataError(f"{path}: no caption has any image_ids, "
-                            "so there is nothing to learn or to measure recall on")
-        self.positives = torch.tensor(positives)
+        self.list_path = os.path.join(folder, f"{split}_texts.jsonl")
+        if not os.path.isfile(self.list_path):
+            raise DataError(f"{self.list_path}: not there; expected a line a caption, "
+                            "JSON objects with text_id, text, image_ids")
+        self.stamp, self.list_stamp = stamp(self.path), stamp(self.list_path)
+        self.images = kept(
+            f"ids, lines, offsets of {os.path.abspath(self.path)} {self.stamp}", lambda: tsv_index(self.path))
+        self.lines = kept(
+            f"texts of {os.path.abspath(self.list_path)} {self.list_stamp} {os.path.abspath(self.path)} "
+            f"{self.stamp}", lambda: texts_index(self.list_path, self.path, self.images["ids"]))
+        self.image_count = len(self.images["offsets"])
+        self.positives = torch.from_numpy(self.lines["positives"])
 
-    def image(self, row: int) -> Image.Image:
-        image_id = self.image_ids[row]
-        where = f"{self.path} line {self.lines[image_id]} (image id {image_id})"
-        with open(self.path, "rb") as file:
-            file.seek(int(self.offsets[row]))
-            encoded = file.readline().rstrip(b"\r\n=").split(b"\t")[1]
-            encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
-        try:
-            picture = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-        except binascii.Error as error:
-            raise DataError(f"{where}: broken base64 ({error}); write the picture again") from None
-        return decode(picture, where)
+    def __reduce__(self):
+        return OfficialPairs, self.opened  # to another process: mapped there, not sent
+
+    @property
+    def image_ids(self) -> list[str]:
+        return [image_id.decode("utf-8", "replace") for image_id in self.images["ids"].tolist()]
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        return [line["text"] for _, line in read_jsonl(self.list_path, ("text_id", "text"))]
+
+    def text(self, row: int) -> str:
+        where = f"{self.list_path} line {self.lines['lines'][row]}"
+        line = read_at(self.list_path, self.list_stamp, int(self.lines["offsets"][row]))
+        return as_text(parse_json(line, ("text_id", "text"), where)["text"], where)
+
+    def picture(self, row: int) -> bytes:
+        encoded = read_at(self.path, self.stamp, int(self.images["offsets"][row])).partition(b"\t")[2]
+        return from_base64(encoded.partition(b"\t")[0], self.place(row))
+
+    def place(self, row: int) -> str:
+        image_id = self.images["ids"][row].decode("utf-8", "replace")
+        return f"{self.path} line {self.images['lines'][row]} (image id {image_id})"
 
     def fingerprint(self) -> str:
-        status = os.stat(self.path)
-        ids = "\n".join([*self.image_ids, f"{status.st_size} {status.st_mtime_ns}"])
-        return hashlib.sha256(ids.encode() + self.offsets.tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.stamp}".encode() + self.images["ids"].tobytes()
+                              + self.images["offsets"].tobytes()).hexdigest()
+
+
+def tsv_index(path: str) -> dict[str, np.ndarray]:
+    """-> ids [n] (bytes), line numbers [n] and byte offsets [n] of a TSV's pictures."""
+    lines, offsets = {}, []
+    for number, start, line in lines_of(path):
+        image_id, tab, _ = line[: MAX_ID + 1].partition(b"\t")
+        shown = image_id[:40].decode("utf-8", "replace")
+        if not tab:
+            raise DataError(f"{path} line {number}: one column, or an id of more than {MAX_ID} bytes; "
+                            f"expected two, `id <tab> base64`, got {shown!r}")
+        if image_id in lines:
+            raise DataError(
+                f"{path} line {number}: image id {shown} again, first seen on line {lines[image_id]}")
+        lines[image_id] = number
+        offsets.append(start)
+    if not lines:
+        raise DataError(f"{path}: empty; expected a line a picture, `id <tab> base64`")
+    columns = {"ids": list(lines), "lines": list(lines.values()), "offsets": offsets}
+    return {name: np.array(column) for name, column in columns.items()}
+
+
+def texts_index(path: str, tsv_path: str, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """-> line numbers [m] and byte offsets [m] of a list's captions, positives [P, 2]."""
+    row_of = {image_id.decode("utf-8", "replace"): row for row, image_id in enumerate(ids.tolist())}
+    numbers, offsets, positives = [], [], []
+    for (number, start, _), (where, line) in zip(lines_of(path), read_jsonl(path, ("text_id", "text"))):
+        image_ids = line.get("image_ids", [])
+        if not isinstance(image_ids, list):
+            raise DataError(f"{where}: image_ids is {image_ids!r}; expected a list of ids")
+        for image_id in image_ids:
+            if str(image_id) not in row_of:
+                raise DataError(
+                    f"{where}: image id {image_id} is not in {tsv_path}; add the picture or drop the id")
+            positives.append((len(numbers), row_of[str(image_id)]))
+        numbers.append(number)
+        offsets.append(start)
+    if not positives:
+        raise DataError(f"{path}: no caption has any image_ids, "
+                        "so there is nothing to learn or to measure recall on")
+    return {"lines": np.array(numbers), "offsets": np.array(offsets), "positives": np.array(positives)}
 
 
 class FolderPairs(Pairs):
-    """A folder of pictures and one list of captions: JSON lines or CSV with the columns image (a path in the
-    folder) and text."""
+    """A folder of pictures and one list of captions: JSON lines or CSV with a column for the picture (a path
+    in the folder) and one for the text, by any of the names above."""
 
     def __init__(self, folder: str, list_name: str):
-        self.folder = folder
-        path = os.path.join(folder, list_name)
-        read = read_jsonl if path.endswith(".jsonl") else read_csv
-        lines = read(path, ("image", "text"))
-        self.names, self.texts, self.where, positives, row_of = [], [], [], [], {}
+        self.folder, path = folder, os.path.join(folder, list_name)
+        lines = (read_jsonl if path.endswith(".jsonl") else read_csv)(path, (PICTURE_COLUMNS, TEXT_COLUMNS))
+        self.names, self.texts, self.where, positives, row_of, missing = [], [], [], [], {}, []
         for where, line in lines:
-            name = line["image"]
-            if not isinstance(name, str):
+            name, text = (next(line[key] for key in keys if key in line)
+                          for keys in (PICTURE_COLUMNS, TEXT_COLUMNS))
+            if not isinstance(name, str) or not name:
                 raise DataError(f"{where}: image is {name!r}; expected the path of a picture in {folder}")
             if name not in row_of:
+                if not os.path.isfile(os.path.join(folder, name)):
+                    if "dir" in line:  # Wukong lists what could be downloaded once
+                        missing.append(where)
+                        continue
+                    raise DataError(f"{where}: there is no picture {name} in {folder}")
                 row_of[name] = len(self.names)
                 self.names.append(name)
-                if not os.path.isfile(os.path.join(folder, name)):
-                    raise DataError(f"{where}: there is no picture {name} in {folder}")
             positives.append((len(self.texts), row_of[name]))
-            self.texts.append(line["text"])
+            self.texts.append(text)
             self.where.append(where)
+        if missing:
+            print(f"{missing[0]}: its picture is not in {folder}, nor are those of {len(missing) - 1:,} more "
+                  "lines; these are left out")
         if not positives:
-            raise DataError(f"{path}: empty; expected a line a pair")
+            raise DataError(f"{path}: empty; expected a line with a picture and its text each")
         self.image_count = len(self.names)
         self.positives = torch.tensor(positives)
 
-    def image(self, row: int) -> Image.Image:
-        return open_image(os.path.join(self.folder, self.names[row]))
+    def text(self, row: int) -> str:
+        return as_text(self.texts[row], self.where[row])
+
+    def picture(self, row: int) -> bytes:
+        return read_picture(self.place(row))
+
+    def place(self, row: int) -> str:
+        return os.path.join(self.folder, self.names[row])
 
     def fingerprint(self) -> str:
-        found = [os.stat(os.path.join(self.folder, name)) for name in self.names]
-        stamps = [(status.st_size, status.st_mtime_ns) for status in found]
+        stamps = [stamp(self.place(row)) for row in range(self.image_count)]
         return hashlib.sha256(json.dumps([self.names, stamps]).encode()).hexdigest()
 
 
-def open_image(path: str) -> Image.Image:
-    """The picture at `path`. DataError if it is gone or cannot be decoded."""
+class JoinedPairs(Pairs):
+    """Several sources as one: the first's pairs, then the second's ..."""
+
+    def __init__(self, parts: list[Pairs]):
+        self.parts, self.window = parts, min(part.window for part in parts)
+        self.pair_starts = [0, *itertools.accumulate(map(len, parts))]
+        self.image_starts = [0, *itertools.accumulate(part.image_count for part in parts)]
+        self.image_count = self.image_starts[-1]
+
+    def __len__(self) -> int:
+        return self.pair_starts[-1]
+
+    def part_of_pair(self, i: int) -> tuple[int, int]:
+        """-> (number of a part, number within it) of a training pair."""
+        part = bisect.bisect_right(self.pair_starts, i) - 1
+        return part, i - self.pair_starts[part]
+
+    def part_of_image(self, row: int) -> tuple[Pairs, int]:
+        part = bisect.bisect_right(self.image_starts, row) - 1
+        return self.parts[part], row - self.image_starts[part]
+
+    def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
+        part, i = self.part_of_pair(i)
+        return self.parts[part].pair(i, size)
+
+    def image_number(self, i: int) -> int:
+        part, i = self.part_of_pair(i)
+        return self.image_starts[part] + self.parts[part].image_number(i)
+
+    def caption(self, i: int) -> str:
+        part, i = self.part_of_pair(i)
+        return self.parts[part].caption(i)
+
+    def image(self, row: int, size: int = 0) -> Image.Image:
+        part, row = self.part_of_image(row)
+        return part.image(row, size)
+
+    def picture(self, row: int) -> bytes:
+        part, row = self.part_of_image(row)
+        return part.picture(row)
+
+    def place(self, row: int) -> str:
+        part, row = self.part_of_image(row)
+        return part.place(row)
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        return [text for part in self.parts for text in part.texts]
+
+    def text(self, row: int) -> str:
+        for part in self.parts:
+            if row < len(part.texts):
+                return part.text(row)
+            row -= len(part.texts)
+        raise IndexError(row)
+
+    @functools.cached_property
+    def positives(self) -> torch.LongTensor:
+        text_starts = itertools.accumulate((len(part.texts) for part in self.parts), initial=0)
+        return torch.cat([part.positives + torch.tensor([texts, images]) for part, texts, images in
+                          zip(self.parts, text_starts, self.image_starts)])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def will_need(self, start: int, stop: int):
+        for part, first, end in zip(self.parts, self.pair_starts, self.pair_starts[1:]):
+            if start < end and first < stop:
+                part.will_need(max(start, first) - first, min(stop, end) - first)
+
+
+def from_base64(encoded: bytes, where: str) -> bytes:
+    """Standard or URL-safe base64, with or without padding. DataError if it is neither."""
+    encoded = encoded.rstrip(b"\r\n=").translate(bytes.maketrans(b"-_", b"+/"))
     try:
-        with open(path, "rb") as file:
-            return decode(file.read(), path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or drop its line") from None
-
-
-def decode(picture: bytes, where: str) -> Image.Image:
-    """Bytes of a JPEG, PNG, WebP ... -> image, fully decoded. DataError with its place if Pillow cannot."""
-    try:
-        image = Image.open(io.BytesIO(picture))
-        image.load()
-        return image
-    except UnidentifiedImageError:
-        raise DataError(f"{where}: not a picture in any format that Pillow knows") from None
-    # what Pillow's decoders raise on damaged files
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a picture that can be decoded ({error})") from None
-
-
-def tsv_index(path: str) -> tuple[dict[str, int], np.ndarray]:
-    """-> ({id: line number}, byte offsets of these lines). Built once, kept in the cache folder, rebuilt when
-    the TSV's size or time differ."""
-    status = os.stat(path)
-    stamp = f"ids, lines, offsets of {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
-    cached = os.path.join(CACHE, f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz")
-    if os.path.isfile(cached):
-        with np.load(cached) as index:  # allow_pickle is off: arrays only
-            return dict(zip(index["ids"].tolist(), index["lines"].tolist())), index["offsets"]
-    lines, offsets, offset = {}, [], 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            image_id, tab, _ = line.partition(b"\t")
-            image_id = image_id.decode("utf-8", "replace")
-            if not tab:
-                raise DataError(f"{path} line {number}: one column; "
-                                f"expected two, `id <tab> base64`, got {image_id[:40]!r}")
-            if image_id in lines:
-                raise DataError(
-                    f"{path} line {number}: image id {image_id} again, first seen on line {lines[image_id]}")
-            lines[image_id] = number
-            offsets.append(start)
-    index = {"ids": np.array(list(lines), dtype=str), "lines": np.array(list(lines.values()), dtype=np.int64),
-             "offsets": np.array(offsets, dtype=np.int64)}
-    try:
-        os.makedirs(CACHE, exist_ok=True)
-        # complete before it gets its name: two runs may start at once
-        with open(f"{cached}.{os.getpid()}.tmp", "wb") as file:
-            np.savez(file, **index)
-        os.replace(file.name, cached)
-    except OSError as error:  # a home that cannot be written to: the index is built again next time
-        print(f"{path}: its index is not kept ({error.strerror})")
-    return lines, index["offsets"]
-
-
-def read_jsonl(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", object) for each non-empty line; DataError where a line is not a JSON object
-    with these keys."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: not there; expected a line a caption, JSON objects with {', '.join(keys)}")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                item = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise DataError(
-                    f"{where}: not JSON ({error}); expected an object with {', '.join(keys)}") from None
-            yield where, require(item, keys, where)
-
-
-def read_csv(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", row) for each row of a CSV whose first line names the columns."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            for row in rows:
-                where = f"{path} line {rows.line_num}"
-                yield where, require(row, keys, where)
-        except (UnicodeDecodeError, csv.Error) as error:
-            after = f"{path} after line {rows.line_num}"
-            raise DataError(f"{after}: not CSV in UTF-8 ({error}); save it as UTF-8") from None
-
-
-def require(item, keys: tuple[str, ...], where: str) -> dict:
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a {type(item).__name__}; expected an object with {', '.join(keys)}")
-    for key in keys:
-        if key not in item:
-            got = ", ".join(map(str, item)) or "nothing"
-            raise DataError(f"{where}: no {key!r}; expected {', '.join(keys)}, got {got}")
-    return item
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as error:
+        raise DataError(f"{where}: broken base64 ({error}); write the picture again") from None

@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -37,8 +38,9 @@ from eval import retrieval
 from loss import (
     DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, fitting_chunk, in_batch_accuracy,
     mean_over_ranks)
+from pairs import DataError
 from recipes import Config, ConfigError, parse
-from sources import DataError, open_pairs
+from sources import open_pairs
 
 # ------------------------------------------------------------------------------------------------------------
 # formulas
@@ -196,7 +198,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     os.makedirs(cfg.out, exist_ok=True)
 
     # 2. data
-    pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.data, cfg.valid_split)
+    pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
     if len(pairs) < B:
         raise DataError(
             f"{cfg.data}: {len(pairs):,} training pairs are fewer than one batch; --batch-size is {B}")
@@ -222,7 +224,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     def forward(pictures, ids):  # a chunk is on the device while it is looked at, the batch never is
         with model.autocast(device):
-            return towers(pictures.to(device, non_blocking=True), ids)
+            return towers(on_device(pictures, device), ids)
 
     size, chunk = clip.config.visual.resolution, cfg.chunk_size or chunk
     if not chunk:
@@ -339,6 +341,12 @@ def train(act: str, cfg: Config) -> list[dict]:
     return history
 
 
+def on_device(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a loader gives -> pixels, or features of a frozen tower, on the device."""
+    pictures = pictures.to(device, non_blocking=True)
+    return data.to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
+
+
 def average_statistics(clip: model.ChineseCLIP):
     """BatchNorm's running statistics, where they move, are those of each process's own pairs: before a model
     is measured or saved they become the mean over processes, the same everywhere."""
@@ -353,8 +361,8 @@ def teach(teacher: model.ChineseCLIP, parts, device: torch.device) -> tuple:
     scale."""
     size = teacher.config.visual.resolution
     features = []
-    for pixels, ids in parts:
-        pixels, ids = pixels.to(device, non_blocking=True), ids.to(device, non_blocking=True)
+    for pictures, ids in parts:
+        pixels = on_device(pictures, device)
         if pixels.shape[-1] != size:
             pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         with model.autocast(device):
@@ -411,7 +419,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except (DataError, weights.WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
-        sys.exit("error: " + str(error).strip().split("\n")[-1].removeprefix("sources.DataError: "))
+        message = str(error).strip().split("\n")[-1]
+        sys.exit("error: " + re.sub(r"^pairs\.(DataError|SourceChanged): ", "", message))
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
                  "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")

@@ -22,13 +22,14 @@ def test_the_arithmetic_is_that_of_open_clips_profile():
 def test_tables_of_small_shapes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["all", "--device", "cpu", "--models", "ViT-tiny", "--batch", "4", "--chunk", "2", "--runs", "1",
-            "--batches", "32", "--width", "8", "--write"]
+            "--batches", "32", "--width", "8", "--lines", "50", "--write"]
     bench.main(argv)
     text = (tmp_path / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and f"`python bench.py {' '.join(argv)}`" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ViT-tiny")]
     assert [row[1] for row in rows] == ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    assert "| JPEG 500 x 375" in text and "| index of 50 pictures" in text and "| 200 M pairs" in text
     assert "| 32 | 8 |" in text and sys.executable not in text
 
 

@@ -14,6 +14,7 @@ import data
 import sources
 import eval as measure  # `eval` alone would hide Python's own
 import model
+from pairs import DataError, Pairs, as_text, open_image
 
 
 def unit(n: int, E: int, seed: int) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_queries_without_a_right_answer_are_left_out():
 
 
 def test_no_right_answer_at_all_is_an_error():
-    with pytest.raises(sources.DataError, match="no query"):
+    with pytest.raises(DataError, match="no query"):
         measure.recall_at_k(torch.eye(3), torch.eye(3), torch.empty(0, 2, dtype=torch.long))
 
 
@@ -166,17 +167,20 @@ def test_features_that_are_no_numbers_are_refused():
     def function(rows):
         return torch.tensor([[1.0, float("nan") if row == 3 else 2.0] for row in rows])
 
-    with pytest.raises(sources.DataError, match="1 of 5 features"):
+    with pytest.raises(DataError, match="1 of 5 features"):
         measure.encode(function, range(5), 2, "encoding")
 
 
-class Six(sources.Pairs):
+class Six(Pairs):
     """Six captions and five pictures; caption 5 has two pictures, picture 0 two captions."""
 
     texts, image_count = TEXTS[:6], 5
     positives = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 2], [4, 3], [5, 4], [5, 1]])
 
-    def image(self, row: int) -> Image.Image:
+    def text(self, row: int) -> str:
+        return as_text(self.texts[row], "list line 1")
+
+    def image(self, row: int, size: int = 0) -> Image.Image:
         return picture(row)
 
 
@@ -192,8 +196,8 @@ def test_retrieval_is_recall_of_the_encoders(clip):
 
 def test_a_caption_that_is_no_text_cannot_be_measured(clip):
     pairs = Six()
-    pairs.texts, pairs.where = [*TEXTS[:5], None], ["list line 1"] * 6
-    with pytest.raises(sources.DataError, match="not text"):
+    pairs.texts = [*TEXTS[:5], None]
+    with pytest.raises(DataError, match="not text"):
         measure.retrieval(clip, pairs)
 
 
@@ -232,12 +236,12 @@ def test_classes_of_the_official_layout(tmp_path):
     names, paths, labels = measure.open_classes(write_classes(tmp_path / "set"))
     assert names == ["猫", "船", "花"] and labels.tolist() == [0, 0, 1, 1, 2, 2]
     for path, label, n in zip(paths, labels.tolist(), (0, 1) * 3):
-        assert np.array_equal(np.asarray(sources.open_image(path)), np.asarray(picture(10 * label + n)))
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(picture(10 * label + n)))
 
 
 def test_classes_that_are_wrong(tmp_path):
     def says(*parts: str):
-        with pytest.raises(sources.DataError) as caught:
+        with pytest.raises(DataError) as caught:
             measure.open_classes(folder)
         message = str(caught.value)
         assert "\n" not in message and all(part in message for part in parts), message
@@ -262,15 +266,15 @@ def test_templates_need_a_place_for_the_name(tmp_path):
     path.write_text("\ufeff# a note\n一张{}的照片\n\n  {}  \n", encoding="utf-8")
     assert measure.read_templates(str(path)) == ["一张{}的照片", "{}"]
     path.write_text("{}\n一张照片\n", encoding="utf-8")
-    with pytest.raises(sources.DataError, match="一张照片"):
+    with pytest.raises(DataError, match="一张照片"):
         measure.read_templates(str(path))
 
 
 def test_templates_that_are_not_there_or_empty(tmp_path):
-    with pytest.raises(sources.DataError, match="nothing.txt"):
+    with pytest.raises(DataError, match="nothing.txt"):
         measure.read_templates(str(tmp_path / "nothing.txt"))
     (tmp_path / "empty.txt").write_text("# a note\n", encoding="utf-8")
-    with pytest.raises(sources.DataError, match="empty.txt"):
+    with pytest.raises(DataError, match="empty.txt"):
         measure.read_templates(str(tmp_path / "empty.txt"))
 
 
@@ -346,19 +350,19 @@ def test_result_file_in_a_folder_that_is_not_there_yet(weights, tmp_path, monkey
 
 def test_data_that_is_wrong_is_a_data_error(weights, tmp_path, monkeypatch):
     for task in (RETRIEVAL, ZEROSHOT):
-        with pytest.raises(sources.DataError, match="nowhere"):
+        with pytest.raises(DataError, match="nowhere"):
             command(monkeypatch, *task, weights, "--data", tmp_path / "nowhere")
 
 
 def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):
     folder = write_pairs(tmp_path / "pairs")
     (tmp_path / "pairs" / "3.png").write_bytes(b"no picture")
-    with pytest.raises(sources.DataError, match="3.png"):
+    with pytest.raises(DataError, match="3.png"):
         command(monkeypatch, *RETRIEVAL, weights, "--data", folder)
 
 
 def test_the_endless_training_split_of_the_scenes_cannot_be_measured(weights, monkeypatch):
-    with pytest.raises(sources.DataError, match="scenes-en"):
+    with pytest.raises(DataError, match="scenes-en"):
         command(monkeypatch, "retrieval", "--model", weights, "--data", "scenes-en", "--split", "train")
 
 

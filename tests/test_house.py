@@ -11,26 +11,34 @@ from conftest import ROOT
 ARROWS = {
     "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "download": set(), "augment": set(),
     "scenes": set(),
-    "sources": {"scenes"},
+    "pairs": set(),
+    "shards": {"pairs"},
+    "sources": {"pairs", "scenes", "shards"},
     "weights": {"download"},
-    "data": {"augment", "sources"},
+    "data": {"augment", "pairs"},
     "model": {"vit", "resnet", "bert", "weights", "download", "data"},
-    "eval": {"model", "data", "sources", "loss", "weights", "download"},
-    "cache": {"model", "data", "sources", "loss", "augment", "weights"},
+    "eval": {"model", "data", "pairs", "sources", "loss", "weights", "download"},
+    "faults": {"data", "pairs"},
+    "pieces": {"faults", "pairs", "shards", "sources"},
+    "check": {"faults", "pieces", "pairs", "weights"},
+    "curate": {"check", "model", "eval", "pairs", "sources", "weights"},
+    "cache": {"model", "data", "pairs", "loss", "augment", "weights"},
     "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
-    "bench": {"train", "model", "data", "loss"},
-    "train": {"recipes", "report", "eval", "cache", "model", "data", "sources", "loss", "weights"},
+    "bench": {"train", "model", "augment", "data", "loss", "pairs", "shards", "sources"},
+    "train": {"recipes", "report", "eval", "cache", "model", "data", "pairs", "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
-    "bench": {"torch", "cn_clip", "open_clip"},  # the peers only where they are installed
+    "bench": {"torch", "numpy", "PIL", "cn_clip", "open_clip"},  # the peers only where they are installed
  "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
+    "pairs": {"torch", "numpy", "PIL", "filelock"}, "shards": {"torch", "numpy", "tqdm"},
+    "faults": {"PIL"}, "pieces": {"numpy"}, "check": {"numpy", "tqdm"}, "curate": {"numpy", "PIL", "tqdm"},
     "cache": {"torch", "numpy", "PIL", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},
 }

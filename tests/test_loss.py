@@ -232,7 +232,8 @@ def test_adding_up_small_batches_is_another_gradient():
 
 
 def test_bytes_that_a_forward_pass_keeps():
-    """Of gelu(x @ W1) @ W2: x and W1 for the first product, its result for gelu, gelu's and W2 for the second."""
+    """Of gelu(x @ W1) @ W2: x and W1 for the first product, its result for gelu, gelu's and W2 for the
+    second."""
     layers = torch.nn.Sequential(torch.nn.Linear(8, 32, bias=False), torch.nn.GELU(),
                                  torch.nn.Linear(32, 4, bias=False))
 
@@ -252,4 +253,5 @@ def test_what_fits_leaves_batch_norm_as_it_was(monkeypatch):
     assert most[0] == 5 and 5 < most[1] < 100
     assert not tower[1].running_mean.any() and tower[1].num_batches_tracked == 0
     monkeypatch.setattr(loss, "free_memory", lambda device: 0)  # too little for anything: then one by one
-    assert loss.fitting_chunk(lambda x, ids: tower(x), tower, torch.randn(4, 3, 9, 9), torch.ones(4, 2), 5) == 1
+    x = torch.randn(4, 3, 9, 9)
+    assert loss.fitting_chunk(lambda x, ids: tower(x), tower, x, torch.ones(4, 2), 5) == 1

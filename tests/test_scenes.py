@@ -13,6 +13,7 @@ import data
 import sources
 import report
 import scenes
+from pairs import Pairs
 
 WORLDS = ("en", "zh")
 
@@ -25,7 +26,7 @@ def drawn_from(world: str, split: str, count: int) -> list[tuple[scenes.Scene, s
 
 
 @functools.cache
-def valid_pairs() -> sources.Pairs:
+def valid_pairs() -> Pairs:
     return sources.open_pairs("scenes-zh", "valid")
 
 

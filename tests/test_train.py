@@ -24,6 +24,7 @@ import train
 import weights
 from conftest import ROOT, write_folder
 from loss import distillation_loss
+from pairs import DataError
 
 TINY = ["--recipe", "scratch", "--model", "ViT-tiny", "--batch-size", "8", "--lr", "1e-3",
         "--workers", "0", "--device", "cpu"]
@@ -405,11 +406,11 @@ def test_weights_of_another_model_are_refused(pairs, tmp_path):
 
 def test_fewer_pairs_than_a_batch_is_refused(pairs, tmp_path):
     message = "24 training pairs are fewer than one batch; --batch-size is 32"
-    with pytest.raises(sources.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         train.main([*TINY, "--data", pairs, "--batch-size", "32", "--out", str(tmp_path)])
 
 
 def test_loss_that_is_no_number_stops_the_run(pairs, tmp_path):
-    with pytest.raises(sources.DataError, match="the loss is nan at step"):
+    with pytest.raises(DataError, match="the loss is nan at step"):
         train.main([*TINY, "--data", pairs, "--steps", "20", "--lr", "1e30", "--log-every", "1",
                     "--out", str(tmp_path)])
