@@ -79,16 +79,20 @@ def gflop(config: model.ModelConfig, tokens: int) -> tuple[float, float]:
 # the clock
 
 
+def seconds_of(action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
 def median_time(step, device: str, runs: int) -> float:
     """Seconds of one call: the median of `runs` after one that warms up."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
+    def once():
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+
+    return statistics.median([seconds_of(once) for _ in range(runs + 1)][1:])
 
 
 def optimizer_of(parameters) -> torch.optim.Optimizer:
@@ -362,7 +366,8 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
                             ("resume at a random step, one rank's 4,096", range(start, start + batch)[rank])):
         seconds = seconds_of(lambda: [data.order(numbers, 0, position) for position in positions])
         rows.append([f"200 M pairs in shards: {what}, ms", f"{1e3 * seconds:.0f}"])
-    rows.append(["200 M pairs in shards: memory for this, MB", f"{tracemalloc.get_traced_memory()[1] / 1e6:.1f}"])
+    peak = tracemalloc.get_traced_memory()[1]
+    rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])
     tracemalloc.stop()
     return [row + ["-"] * (4 - len(row)) for row in rows]
 
@@ -374,12 +379,6 @@ class Numbers(pairs.Pairs):
 
     def __len__(self) -> int:
         return 200_000_000
-
-
-def seconds_of(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 @functools.cache

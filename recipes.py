@@ -30,8 +30,8 @@ class Config:
 
     model: str = flag("ViT-B-16", "which row of model.MODELS to train")
     data: str = flag(
-        "scenes-zh", "pairs: a folder (official TSV + JSONL, pictures with a list, or tar shards), a pattern of "
-        "shards {000..999}.tar, scenes-zh, scenes-en; several with commas between")
+        "scenes-zh", "pairs: a folder (official TSV + JSONL, pictures with a list, or tar shards), a pattern "
+        "of shards {000..999}.tar, scenes-zh, scenes-en; several with commas between")
     valid_data: str = flag("", "where the validation split is, if not in --data")
     valid_split: str = flag("valid", "the split that recall is measured on; training reads `train`")
     out: str = flag("out", "folder for checkpoints, weights and results; each act has its own in it")

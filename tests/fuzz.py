@@ -1,11 +1,11 @@
 """
-Thousands of damaged data sets: reading one may raise DataError, and nothing else may happen. No crash, no hang
-(each case has ten seconds), no memory (4 GB for the whole process).
+Thousands of damaged data sets: reading one may raise DataError, and nothing else may happen. No crash, no
+hang (each case has ten seconds), no memory (4 GB for the whole process).
 
     python tests/fuzz.py --count 20000        # minutes; tests/test_fuzz.py runs a few hundred
 
-A case is a small good set, TSV + JSONL, a list, tar shards or bare pictures, of which one file was damaged: bytes
-flipped, cut out, doubled, swapped for numbers that readers believe in. It is opened, read and checked.
+A case is a small good set, TSV + JSONL, pictures with a list, or tar shards, of which one file was damaged:
+bytes flipped, cut out, doubled, swapped for numbers that readers believe in. It is opened, read and checked.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from sources import open_pairs  # noqa: E402
 SECONDS, BYTES = 10, 4 * 2**30
 # what a reader may take for a length, an end, a structure
 WORDS = (b"\0", b"\n", b"\t", b"\xff", b"\x80\0\0\0\0\0\0\0", b"-1", b"99999999999", b"{", b"[" * 50, b'"',
-         b"\\u", b"\xed\xa0\x80", b"ustar", b"\xff\xd8\xff", b"IHDR\x7f\xff\xff\xff", b"../..", b",", b"NaN", b"1e999")
+         b"\\u", b"\xed\xa0\x80", b"ustar", b"\xff\xd8\xff", b"IHDR\x7f\xff\xff\xff", b"../..", b",", b"NaN",
+         b"1e999")
 
 
 def picture(rng: random.Random) -> bytes:
@@ -67,9 +68,9 @@ def good_set(kind: str, rng: random.Random) -> dict[str, bytes]:
     pictures = [picture(rng) for _ in range(3)]
     texts = ["一张照片", "两只\"猫\"", "三, 四"]
     if kind == "official":
-        return {"train_imgs.tsv": b"".join(b"%d\t%s\n" % (n, base64.b64encode(p)) for n, p in enumerate(pictures)),
-                "train_texts.jsonl": "\n".join(json.dumps({"text_id": n, "text": t, "image_ids": [n]})
-                                               for n, t in enumerate(texts)).encode()}
+        lines = [json.dumps({"text_id": n, "text": t, "image_ids": [n]}) for n, t in enumerate(texts)]
+        encoded = [b"%d\t%s\n" % (n, base64.b64encode(content)) for n, content in enumerate(pictures)]
+        return {"train_imgs.tsv": b"".join(encoded), "train_texts.jsonl": "\n".join(lines).encode()}
     if kind in ("jsonl", "csv"):
         files = {f"{n}.jpg": content for n, content in enumerate(pictures)}
         lines = [json.dumps({"image": f"{n}.jpg", "text": t}) for n, t in enumerate(texts)]
@@ -77,7 +78,8 @@ def good_set(kind: str, rng: random.Random) -> dict[str, bytes]:
             lines = ["image,text", *(f'{n}.jpg,"{t}"' for n, t in enumerate(["甲", "乙\n乙", '丙""'])) ]
         return files | {f"train.{kind}": "\n".join(lines).encode()}
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as shard:
+    kind = rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
+    with tarfile.open(fileobj=file, mode="w", format=kind) as shard:
         for n, (content, text) in enumerate(zip(pictures, texts)):
             name = f"{n:09}" + ("很" * 60 if rng.random() < 0.2 else "")  # a name too long for its field
             for ending, part in (("jpg", content), ("txt", text.encode()),

@@ -1,16 +1,21 @@
-"""Fifty steps of training beside the official code: the same weights, the same batches, the same curve."""
+"""Beside the official code: fifty steps from the same weights and batches; the parts of augmentation."""
 
 import argparse
 import json
+import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_folder
+from PIL import Image
 
 import data
 import model
 import sources
 import train
+from augment import MEAN_COLOUR, apply_operation, random_resized_crop
 from bert import BertConfig
 from vit import ViTConfig
 
@@ -45,7 +50,7 @@ def their_curve(start: dict[str, torch.Tensor], batches) -> list[float]:
     for step, batch in enumerate(batches):
         scheduler(step)
         optimizer.zero_grad()
-        loss, _ = get_loss(clip, batch.pictures, batch.ids, torch.nn.CrossEntropyLoss(),
+        loss, _ = get_loss(clip, data.to_pixels(batch.pictures), batch.ids, torch.nn.CrossEntropyLoss(),
                            torch.nn.CrossEntropyLoss(), args)
         loss.backward()
         optimizer.step()
@@ -78,3 +83,52 @@ def test_fifty_steps_give_the_official_curve(tmp_path, monkeypatch):
     worst = max(abs(a - b) for a, b in zip(ours, theirs))
     print(f"worst difference of {STEPS} losses: {worst:.1e}, from {theirs[0]:.3f} to {theirs[-1]:.3f}")
     assert worst < 1e-4
+
+
+SCALES = {  # of an operation at magnitude m in direction s, as torchvision takes it
+    "rotate": ("Rotate", lambda m, s: s * 30 * m / 10), "shearx": ("ShearX", lambda m, s: s * 0.3 * m / 10),
+    "posterize": ("Posterize", lambda m, s: 4 + int(4 * m / 10)),
+    "solarize": ("Solarize", lambda m, s: int(256 * m / 10)), "color": ("Color", lambda m, s: 0.18 * m - 0.9),
+    "contrast": ("Contrast", lambda m, s: 0.18 * m - 0.9),
+    "sharpness": ("Sharpness", lambda m, s: 0.18 * m - 0.9),
+    "autocontrast": ("AutoContrast", lambda m, s: 0), "equalize": ("Equalize", lambda m, s: 0),
+    "invert": ("Invert", lambda m, s: 0)}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_operations_of_autoaugment_are_torchvisions(name):
+    """Ten operations, eleven magnitudes, both directions: not a pixel differs."""
+    reason = "compares with torchvision, which is not installed"
+    autoaugment = pytest.importorskip("torchvision.transforms.autoaugment", reason=reason)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((90, 80), 3)
+    theirs, scale = SCALES[name]
+    for magnitude in range(11):
+        for sign in (-1, 1):
+            ours = apply_operation(image, name, magnitude, sign)
+            expected = autoaugment._apply_op(image, theirs, scale(magnitude, sign),
+                                             autoaugment.InterpolationMode.BICUBIC, list(MEAN_COLOUR))
+            assert np.array_equal(ours, expected), (magnitude, sign)
+
+
+def test_the_crop_is_torchvisions():
+    """The same box. At its border `resize(box=...)` may see a pixel outside, which crop, then resize does not:
+    a grey level or two there, nothing inside."""
+    reason = "compares with torchvision, which is not installed"
+    functional = pytest.importorskip("torchvision.transforms.functional", reason=reason)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((90, 80), 3)
+    compared = 0
+    for seed in range(20):
+        ours, draw = random_resized_crop(image, 32, random.Random(seed)), random.Random(seed)
+        area = 7200 * draw.uniform(0.9, 1.0)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if w <= 90 and h <= 80:  # the first box that is drawn fits
+            x, y = draw.randint(0, 90 - w), draw.randint(0, 80 - h)
+            bicubic = functional.InterpolationMode.BICUBIC
+            expected = functional.resized_crop(image, y, x, h, w, [32, 32], bicubic)
+            difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
+            assert difference.max() <= 2 and not difference[2:-2, 2:-2].any()
+            compared += 1
+    assert compared > 3
