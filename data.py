@@ -158,10 +158,10 @@ def order(pairs: Pairs, seed: int, position: int) -> int:
     epoch, offset = divmod(position, count)
     if count <= window:
         return int(permutation(count, seed, epoch)[offset])
-    blocks, starts = block_order(count, seed, epoch)
+    _, starts = block_order(count, seed, epoch)
     number, together = int(np.searchsorted(starts, offset, side="right")) - 1, window // BLOCK
     first = number - number % together
-    return int(window_order(count, seed, epoch, first, together)[offset - starts[first]])
+    return int(window_order(pairs, seed, epoch, first, together)[offset - starts[first]])
 
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
@@ -181,12 +181,15 @@ def block_order(count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarr
 
 
 @functools.lru_cache(maxsize=3)
-def window_order(count: int, seed: int, epoch: int, first: int, together: int) -> np.ndarray:
-    """The pairs of blocks `first` to first + together of an epoch, shuffled."""
-    blocks = count // BLOCK
-    drawn = block_order(count, seed, epoch)[0][first: first + together]
-    pairs = np.concatenate([np.arange(k * count // blocks, (k + 1) * count // blocks) for k in drawn])
-    return np.random.default_rng([seed, epoch, first]).permutation(pairs)
+def window_order(pairs: Pairs, seed: int, epoch: int, first: int, together: int) -> np.ndarray:
+    """The pairs of blocks `first` to first + together of an epoch, shuffled; the source hears of them."""
+    count, blocks = len(pairs), len(pairs) // BLOCK
+    drawn = block_order(count, seed, epoch)[0][first: first + together].tolist()
+    stretches = [(k * count // blocks, (k + 1) * count // blocks) for k in drawn]
+    for start, stop in stretches:
+        pairs.will_need(start, stop)
+    numbers = np.concatenate([np.arange(start, stop) for start, stop in stretches])
+    return np.random.default_rng([seed, epoch, first]).permutation(numbers)
 
 
 class Sample(NamedTuple):

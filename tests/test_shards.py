@@ -210,8 +210,11 @@ def test_windows_hold_every_pair_once_an_epoch(count, monkeypatch):
 
 def test_a_window_reads_few_stretches_and_shuffles_them(monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 50)
-    window = [data.order(Many(10_000, 500), 0, n) for n in range(500)]
+    many, told = Many(10_000, 500), []
+    monkeypatch.setattr(many, "will_need", lambda start, stop: told.append((start, stop)))
+    window = [data.order(many, 0, n) for n in range(500)]
     assert len({n // 50 for n in window}) == 10
+    assert sorted(told) == [(n, n + 50) for n in sorted(window) if n % 50 == 0]  # the source heard of each once
     assert sum(abs(a - b) == 1 for a, b in zip(window, window[1:])) < 20
 
 
