@@ -14,42 +14,25 @@ passes a trained tower (the recomputation of chunks is not work that counts).
 """
 
 import argparse
-import base64
 import datetime
-import functools
 import gc
 import importlib.util
-import io
 import json
-import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import tracemalloc
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import data
 import model
-import pairs
 import train
-from augment import augment
+from bench_data import CAPTION, bench_data, seconds_of
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
-from pairs import decode
-from shards import TarPairs
-from sources import from_base64, open_pairs
 
-# Captions as long as those of a shop: 10 characters, 12 tokens with [CLS] and [SEP]; peers pad to 52
-CAPTION = "红色帆布手提包女大号"
 PEAK = 790  # bf16 TFLOP/s of an H200, measured there with an 8192-cube matrix product
 RN50_GFLOP = 12.22  # of an image, open_clip's docs/model_profile.csv; the others by formula
 PEERS = {"official": "cn_clip", "open_clip": "open_clip"}
@@ -77,12 +60,6 @@ def gflop(config: model.ModelConfig, tokens: int) -> tuple[float, float]:
 
 # ------------------------------------------------------------------------------------------------------------
 # the clock
-
-
-def seconds_of(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def median_time(step, device: str, runs: int) -> float:
@@ -297,97 +274,6 @@ def memory_limit(device: str) -> float:
     if device == "cuda":
         return 0.9 * torch.cuda.get_device_properties(0).total_memory
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# data
-
-
-def photo(width: int, height: int, seed: int) -> bytes:
-    """A JPEG with edges and noise, about as large as a photograph's."""
-    rng, file = np.random.default_rng(seed), io.BytesIO()
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), 3)
-    pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (height, width, 3))
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def bench_data(runs: int, lines: int) -> list[list[str]]:
-    """One core; pictures from base64 to what a loader hands over, at 224 pixels, augmented as in training."""
-    rows = [["what", "ours", "official", "ratio"]]
-
-    def add(what: str, count: int, ours, theirs):
-        rate = count / median_time(ours, "cpu", runs)
-        rows.append([what, f"{rate:,.0f}"])
-        if importlib.util.find_spec("cn_clip") is not None:
-            its = count / median_time(theirs, "cpu", runs)
-            rows[-1] += [f"{its:,.0f}", f"{rate / its:.2f}"]
-        print("   " + " | ".join(rows[-1]), flush=True)
-
-    torch.set_num_threads(1)
-    for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
-        encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
-
-        def ours(encoded=encoded):
-            for n, line in enumerate(encoded):
-                image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
-                data.squash(augment(image, 224, "auto", random.Random(n)), 224)
-
-        def theirs(encoded=encoded):
-            random.seed(0)
-            for line in encoded:
-                official_transform()(Image.open(io.BytesIO(base64.urlsafe_b64decode(line))))
-
-        add(f"JPEG {width} x {height}, pictures/s", count, ours, theirs)
-    captions = [CAPTION + "%04d款 2024" % n for n in range(2000)]
-    add("tokenize, captions/s", len(captions), lambda: tokenize(captions),
-        lambda: importlib.import_module("cn_clip.clip").tokenize(captions))
-
-    with tempfile.TemporaryDirectory() as folder:
-        pairs.CACHE = os.path.join(folder, "cache")
-        line = base64.b64encode(photo(64, 64, 0)).decode()
-        with open(os.path.join(folder, "train_imgs.tsv"), "w", encoding="utf-8") as file:
-            file.writelines(f"{n}\t{line}\n" for n in range(lines))
-        with open(os.path.join(folder, "train_texts.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text_id": n, "text": f"{CAPTION}{n}", "image_ids": [n]}) + "\n"
-                            for n in range(lines))
-        seconds = seconds_of(lambda: open_pairs(folder, "train"))
-        rows.append([f"index of {lines:,} pictures and captions, lines/s", f"{2 * lines / seconds:,.0f}"])
-        for workers in (0, 1):
-            def first_batch(workers=workers):
-                stream = data.Stream(open_pairs(folder, "train"), 0, 224, "auto")
-                next(iter(data.batches(stream, 32, range(9), 52, workers)))
-            rows.append([f"first batch of 32, index warm, {workers} workers, s",
-                         f"{seconds_of(first_batch):.2f}"])
-    numbers = Numbers()
-    tracemalloc.start()
-    start, batch, rank = 777_000_000, 32_768, slice(5 * 4096, 6 * 4096)  # any step; the sixth rank of eight
-    for what, positions in (("first position of an epoch", [0]),
-                            ("resume at a random step, one rank's 4,096", range(start, start + batch)[rank])):
-        seconds = seconds_of(lambda: [data.order(numbers, 0, position) for position in positions])
-        rows.append([f"200 M pairs in shards: {what}, ms", f"{1e3 * seconds:.0f}"])
-    peak = tracemalloc.get_traced_memory()[1]
-    rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])
-    tracemalloc.stop()
-    return [row + ["-"] * (4 - len(row)) for row in rows]
-
-
-class Numbers(pairs.Pairs):
-    """The numbers of 200 million pairs in shards, and nothing else."""
-
-    window = TarPairs.window
-
-    def __len__(self) -> int:
-        return 200_000_000
-
-
-@functools.cache
-def official_transform():
-    """The official code's own, for training with augmentation at 224 pixels."""
-    from cn_clip.training.data import LMDBDataset
-    theirs = LMDBDataset.__new__(LMDBDataset)
-    theirs.split, theirs.use_augment = "train", True
-    return theirs._build_transform(224)
 
 
 # ------------------------------------------------------------------------------------------------------------

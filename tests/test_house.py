@@ -26,7 +26,8 @@ ARROWS = {
     "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
-    "bench": {"train", "model", "augment", "data", "loss", "pairs", "shards", "sources"},
+    "bench": {"bench_data", "train", "model", "data", "loss"},
+    "bench_data": {"augment", "data", "pairs", "shards", "sources"},
     "train": {"recipes", "report", "eval", "cache", "model", "data", "pairs", "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
@@ -34,7 +35,7 @@ PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
-    "bench": {"torch", "numpy", "PIL", "cn_clip", "open_clip"},  # the peers only where they are installed
+    "bench": {"torch", "cn_clip", "open_clip"}, "bench_data": {"torch", "numpy", "PIL", "cn_clip"},  # the peers only where they are installed
  "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
     "pairs": {"torch", "numpy", "PIL", "filelock"}, "shards": {"torch", "numpy", "tqdm"},

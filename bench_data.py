@@ -1,0 +1,127 @@
+"""
+How fast data comes, on one core: pictures, captions, indices, the order of 200 million pairs. The task `data`
+of bench.py; the official code (cn_clip), where it is installed, does the same in turn.
+"""
+
+import base64
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+import tracemalloc
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import pairs
+from augment import augment
+from data import tokenize
+from pairs import decode
+from shards import TarPairs
+from sources import from_base64, open_pairs
+
+# Captions as long as those of a shop: 10 characters, 12 tokens with [CLS] and [SEP]; peers pad to 52
+CAPTION = "红色帆布手提包女大号"
+
+
+def seconds_of(action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def photo(width: int, height: int, seed: int) -> bytes:
+    """A JPEG with edges and noise, about as large as a photograph's."""
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), 3)
+    pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (height, width, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def bench_data(runs: int, lines: int) -> list[list[str]]:
+    """Pictures from base64 to what a loader hands over, at 224 pixels; the rest as the rows say."""
+    rows = [["what", "ours", "official", "ratio"]]
+
+    def add(what: str, count: int, ours, theirs):
+        actions = (ours, theirs) if importlib.util.find_spec("cn_clip") else (ours,)
+        times = [[seconds_of(action) for action in actions] for _ in range(runs + 1)][1:]  # in turn: a busy
+        rates = [count / statistics.median(each) for each in zip(*times)]  # machine is slow for both
+        rows.append([what, *(f"{rate:,.0f}" for rate in rates)])
+        if len(rates) == 2:
+            rows[-1].append(f"{rates[0] / rates[1]:.2f}")
+        print("   " + " | ".join(rows[-1]), flush=True)
+
+    torch.set_num_threads(1)
+    for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
+        encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
+        for how in ("auto", "none"):
+            def ours(encoded=encoded, how=how):
+                for n, line in enumerate(encoded):
+                    image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
+                    data.squash(augment(image, 224, how, random.Random(n)), 224)
+
+            def theirs(encoded=encoded, how=how):
+                transform = official_transform(how)
+                for line in encoded:
+                    transform(Image.open(io.BytesIO(base64.urlsafe_b64decode(line))))
+
+            add(f"JPEG {width} x {height}, {'augmented' if how == 'auto' else 'squashed'}, pictures/s", count,
+                ours, theirs)
+    captions = [CAPTION + "%04d款 2024" % n for n in range(2000)]
+    add("tokenize, captions/s", len(captions), lambda: tokenize(captions),
+        lambda: importlib.import_module("cn_clip.clip").tokenize(captions))
+
+    with tempfile.TemporaryDirectory() as folder:
+        pairs.CACHE = os.path.join(folder, "cache")
+        line = base64.b64encode(photo(64, 64, 0)).decode()
+        with open(os.path.join(folder, "train_imgs.tsv"), "w", encoding="utf-8") as file:
+            file.writelines(f"{n}\t{line}\n" for n in range(lines))
+        with open(os.path.join(folder, "train_texts.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text_id": n, "text": f"{CAPTION}{n}", "image_ids": [n]}) + "\n"
+                            for n in range(lines))
+        seconds = seconds_of(lambda: open_pairs(folder, "train"))
+        rows.append([f"index of {lines:,} pictures and captions, lines/s", f"{2 * lines / seconds:,.0f}"])
+        for workers in (0, 1):
+            def first_batch(workers=workers):
+                stream = data.Stream(open_pairs(folder, "train"), 0, 224, "auto")
+                next(iter(data.batches(stream, 32, range(9), 52, workers)))
+            rows.append([f"first batch of 32, index warm, {workers} workers, s",
+                         f"{seconds_of(first_batch):.2f}"])
+    numbers = Numbers()
+    tracemalloc.start()
+    start, batch, rank = 777_000_000, 32_768, slice(5 * 4096, 6 * 4096)  # any step; the sixth rank of eight
+    for what, positions in (("first position of an epoch", [0]),
+                            ("resume at a random step, one rank's 4,096", range(start, start + batch)[rank])):
+        seconds = seconds_of(lambda: [data.order(numbers, 0, position) for position in positions])
+        rows.append([f"200 M pairs in shards: {what}, ms", f"{1e3 * seconds:.0f}"])
+    peak = tracemalloc.get_traced_memory()[1]
+    rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])
+    tracemalloc.stop()
+    return [row + ["-"] * (4 - len(row)) for row in rows]
+
+
+class Numbers(pairs.Pairs):
+    """The numbers of 200 million pairs in shards, and nothing else."""
+
+    window = TarPairs.window
+
+    def __len__(self) -> int:
+        return 200_000_000
+
+
+@functools.cache
+def official_transform(how: str):
+    """The official code's own at 224 pixels: with its augmentation, or without."""
+    from cn_clip.training.data import LMDBDataset
+    theirs = LMDBDataset.__new__(LMDBDataset)
+    theirs.split, theirs.use_augment = "train", how == "auto"
+    return theirs._build_transform(224)
