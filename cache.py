@@ -28,7 +28,7 @@ import model
 from augment import augment
 from data import DRAFT, preprocess
 from loss import rank, world_size
-from pairs import DataError, Pairs
+from pairs import DataError, Pairs, SourceChanged
 from weights import write_json
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
@@ -57,6 +57,8 @@ class Views(torch.utils.data.Dataset):
         view, row = divmod(n, self.pairs.image_count)
         try:
             image = self.pairs.image(row, math.ceil(DRAFT * self.resolution))
+        except SourceChanged:
+            raise
         except DataError:
             return torch.full((3, self.resolution, self.resolution), torch.nan)
         rng = random.Random(f"{self.seed} view {view} of {row}")
@@ -81,7 +83,7 @@ def transform(how: str) -> str:
     rng = random.Random(0)
     picture = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
     views = [preprocess(augment(picture, 32, how, rng), 32).numpy().tobytes() for _ in range(20)]
-    return hashlib.sha256(b"".join(views)).hexdigest()
+    return hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest()
 
 
 def open_features(

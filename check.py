@@ -283,10 +283,10 @@ def run(args: argparse.Namespace) -> int:
             whole.repeated("caption in train too", "captions", 0, wholes["train"])
             whole.repeated("picture in train too", "pictures", 1, wholes["train"])
     found = {name: summary(whole, args.batch_size) for name, whole in wholes.items()}
-    for name in found:
-        print_report(name, found[name], args)
     if args.json:
         write_json(args.json, {"path": args.path, "splits": found})
+    for name in found:
+        print_report(name, found[name], args)
     return int(any(row["error"] for split in found.values() for row in split["kinds"].values()))
 
 

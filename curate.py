@@ -21,15 +21,20 @@ import os
 import shutil
 import sys
 import tarfile
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import check
 import model
+from augment import as_rgb
 from eval import encode_images, encode_texts
-from pairs import DataError, Pairs, decode
+from faults import digest
+from pairs import DataError, Pairs, SourceChanged, decode
 from sources import layout_of, open_pairs
 from weights import WeightsError, write_json
 
@@ -44,21 +49,22 @@ CHUNK = 256  # pictures that a process looks at before it reports
 def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
     """{split}_imgs.tsv and {split}_texts.jsonl; a picture once, however many captions it has."""
     relation = pairs.positives[kept].tolist()
-    images = sorted({row for _, row in relation})
+    # of a whole split those that no caption names, too: others search among them
+    images = range(pairs.image_count) if len(kept) == len(pairs) else sorted({row for _, row in relation})
     with open(os.path.join(folder, f"{split}_imgs.tsv"), "wb") as file:
         for row in tqdm(images, f"writing {split}", disable=None):
-            file.write(f"{row}\t".encode() + base64.b64encode(picture(row)) + b"\n")
+            file.write(f"{pairs.image_id(row)}\t".encode() + base64.b64encode(picture(row)) + b"\n")
     answers = collections.defaultdict(list)
     for text, image in relation:
-        answers[text].append(image)
+        answers[text].append(pairs.image_id(image))
     with open(os.path.join(folder, f"{split}_texts.jsonl"), "w", encoding="utf-8") as file:
         for text, image_ids in answers.items():
-            line = {"text_id": text, "text": pairs.text(text), "image_ids": image_ids}
+            line = {"text_id": pairs.text_id(text), "text": pairs.text(text), "image_ids": image_ids}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}/000000000.jpg ... and {split}.jsonl, a line a pair."""
+    """{split}/000000000.jpg ... and {split}.jsonl, a line a pair; lines with one text_id are one caption."""
     os.mkdir(os.path.join(folder, split))
     names = {}
     with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as file:
@@ -69,7 +75,8 @@ def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture
                 names[row] = f"{split}/{row:09}.{ending(content)}"
                 with open(os.path.join(folder, names[row]), "wb") as image:
                     image.write(content)
-            file.write(json.dumps({"image": names[row], "text": pairs.caption(i)}, ensure_ascii=False) + "\n")
+            line = {"image": names[row], "text": pairs.caption(i), "text_id": int(pairs.positives[i, 0])}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
@@ -89,19 +96,20 @@ WRITERS = {"shards": write_shards, "folder": write_folder, "official": write_off
 
 def ending(picture: bytes) -> str:
     """Of a file with this picture in it. Decoded before, so it is one."""
-    return Image.open(io.BytesIO(picture)).format.lower().replace("jpeg", "jpg")
+    kind = Image.open(io.BytesIO(picture)).format
+    return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
 
 def resized(picture: bytes, side: int) -> bytes:
-    """The picture with its shorter side at most `side` pixels, as a JPEG; a smaller one as it is. The shape
-    stays, so that training can still crop before it squashes."""
-    image = decode(picture, "", side)
-    if min(image.size) <= side and min(Image.open(io.BytesIO(picture)).size) <= side:
+    """The picture with its shorter side at most `side` pixels, upright, as a JPEG; a smaller one as it is.
+    The shape stays, so that training can still crop before it squashes."""
+    if min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
+    image = ImageOps.exif_transpose(decode(picture, "", side))
     scale = side / min(image.size)
     size = tuple(max(side, round(length * scale)) for length in image.size)
     file = io.BytesIO()
-    image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    as_rgb(image).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
@@ -113,40 +121,47 @@ opened = functools.lru_cache(maxsize=1)(open_pairs)  # once in each process
 
 
 def look(source: str, split: str, rows: range) -> list[tuple]:
-    """-> of each picture its shorter side, its digest and its difference hash; side 0 if it is broken."""
+    """-> of each picture its shorter side, its digest, its difference hash and its mean colour; side 0 if it
+    is broken."""
     pairs, found = opened(source, split), []
     for row in rows:
         try:
             content = pairs.picture(row)
             image = decode(content, pairs.place(row))
-            found.append((min(image.size), check.faults.digest(content), difference_hash(image)))
-        except DataError:
-            found.append((0, 0, 0))
+            small = as_rgb(image).resize((9, 8), Image.Resampling.BOX)
+            red, green, blue = np.asarray(small).mean(axis=(0, 1)).astype(int).tolist()
+            found.append((min(image.size), digest(content), difference_hash(small), red, green, blue))
+        except SourceChanged:
+            raise
+        except (DataError, OSError, ValueError):  # of a mode that is no RGB, as LAB
+            found.append((0, 0, 0, 0, 0, 0))
     return found
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits: is each cell of an 8 x 8 grid brighter than its right neighbour? Size, compression and small
-    changes of colour leave nearly all of them as they are."""
-    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+def difference_hash(small: Image.Image) -> int:
+    """A picture of 9 x 8 cells -> 64 bits: is each cell brighter than its right neighbour? Size, compression
+    and small changes of colour leave nearly all of them as they are."""
+    cells = np.asarray(small.convert("L"), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
 
 
 def look_at_all(source: str, split: str, workers: int) -> np.ndarray:
-    """`look`, by several processes: [N_image, 3]."""
+    """`look`, by several processes: [N_image, 6]."""
     count = opened(source, split).image_count
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with concurrent.futures.ProcessPoolExecutor(
-            workers or 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            min(workers, 61) or 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         mapped = pool.map if workers else map
         found = mapped(functools.partial(look, source, split), chunks)
         bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
         return np.array([row for part in bar for row in part], dtype=np.uint64)
 
 
-def near_duplicates(hashes: np.ndarray, distance: int = 3) -> np.ndarray:
-    """hashes [N] -> [N]: the first picture that each is like, itself if there is none before it. Of two
-    hashes that differ in at most three bits, one of four 16-bit words is equal: only those are compared."""
+def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
+    """hashes [N], mean colours [N, 3] -> [N]: the first picture that each is like, itself if there is none
+    before it. Of two hashes that differ in at most three bits, one of four 16-bit words is equal: only those
+    are compared. Flat pictures all have the hash 0, so the colours must be alike too."""
+    colours = colours.astype(np.int16)
     first = np.arange(len(hashes))
     for word in range(4):
         key = (hashes >> np.uint64(16 * word)) & np.uint64(0xFFFF)
@@ -155,6 +170,7 @@ def near_duplicates(hashes: np.ndarray, distance: int = 3) -> np.ndarray:
             while len(group) > 1:
                 one, group = group[0], group[1:]
                 alike = np.bitwise_count(hashes[group] ^ hashes[one]) <= distance
+                alike &= (np.abs(colours[group] - colours[one]) <= 16).all(axis=1)
                 first[group[alike]] = np.minimum(first[group[alike]], one)
                 group = group[~alike]
     return first
@@ -164,49 +180,65 @@ def near_duplicates(hashes: np.ndarray, distance: int = 3) -> np.ndarray:
 # the rules
 
 
-def take(split: str, args: argparse.Namespace) -> tuple[list[int], dict]:
+@dataclass(frozen=True)
+class Rules:
+    """What filter takes. The defaults take nothing but what is broken."""
+
+    min_chars: int = 0
+    max_chars: int = 10**9
+    words: tuple[str, ...] = ()
+    min_side: int = 0
+    duplicates: str = "none"
+    clip: model.ChineseCLIP | None = None  # to score pairs by
+    min_score: float = 0.0
+
+
+def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int], dict]:
     """-> (numbers of the pairs that stay, how many each rule took and what the scores were like). A pair is
-    taken by the first rule that it breaks, in this order."""
-    pairs, taken = opened(args.source, split), collections.Counter()
-    sides, digests, hashes = look_at_all(args.source, split, args.workers).T
-    first_alike = {"none": np.arange(len(digests)), "exact": first_of_equal(digests),
-                   "near": near_duplicates(hashes)}[args.duplicates]
-    words = read_words(args.words) if args.words else []
-
-    def rule_against(i: int) -> str:
-        row = pairs.image_number(i)
-        try:
-            caption = pairs.caption(i)
-        except DataError:
-            return "caption is no text"
-        if not sides[row]:
-            return "picture cannot be decoded"
-        if len(caption) < args.min_chars:
-            return f"fewer than {args.min_chars} characters"
-        if len(caption) > args.max_chars:
-            return f"more than {args.max_chars} characters"
-        if any(word in caption for word in words):
-            return "a word of the list"
-        if sides[row] < args.min_side:
-            return f"picture under {args.min_side} pixels"
-        if first_alike[row] != row:
-            return f"{args.duplicates} duplicate of another picture"
-        return ""
-
-    kept = []
+    taken by the first rule that it breaks, as `broken_rule` has them; then duplicates; then low scores."""
+    pairs, taken, kept = opened(source, split), collections.Counter(), []
+    looked = look_at_all(source, split, workers)
     for i in tqdm(range(len(pairs)), "reading captions", disable=None):
-        if rule := rule_against(i):
+        if rule := broken_rule(pairs, i, int(looked[pairs.image_number(i), 0]), rules):
             taken[rule] += 1
         else:
             kept.append(i)
+    if rules.duplicates != "none" and kept:  # of pictures that are still there
+        rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
+        looked = looked[rows]
+        first = (first_of_equal(looked[:, 1]) if rules.duplicates == "exact"
+                 else near_duplicates(looked[:, 2], looked[:, 3:]))
+        stays = (first == np.arange(len(rows)))[place]
+        taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
+        kept = [i for i, stay in zip(kept, stays) if stay]
     report = {"pairs": len(pairs)}
-    if args.model and kept:
-        clip, _ = model.load(args.model)
-        scores = clip_scores(clip, pairs, kept)
+    if rules.clip is not None and kept:
+        scores = clip_scores(rules.clip, pairs, kept)
         report["scores"] = {f"{q}%": round(float(np.percentile(scores, q)), 4) for q in range(0, 101, 10)}
-        taken[f"score under {args.min_score}"] = int((scores < args.min_score).sum())
-        kept = [i for i, score in zip(kept, scores) if score >= args.min_score]
+        taken[f"score under {rules.min_score}"] = int((scores < rules.min_score).sum())
+        kept = [i for i, score in zip(kept, scores) if score >= rules.min_score]
     return kept, report | {"taken": dict(taken), "kept": len(kept)}
+
+
+def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
+    """The first rule that training pair number i breaks, "" if none. side: its picture's shorter, 0 if it is
+    broken."""
+    try:
+        caption = pairs.caption(i)
+        caption.encode()
+    except SourceChanged:
+        raise
+    except (DataError, UnicodeEncodeError):  # half a surrogate pair, from broken JSON
+        return "caption is no text"
+    for wrong, rule in (
+            (not side, "picture cannot be decoded"),
+            (len(caption) < rules.min_chars, f"fewer than {rules.min_chars} characters"),
+            (len(caption) > rules.max_chars, f"more than {rules.max_chars} characters"),
+            (any(word in caption for word in rules.words), "a word of the list"),
+            (side < rules.min_side, f"picture under {rules.min_side} pixels")):
+        if wrong:
+            return rule
+    return ""
 
 
 def first_of_equal(digests: np.ndarray) -> np.ndarray:
@@ -223,11 +255,11 @@ def clip_scores(clip: model.ChineseCLIP, pairs: Pairs, kept: list[int]) -> np.nd
     return (images[place] * texts).sum(dim=1).cpu().numpy()
 
 
-def read_words(path: str) -> list[str]:
+def read_words(path: str) -> tuple[str, ...]:
     """A word a line; empty lines and lines that begin with # say nothing."""
     try:
         with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip() and not line.startswith("#")]
+            return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); expected a word a line") from None
 
@@ -236,21 +268,21 @@ def read_words(path: str) -> list[str]:
 # the commands
 
 
-NO_RULES = dict(duplicates="none", words="", min_chars=0, max_chars=10**9, min_side=0, model="")
-
-
-def rewrite(args: argparse.Namespace, layout: str, chosen: str | None, resize: int = 0) -> dict:
-    """Every split of a source to a new folder; `take` decides on the split `chosen`, from the others only
-    what is broken is left out. -> {split: report}."""
-    if os.path.exists(args.out):
-        raise DataError(f"{args.out}: already there; name a new folder")
+def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rules = Rules(), resize: int = 0):
+    """Every split of a source to a new folder: the split `chosen` by these rules, the others without what is
+    broken. Beside shards, splits to measure on are TSV + JSONL: there a caption has all its pictures."""
+    out = os.path.normpath(args.out)
+    if os.path.exists(out):
+        raise DataError(f"{out}: already there; name a new folder")
     splits = [split for split in SPLITS if layout_of(args.source, split) not in ("", "scenes")]
     if args.source.endswith(".tar"):
         splits = ["train"]  # a pattern has no splits
     if not splits:
         open_pairs(args.source, "train")  # says what is missing
         raise DataError(f"{args.source}: drawn as they are asked for; there is nothing to write")
-    partial, reports = f"{args.out}.partial", {}
+    if chosen and chosen not in splits:
+        raise DataError(f"{args.source}: no split {chosen!r} in it; there are {', '.join(splits)}")
+    partial, reports = f"{out}.partial", {}
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     for split in splits:
@@ -261,19 +293,18 @@ def rewrite(args: argparse.Namespace, layout: str, chosen: str | None, resize: i
                 raise
             print(f"{split} is left out: {error}")  # MUGE's test split has no answers
             continue
-        rules = args if split == chosen else argparse.Namespace(**vars(args) | NO_RULES)
-        kept, reports[split] = take(split, rules)
 
         def picture(row: int, pairs: Pairs = pairs) -> bytes:
             return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
 
+        way = "official" if split != "train" and layout == "shards" else layout  # a key has one caption
+        kept, reports[split] = take(args.source, split, rules if split == chosen else Rules(), args.workers)
         if kept:
-            WRITERS[layout](partial, split, pairs, kept, picture)
+            WRITERS[way](partial, split, pairs, kept, picture)
         print_report(split, reports[split])
     write_json(os.path.join(partial, "report.json"), reports)
-    os.rename(partial, args.out)
-    print(f"{args.out}: {sum(report['kept'] for report in reports.values()):,} pairs, as {layout}")
-    return reports
+    os.rename(partial, out)
+    print(f"{out}: {sum(report['kept'] for report in reports.values()):,} pairs")
 
 
 def print_report(split: str, report: dict):
@@ -288,6 +319,8 @@ def print_report(split: str, report: dict):
 def add_filter(parser: argparse.ArgumentParser):
     parser.add_argument("--split", default="train", help="which split the rules are for; others stay whole")
     parser.add_argument("--model", default="", help="score pairs by this weights file or released name")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to score on")
     parser.add_argument("--min-score", type=float, default=0.26, help="least cosine of picture and caption; "
                         "0.26 is the paper's for mCLIP, so look at the percentiles of yours")
     parser.add_argument("--min-chars", type=int, default=5, help="least characters of a caption (paper: 5)")
@@ -322,19 +355,25 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.command == "check":
         sys.exit(check.run(args))
-    layout = {"pack": "shards", "unpack": getattr(args, "to", "")}.get(args.command)
-    if args.command == "filter":
+    if args.command == "pack":
+        rewrite(args, "shards", resize=args.resize)
+    elif args.command == "unpack":
+        rewrite(args, args.to, resize=args.resize)
+    else:
+        rules = Rules(
+            args.min_chars, args.max_chars, read_words(args.words) if args.words else (), args.min_side,
+            args.duplicates, model.load(args.model, args.device)[0] if args.model else None, args.min_score)
         found = layout_of(args.source, args.split)
-        layout = found if found in WRITERS else "folder"
-    rewrite(args, layout, args.split if args.command == "filter" else None, getattr(args, "resize", 0))
+        rewrite(args, found if found in WRITERS else "folder", args.split, rules)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # Chinese, and a histogram's blocks, on a terminal without them
     try:
         main()
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:
         sys.exit(f"error: {error}; nothing was written under the final name")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing was written under the final name")

@@ -268,6 +268,22 @@ def collate(samples: list[Sample], context_length: int) -> Batch:
     return Batch(torch.stack(pictures), ids, torch.tensor(keys), sum(problems, []))
 
 
+class Chunks(torch.utils.data.Sampler):
+    """The positions of each chunk of a run, one after the other: a run of weeks has millions of them."""
+
+    def __init__(self, batch_size: int, steps: range, rank: int, share: int, chunk: int):
+        self.batch_size, self.steps, self.rank, self.share, self.chunk = batch_size, steps, rank, share, chunk
+
+    def __len__(self) -> int:
+        return len(self.steps) * math.ceil(self.share / self.chunk)
+
+    def __iter__(self):
+        for step in self.steps:
+            start = step * self.batch_size + self.rank * self.share
+            for i in range(0, self.share, self.chunk):
+                yield range(start + i, start + min(i + self.chunk, self.share))
+
+
 def batches(
     stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
     rank: int = 0, world_size: int = 1, chunk: int = 0,
@@ -277,11 +293,8 @@ def batches(
     ranks."""
     share = batch_size // world_size
     chunk = chunk or share
-    first = (step * batch_size + rank * share for step in steps)
     return torch.utils.data.DataLoader(
-        stream, num_workers=workers,
-        batch_sampler=[range(start + i, start + min(i + chunk, share))
-                       for start in first for i in range(0, share, chunk)],
+        stream, num_workers=workers, batch_sampler=Chunks(batch_size, steps, rank, share, chunk),
         collate_fn=functools.partial(collate, context_length=context_length),
         pin_memory=torch.cuda.is_available())
 

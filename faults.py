@@ -46,7 +46,6 @@ ERRORS = {  # kind -> what to do
     "columns missing": "name the columns image and text in the first line",
     "not CSV": "save the table again",
     "path not text": "image is the path of a picture in the folder",
-    "path outside": "move the picture into the folder; a path in it has no .. and no / in front",
     "picture missing": "put it there or drop the line",
     "not a tar": "pack the shard again, uncompressed",
     "truncated shard": "fetch or pack the shard again",
@@ -61,6 +60,7 @@ ERRORS = {  # kind -> what to do
 NOTES = {
     "no image_ids": "this caption is in no pair",
     "no answers": "a test set whose answers are withheld: it cannot be measured on",
+    "path outside": "a path with .. or / in front: read here, but the set cannot be moved",
     "picture unused": "no caption names it",
     "large picture": "slow to decode; write it smaller",
     "CMYK": "made for print; colours may look different in RGB",
@@ -181,7 +181,7 @@ def peculiarities(image: Image.Image):
             yield "transparent"
         if image.getexif().get(0x0112, 1) in range(2, 9):  # the tag Orientation
             yield "sideways"
-        if getattr(image, "is_animated", False):
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # a phone's JPEG with a preview
             yield "animated"
     except BROKEN:  # damage in what training does not look at: EXIF, later frames
         return

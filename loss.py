@@ -342,8 +342,12 @@ def free_memory(device: torch.device) -> int:
     if not os.path.isfile("/proc/meminfo"):
         return 2**62
     with open("/proc/meminfo", encoding="ascii") as file:
-        kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    return 1024 * kilobytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    limits = [f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current")]  # of a container
+    if all(map(os.path.isfile, limits)):
+        allowed, used = (open(path, encoding="ascii").read().strip() for path in limits)
+        free = min(free, int(allowed) - int(used)) if allowed != "max" else free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@ What a set of pairs is: the interface that training and evaluation read, how a p
 list of captions is read line by line. The layouts that fulfil it: sources.py, and shards.py for tar files.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 
@@ -60,6 +62,14 @@ class Pairs:
 
     def will_need(self, start: int, stop: int):
         """Training pairs start to stop come next: a source on a slow disk reads them in one go."""
+
+    def image_id(self, row: int):
+        """What the set itself calls picture number `row`; its number where it has no name for it."""
+        return row
+
+    def text_id(self, row: int):
+        """What the set itself calls caption number `row`."""
+        return row
 
     def image(self, row: int, size: int = 0) -> Image.Image:
         """Picture number `row`; `size` as in `decode`. DataError if it cannot be decoded."""
@@ -145,8 +155,10 @@ def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -
                                     "put it back, or begin anew with another --out")
             file.seek(offset)
             return file.readline() if size < 0 else file.read(size)
-    except OSError as error:
-        raise SourceChanged(f"{path}: can no longer be read ({error.strerror})") from None
+    except FileNotFoundError:
+        raise SourceChanged(f"{path}: gone; put it back") from None
+    except OSError as error:  # a bad sector, a network that stumbles: of this place only
+        raise DataError(f"{path} at byte {offset}: cannot be read ({error.strerror})") from None
 
 
 def lines_of(path: str):
@@ -216,14 +228,18 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     folder = os.path.join(CACHE, hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32])
     try:
         os.makedirs(CACHE, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # one of several processes builds, the others wait
+        # One of several processes builds, the others wait. Not those that the builder has started: they would
+        # wait for ever if a script without `if __name__ == "__main__"` made them open the set again.
+        is_child = multiprocessing.parent_process() is not None
+        with contextlib.nullcontext() if is_child else FileLock(f"{folder}.lock"):
             if not os.path.isdir(folder):
                 arrays = build()
-                shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
-                os.mkdir(f"{folder}.tmp")
+                temporary = f"{folder}.{os.getpid()}.tmp"
+                shutil.rmtree(temporary, ignore_errors=True)
+                os.mkdir(temporary)
                 for name, array in arrays.items():
-                    np.save(os.path.join(f"{folder}.tmp", name), array)
-                os.rename(f"{folder}.tmp", folder)  # complete before it gets its name
+                    np.save(os.path.join(temporary, name), array)
+                os.rename(temporary, folder)  # complete before it gets its name
     except OSError as error:  # a home that cannot be written to: the index is built again next time
         print(f"{CACHE}: the index is not kept ({error.strerror or error})")
         return build()

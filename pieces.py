@@ -20,7 +20,7 @@ import numpy as np
 import shards
 from faults import BROKEN, COLUMNS, LIMIT, Part, digest, id_text
 from pairs import DataError
-from sources import PICTURE_COLUMNS, TEXT_COLUMNS
+from sources import PICTURE_COLUMNS, TEXT_COLUMNS, layout_of
 
 TSV_PIECE, TEXT_PIECE, LIST_PIECE = 2**22, 2**20, 2**14  # bytes; every line of a list is a file to read
 SHARD = 2**40  # a member's number is its shard's times this + where it stands, in tar's blocks of 512 bytes
@@ -37,26 +37,24 @@ class Split(NamedTuple):
 
 
 def find(path: str, only: str | None) -> dict[str, Split]:
-    """The splits of a folder, told as sources.py does, or of shards. A shard belongs to the split that its
-    name begins with, else to train. DataError if there is none."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    names = [os.path.join(path, name) for name in names] or [
-        name for pattern in shards.expand_braces(path) for name in sorted(glob.glob(pattern)) or [pattern]]
-    tars, lists, official = {}, {}, {}
-    for name in itertools.filterfalse(os.path.isdir, names):
-        folder, base = os.path.split(name)
-        if found := re.fullmatch(r"(.+)_(imgs\.tsv|texts\.jsonl)", base):
-            files = tuple(os.path.join(folder, f"{found[1]}_{end}") for end in ("imgs.tsv", "texts.jsonl"))
-            official[found[1]] = Split(found[1], "official", files)
-        elif found := re.fullmatch(r"(.+)\.(csv|jsonl)", base):  # in this order: jsonl comes first in sources
-            lists[found[1]] = Split(found[1], "list", (name,))
-        elif base.endswith(".tar"):
-            split = re.match("(train|valid|test)?", base)[0] or "train"
-            tars.setdefault(split, []).append(name)
-    tars = {split: Split(split, "shards", tuple(files)) for split, files in tars.items()}
-    splits = {**tars, **lists, **official}
-    if only:
-        splits = {name: split for name, split in splits.items() if name == only}
+    """The splits of a folder, or of shards, told as sources.py tells them; a TSV or a JSONL that has lost its
+    other half is a split too. DataError if there is none."""
+    if path.endswith(".tar"):  # a pattern has no splits; a shard of it that is missing is a fault
+        names = [sorted(glob.glob(pattern)) or [pattern] for pattern in shards.expand_braces(path)]
+        return {only or "train": Split(only or "train", "shards", tuple(itertools.chain(*names)))}
+    found = [re.fullmatch(r"(.+)_(imgs\.tsv|texts\.jsonl)", name) for name in os.listdir(path)
+             ] if os.path.isdir(path) else []
+    official = sorted({match[1] for match in found if match})
+    splits = {}
+    for split in [only] if only else dict.fromkeys(("train", "valid", "test", *official)):
+        layout = layout_of(path, split)
+        if split in official:
+            files = [os.path.join(path, f"{split}_{end}") for end in ("imgs.tsv", "texts.jsonl")]
+            splits[split] = Split(split, "official", tuple(files))
+        elif layout in ("jsonl", "csv"):
+            splits[split] = Split(split, "list", (os.path.join(path, f"{split}.{layout}"),))
+        elif layout == "shards":
+            splits[split] = Split(split, "shards", tuple(shards.find(path, split)))
     if not splits:
         raise DataError(f"{path}: no split {only or 'at all'} in it; expected SPLIT_imgs.tsv with "
                         "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
@@ -233,11 +231,11 @@ def usable(part: Part, name, at: int) -> bool:
     """Does a line of a list name a file of its folder?"""
     if not isinstance(name, str):
         part.fault("path not text", at, f"a {type(name).__name__}")
-    elif outside(name):
-        part.fault("path outside", at, name)
     elif not os.path.isfile(os.path.join(os.path.dirname(part.path), name)):
         part.fault("picture missing", at, name)
     else:
+        if outside(name):
+            part.fault("path outside", at, name)
         return True
     return False
 

@@ -10,6 +10,7 @@ whatever a member's name says stay what they are, bytes in a file.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import glob
 import hashlib
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from pairs import DataError, Pairs, as_text, kept, read_at, stamp
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 ROW = np.dtype([  # where the two members of a pair are: 29 bytes
     ("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"),
     ("is_json", "?")])
+AHEAD = 2**26  # bytes read ahead of a stretch: of large pictures not all, or they would push each other out
 WINDOW = 2**16  # pairs shuffled at once, 64 blocks that lie together: about 2 GB of the machine's file cache
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,7 +63,8 @@ def find(source: str, split: str) -> list[str]:
     if source.endswith(".tar"):
         paths = expand_braces(source)
         if "*" in source:
-            paths = sorted(path for pattern in paths for path in glob.glob(pattern))
+            paths = sorted(path for pattern in paths for path in glob.glob(pattern)
+                           if split != "train" or not is_held_out(path))
         for path in paths:
             if not os.path.isfile(path):
                 raise DataError(f"{path}: no such shard; {source} asks for {len(paths):,}")
@@ -147,7 +150,7 @@ class TarPairs(Pairs):
         self.opened, self.paths = (source, paths), paths
         self.stamps = [stamp(path) for path in paths]
         self.key = "\n".join(f"{os.path.abspath(p)} {s}" for p, s in zip(paths, self.stamps))
-        self.rows = kept("tar shards\n" + self.key, lambda: index(paths))["rows"]
+        self.rows = kept(f"tar shards, {' '.join(PICTURES)}\n" + self.key, lambda: index(paths))["rows"]
         self.image_count = len(self.rows)
 
     def __reduce__(self):
@@ -197,12 +200,12 @@ class TarPairs(Pairs):
         return hashlib.sha256(self.key.encode("utf-8", "surrogateescape")).hexdigest()
 
     def will_need(self, start: int, stop: int):
-        """Tells Linux to read these pairs in one go, as far as they lie in the shard of the first one."""
+        """Tells Linux to read these pairs in one go."""
         if not hasattr(os, "posix_fadvise"):  # macOS, Windows
             return
         rows = self.rows[start:stop]
         for shard in np.unique(rows["shard"]):
             here = rows[rows["shard"] == shard]
             first, last = int(here["image"].min()), int((here["image"] + here["image_size"]).max())
-            with open(self.paths[shard], "rb") as file:
-                os.posix_fadvise(file.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
+            with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
+                os.posix_fadvise(file.fileno(), first, min(last - first, AHEAD), os.POSIX_FADV_WILLNEED)

@@ -40,7 +40,10 @@ def open_pairs(source: str, split: str) -> Pairs:
     missing."""
     layout = layout_of(source, split)
     if layout == "joined":
-        return JoinedPairs([open_pairs(one, split) for one in shards.split_outside_braces(source)])
+        several = shards.split_outside_braces(source)
+        if split != "train":  # all must have pairs to train on; to measure on, those that have them
+            several = [one for one in several if layout_of(one, split)] or several
+        return JoinedPairs([open_pairs(one, split) for one in several])
     if layout == "scenes":
         return ScenePairs(source.removeprefix("scenes-"), split)
     if layout == "official":
@@ -134,26 +137,33 @@ class OfficialPairs(Pairs):
     def __reduce__(self):
         return OfficialPairs, self.opened  # to another process: mapped there, not sent
 
-    @property
-    def image_ids(self) -> list[str]:
-        return [image_id.decode("utf-8", "replace") for image_id in self.images["ids"].tolist()]
+    def image_id(self, row: int) -> str:
+        return self.images["ids"][row].decode("utf-8", "replace")
+
+    def text_id(self, row: int):
+        return self.line(row)["text_id"]
 
     @functools.cached_property
     def texts(self) -> list[str]:
         return [line["text"] for _, line in read_jsonl(self.list_path, ("text_id", "text"))]
 
-    def text(self, row: int) -> str:
-        where = f"{self.list_path} line {self.lines['lines'][row]}"
+    def line(self, row: int) -> dict:
+        """What the list says of caption number `row`."""
         line = read_at(self.list_path, self.list_stamp, int(self.lines["offsets"][row]))
-        return as_text(parse_json(line, ("text_id", "text"), where)["text"], where)
+        return parse_json(line, ("text_id", "text"), self.place_of_text(row))
+
+    def place_of_text(self, row: int) -> str:
+        return f"{self.list_path} line {self.lines['lines'][row]}"
+
+    def text(self, row: int) -> str:
+        return as_text(self.line(row)["text"], self.place_of_text(row))
 
     def picture(self, row: int) -> bytes:
         encoded = read_at(self.path, self.stamp, int(self.images["offsets"][row])).partition(b"\t")[2]
         return from_base64(encoded.partition(b"\t")[0], self.place(row))
 
     def place(self, row: int) -> str:
-        image_id = self.images["ids"][row].decode("utf-8", "replace")
-        return f"{self.path} line {self.images['lines'][row]} (image id {image_id})"
+        return f"{self.path} line {self.images['lines'][row]} (image id {self.image_id(row)})"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.stamp}".encode() + self.images["ids"].tobytes()
@@ -208,7 +218,8 @@ class FolderPairs(Pairs):
     def __init__(self, folder: str, list_name: str):
         self.folder, path = folder, os.path.join(folder, list_name)
         lines = (read_jsonl if path.endswith(".jsonl") else read_csv)(path, (PICTURE_COLUMNS, TEXT_COLUMNS))
-        self.names, self.texts, self.where, positives, row_of, missing = [], [], [], [], {}, []
+        self.names, self.texts, self.where, positives, missing = [], [], [], [], []
+        row_of, text_of = {}, {}
         for where, line in lines:
             name, text = (next(line[key] for key in keys if key in line)
                           for keys in (PICTURE_COLUMNS, TEXT_COLUMNS))
@@ -222,9 +233,13 @@ class FolderPairs(Pairs):
                     raise DataError(f"{where}: there is no picture {name} in {folder}")
                 row_of[name] = len(self.names)
                 self.names.append(name)
-            positives.append((len(self.texts), row_of[name]))
-            self.texts.append(text)
-            self.where.append(where)
+            # lines with one text_id are one caption of several pictures
+            key = str(line["text_id"]) if "text_id" in line else (where,)
+            if key not in text_of:
+                text_of[key] = len(self.texts)
+                self.texts.append(text)
+                self.where.append(where)
+            positives.append((text_of[key], row_of[name]))
         if missing:
             print(f"{missing[0]}: its picture is not in {folder}, nor are those of {len(missing) - 1:,} more "
                   "lines; these are left out")

@@ -76,7 +76,7 @@ def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):
 # checkpoints
 
 
-def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: list[dict]):
+def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: list[dict], pairs: int):
     """Everything that the rest of the run depends on, in one file, atomically. Order, augmentation and
     dropout are functions of (seed, step, rank), so the step is the position in the data and the state of all
     random numbers."""
@@ -90,13 +90,14 @@ def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: li
         "history": history,
         "flags": dataclasses.asdict(cfg),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "pairs": pairs,
     }
     weights.replace(os.path.join(cfg.out, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dict], int]:
+def load_checkpoint(cfg: Config, clip, optimizer, scaler, pairs: int) -> tuple[int, list[dict], int]:
     """-> (step, history, pairs a chunk) to go on from; (0, [], 0) if this run is new. ConfigError if the
-    checkpoint belongs to another command."""
+    checkpoint belongs to another command, or to another number of training pairs."""
     path = os.path.join(cfg.out, "checkpoint.pt")
     if not os.path.isfile(path):
         return 0, [], 0
@@ -110,14 +111,17 @@ def load_checkpoint(cfg: Config, clip, optimizer, scaler) -> tuple[int, list[dic
         before, now = flags.get(f.name, f.default), getattr(cfg, f.name)
         if f.name in ("out", "device", "workers", "log_every") or before == now:
             continue
-        if f.name == "chunk_size" and now == 0:  # by itself it would go by the memory that is free today
-            continue
+        if f.name == "chunk_size" and (now == 0 or before == min(now, cfg.batch_size // saved["world_size"])):
+            continue  # 0 would go by the memory that is free today
         flag = f"--{f.name.replace('_', '-')}"
         if f.name not in ("chunk_size", "grad_checkpointing", "compile"):
             raise ConfigError(
                 f"{path} was made with {flag} {before}, this command says {now}; "
                 "repeat the first command to go on, or name another --out to start anew")
         print(f"   {path} was made with {flag} {before}: goes on, but not bit for bit")
+    if saved.get("pairs", pairs) != pairs:
+        raise ConfigError(f"{path} was made on {saved['pairs']:,} training pairs, {cfg.data} has {pairs:,} "
+                          "now, in another order; put the data back, or name another --out to start anew")
     if world_size != int(os.environ.get("WORLD_SIZE", 1)):
         print(f"   {path} was made by {world_size} processes: goes on, but not bit for bit")
     clip.load_state_dict(saved["model"])
@@ -198,6 +202,8 @@ def train(act: str, cfg: Config) -> list[dict]:
     os.makedirs(cfg.out, exist_ok=True)
 
     # 2. data
+    if cfg.data.endswith(".tar") and not cfg.valid_data:
+        raise ConfigError(f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data")
     pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
     if len(pairs) < B:
         raise DataError(
@@ -214,7 +220,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     optimizer = build_optimizer(cfg, clip)
     needs_scaler = device.type == "cuda" and model.half_type(device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler)
-    step, history, chunk = load_checkpoint(cfg, clip, optimizer, scaler)
+    step, history, chunk = load_checkpoint(cfg, clip, optimizer, scaler, len(pairs))
     check_same_step(step, device)
     teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
     features = None
@@ -251,10 +257,12 @@ def train(act: str, cfg: Config) -> list[dict]:
     say(f"   batch {B:,} = {world_size} x {B // world_size:,}"
         + (f" in {chunks} chunks of {chunk:,}" if chunks > 1 else "")
         + f"; {total:,} steps, {total * B:,} pairs, {total * B / len(pairs):.2f} epochs; from step {step:,}")
+    if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
+        say("   each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
     if cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
-    shared, floor = data.repeats(stream, B) if rank == 0 else (0, 0)
+    shared, floor = data.repeats(stream, B, max(1, min(8, 8192 // B))) if rank == 0 else (0, 0)
     say(f"   loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
         + (f"with another and keep the loss above {floor:.3f}: --targets multi"
            if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
@@ -281,7 +289,7 @@ def train(act: str, cfg: Config) -> list[dict]:
         if step == total or step % save_every == 0:
             average_statistics(clip)
         if rank == 0 and (step == total or step % save_every == 0):
-            save_checkpoint(cfg, clip, optimizer, scaler, step, history)
+            save_checkpoint(cfg, clip, optimizer, scaler, step, history, len(pairs))
         if step == total:
             break
 
@@ -296,7 +304,7 @@ def train(act: str, cfg: Config) -> list[dict]:
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, cfg, total)
 
-        def seed_chunk(k: int):  # dropout depends on these and nothing else, however many processes there are
+        def seed_chunk(k: int):  # dropout depends on these and nothing else
             torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
 
         def loss_of(image_features, text_features, logit_scale):

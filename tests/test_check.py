@@ -234,12 +234,13 @@ def list_lines(folder: Path) -> tuple[list, list]:
         (folder / f"p{number}").write_bytes(content)
         lines.append((f"p{number}", f"第{number}类"))
         kinds.append(kind)
-    outside = folder.parent / "outside.png"
+    outside, other = folder.parent / "outside.png", folder.parent / "other.png"
     outside.write_bytes(picture(5))
+    other.write_bytes(picture(6))
     for name, kind in (("gone.png", "picture missing"), ("sub", "picture missing"), ("", "picture missing"),
                        ("a" * 5000, "picture missing"), ("\x01", "picture missing"),
-                       ("../outside.png", "path outside"), (str(outside), "path outside"),
-                       ("sub\\..\\..\\x", "path outside")):
+                       ("../outside.png", "path outside"), (str(other), "path outside"),
+                       ("sub\\..\\..\\x", "picture missing")):
         lines.append((name, f"第{len(lines)}行"))
         kinds.append(kind)
     lines.append(("sub/0.png", "   "))

@@ -1,5 +1,6 @@
 """Filter, pack and unpack: what is written can be read again, and every rule takes its pairs."""
 
+import base64
 import io
 import json
 import os
@@ -123,6 +124,19 @@ def test_several_captions_and_several_pictures_survive_the_official_layout(tmp_p
     curate.main(["unpack", str(folder), str(tmp_path / "tsv"), "--to", "official", "--workers", "0"])
     pairs = open_pairs(str(tmp_path / "tsv"), "train")
     assert pairs.image_count == 2 and pairs.positives.tolist() == [[0, 0], [1, 0], [2, 1]]
+    for way in (["pack"], ["unpack"]):  # a split to measure on keeps the whole relation, and its ids
+        lines = [{"text_id": "q7", "text": "猫", "image_ids": ["i0", "i3"]},
+                 {"text_id": "q9", "text": "狗", "image_ids": ["i3"]}]
+        (folder / "valid_texts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        rows = [f"i{n}\t{base64.b64encode(photo(n)).decode()}" for n in (3, 0, 5)]
+        (folder / "valid_imgs.tsv").write_text("\n".join(rows), encoding="utf-8")
+        curate.main([*way, str(folder), str(tmp_path / way[0]), "--workers", "0"])
+        pairs = open_pairs(str(tmp_path / way[0]), "valid")
+        assert pairs.texts == ["猫", "狗"] and len(pairs) == 3
+        named = {(pairs.text(text), pairs.picture(image)) for text, image in pairs.positives.tolist()}
+        assert named == {("猫", photo(0)), ("猫", photo(3)), ("狗", photo(3))}
+        if way == ["pack"]:  # its gallery, too
+            assert [pairs.image_id(row) for row in range(3)] == ["i3", "i0", "i5"] and pairs.text_id(1) == "q9"
     curate.main(["filter", str(tmp_path / "tsv"), str(tmp_path / "less"), "--workers", "0"])
     pairs = open_pairs(str(tmp_path / "less"), "train")
     assert layout_of(str(tmp_path / "less"), "train") == "official"
@@ -144,20 +158,59 @@ def test_shards_are_cut_and_numbered(tmp_path, monkeypatch):
     curate.main(["pack", write_set(tmp_path / "set"), str(tmp_path / "out"), "--workers", "0"])
     names = sorted(os.listdir(tmp_path / "out"))
     assert names == ["report.json", "train-000000.tar", "train-000001.tar", "train-000002.tar",
-                     "valid-000000.tar"]
+                     "valid_imgs.tsv", "valid_texts.jsonl"]
 
 
 @pytest.mark.parametrize("bits, first", ((3, 0), (4, 1)))
 def test_near_duplicates_differ_in_at_most_three_bits(bits, first):
-    rng = np.random.default_rng(0)
+    rng, grey = np.random.default_rng(0), np.full((3, 3), 128)
     one = int(rng.integers(2**63))
     for _ in range(20):
         other = one
         for bit in rng.choice(64, bits, replace=False).tolist():
             other ^= 1 << bit
         far = int(rng.integers(2**63))
-        found = curate.near_duplicates(np.array([one, other, far], dtype=np.uint64))
-        assert found.tolist() == [0, first, 2]
+        hashes = np.array([one, other, far], dtype=np.uint64)
+        assert curate.near_duplicates(hashes, grey).tolist() == [0, first, 2]
+        assert curate.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
+
+
+def test_a_duplicate_stays_when_the_first_one_goes(tmp_path):
+    """The copy whose caption is too short goes, so the other is the first; flat pictures are told by colour."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{name}.png")
+    (folder / "a.jpg").write_bytes(photo(1))
+    (folder / "b.jpg").write_bytes(photo(1))
+    (folder / "c.jpg").write_bytes(b"broken")
+    texts = {"c.jpg": "坏了的图片啊", "a.jpg": "短", "b.jpg": "这一张说得很好", "red.png": "全是红色的图片",
+             "blue.png": "全是蓝色的图片"}
+    lines = [json.dumps({"image": name, "text": text}) for name, text in texts.items()]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for duplicates in ("exact", "near"):
+        out = str(tmp_path / duplicates)
+        curate.main(["filter", str(folder), out, "--duplicates", duplicates, "--workers", "0"])
+        assert sorted(caption for _, caption in content(out, "train")) == sorted(list(texts.values())[2:])
+
+
+def test_what_phones_write_is_packed_upright(tmp_path):
+    """A multi-picture JPEG that EXIF turns; JPEG 2000; half a surrogate pair in a caption is left out."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    exif, image = Image.Exif(), Image.open(io.BytesIO(photo(0, (300, 200))))
+    exif[0x0112] = 6  # turn by a quarter
+    image.save(folder / "0.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
+    image.save(folder / "1.jp2")
+    lines = [json.dumps({"image": f"{n % 2}.{('jpg', 'jp2')[n % 2]}", "text": text})
+             for n, text in enumerate(("手机拍的照片", "另一种格式", "半个\ud83d"))]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    curate.main(["pack", str(folder), str(tmp_path / "whole"), "--workers", "0"])
+    assert content(str(tmp_path / "whole"), "train") == sorted(
+        [((folder / "0.jpg").read_bytes(), "手机拍的照片"), ((folder / "1.jp2").read_bytes(), "另一种格式")])
+    curate.main(["pack", str(folder), str(tmp_path / "small") + "/", "--resize", "60", "--workers", "0"])
+    pairs = open_pairs(str(tmp_path / "small"), "train")
+    assert [pairs.image(row).size for row in range(2)] == [(60, 90), (90, 60)]
 
 
 def test_nothing_half_written_and_nothing_overwritten(tmp_path):
@@ -170,6 +223,8 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path):
     with pytest.raises(DataError, match="words.txt"):
         curate.main(["filter", source, str(tmp_path / "out"), "--words", str(tmp_path / "words.txt"),
                      "--workers", "0"])
+    with pytest.raises(DataError, match="'trian'"):
+        curate.main(["filter", source, str(tmp_path / "out"), "--split", "trian", "--workers", "0"])
     with pytest.raises(DataError, match="nothing to write"):
         curate.main(["pack", "scenes-zh", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ ARROWS = {
     "faults": {"data", "pairs"},
     "pieces": {"faults", "pairs", "shards", "sources"},
     "check": {"faults", "pieces", "pairs", "weights"},
-    "curate": {"check", "model", "eval", "pairs", "sources", "weights"},
+    "curate": {"check", "faults", "augment", "model", "eval", "pairs", "sources", "weights"},
     "cache": {"model", "data", "pairs", "loss", "augment", "weights"},
     "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "sources", "weights", "scenes"},
@@ -35,11 +35,13 @@ PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
-    "bench": {"torch", "cn_clip", "open_clip"}, "bench_data": {"torch", "numpy", "PIL", "cn_clip"},  # the peers only where they are installed
+    "bench": {"torch", "cn_clip", "open_clip"},
+    "bench_data": {"torch", "numpy", "PIL", "cn_clip"},  # the peers only where they are installed
  "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
     "pairs": {"torch", "numpy", "PIL", "filelock"}, "shards": {"torch", "numpy", "tqdm"},
-    "faults": {"PIL"}, "pieces": {"numpy"}, "check": {"numpy", "tqdm"}, "curate": {"numpy", "PIL", "tqdm"},
+    "faults": {"PIL"}, "pieces": {"numpy"},
+    "check": {"numpy", "tqdm"}, "curate": {"torch", "numpy", "PIL", "tqdm"},
     "cache": {"torch", "numpy", "PIL", "tqdm"}, "eval": {"torch", "tqdm"}, "report": {"torch", "PIL"},
     "recipes": {"torch"}, "train": {"torch"},
 }
