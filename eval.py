@@ -6,10 +6,9 @@ How good is it? The paper's two measurements, as commands and as functions.
 
 Retrieval (paper, sec. 3.1) is one matrix product and a count: how often is a right answer among the K
 nearest? Zero-shot classification (sec. 3.2) is retrieval with class names, put into sentences, as the
-answers. Results are printed and written as JSON with --out. Not here yet: the metrics of ELEVATER that are no
-accuracy, published figures, submission files.
+answers. The measures themselves are in metrics.py. Results are printed and written as JSON with --out.
 
-Shapes: Q queries, G gallery items, N pictures, C classes, P positive pairs, E joint width.
+Shapes: N pictures or captions, C classes, E joint width.
 """
 
 import argparse
@@ -26,12 +25,10 @@ import model
 from data import preprocess, tokenize
 from download import RELEASED
 from loss import rank, world_size
+from metrics import KS, accuracy, recall_at_k
 from pairs import DataError, Pairs, open_image
 from sources import open_pairs
 from weights import WeightsError, write_json
-
-KS = (1, 5, 10)
-TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by some 1e-7 with the shape of a product
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,37 +88,6 @@ def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: i
 # retrieval
 
 
-def recall_at_k(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = 1024
-) -> dict[str, float]:
-    """Share of queries, in percent, with at least one right answer among their K nearest, and the mean over K
-    = 1, 5, 10.
-
-    queries [Q, E] and gallery [G, E] of unit norm; positives [P, 2], rows (query, gallery item) that belong
-    together. The rank of a query is the number of wrong answers that score at least as high as its best right
-    one: a tie counts against us, so collapsed features score nothing. Queries without any right answer are
-    left out. Holds `tile` rows of the score matrix at a time."""
-    positives = positives[positives[:, 0].argsort()]
-    asked, counts = positives[:, 0].unique_consecutive(return_counts=True)  # [Q'], [Q']
-    if not len(asked):
-        raise DataError("no query has a right answer, so recall is not defined")
-    ends = counts.cumsum(0)
-    hits = torch.zeros(len(KS))
-    for start in range(0, len(asked), tile):
-        rows = asked[start : start + tile]
-        # positives of these rows, and their row in the tile
-        mine = positives[ends[start] - counts[start] : ends[start + len(rows) - 1]]
-        local = torch.repeat_interleave(torch.arange(len(rows)), counts[start : start + tile])
-        scores = queries[rows] @ gallery.T  # [tile, G]
-        best = torch.full((len(rows),), -torch.inf, dtype=scores.dtype)
-        best = best.scatter_reduce(0, local, scores[local, mine[:, 1]], "amax")  # [tile], best right answer
-        scores[local, mine[:, 1]] = -torch.inf  # right answers do not compete with each other
-        ranks = (scores >= best[:, None] - TIE).sum(dim=1)  # [tile]
-        hits += torch.stack([(ranks < k).sum() for k in KS])
-    recall = (100 * hits / len(asked)).tolist()
-    return {f"R@{k}": r for k, r in zip(KS, recall)} | {"mean": sum(recall) / len(KS)}
-
-
 def retrieval(clip, pairs: Pairs, context_length: int = 52) -> dict[str, dict[str, float]]:
     """Recall in both directions over a whole split, from one relation of positives. `mean_recall` is the mean
     of all six, by which train.py chooses its best checkpoint; the paper's MR is the mean of one direction's
@@ -130,8 +96,7 @@ def retrieval(clip, pairs: Pairs, context_length: int = 52) -> dict[str, dict[st
     texts = [text if isinstance(text, str) else pairs.text(row) for row, text in enumerate(pairs.texts)]
     image_features = encode_images(clip, pairs.image, pairs.image_count)  # [N_image, E]
     text_features = encode_texts(clip, texts, context_length)  # [N_text, E]
-    t2i = recall_at_k(text_features, image_features, pairs.positives)
-    i2t = recall_at_k(image_features, text_features, pairs.positives.flip(1))
+    t2i, i2t = recall_at_k(text_features, image_features, pairs.positives)
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
 
 
@@ -146,14 +111,6 @@ def class_features(clip, names: list[str], templates: list[str]) -> torch.Tensor
     sentences = [template.replace("{}", name) for name in names for template in templates]
     features = encode_texts(clip, sentences).unflatten(0, (len(names), len(templates)))  # [C, templates, E]
     return model.normalise(features.mean(dim=1))
-
-
-def accuracy(image_features: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of pictures [N, E], in percent, whose nearest class [C, E] is their label [N]; a tie with another
-    class is wrong."""
-    scores = image_features @ classes.T  # [N, C]
-    own = scores.gather(1, labels[:, None])
-    return 100 * ((scores >= own - TIE).sum(dim=1) == 1).float().mean().item()
 
 
 def visible(folder: str) -> list[str]:
@@ -211,9 +168,9 @@ def zero_shot(clip, names: list[str], get_image, labels: torch.LongTensor, templ
     """Accuracy in percent, with all templates and with the first alone, of pictures get_image(0 ... N - 1)
     with their labels [N]; beside it what it was measured on and what guessing gives."""
     image_features = encode_images(clip, get_image, len(labels))
-    single = class_features(clip, names, templates[:1])
-    return {"accuracy": accuracy(image_features, class_features(clip, names, templates), labels),
-            "accuracy_single_template": accuracy(image_features, single, labels),
+    scores, single = (image_features @ class_features(clip, names, some).T
+                      for some in (templates, templates[:1]))
+    return {"accuracy": accuracy(scores, labels), "accuracy_single_template": accuracy(single, labels),
             "classes": len(names), "images": len(labels), "templates": len(templates),
             "chance": 100 / len(names)}
 

@@ -1,4 +1,4 @@
-"""Recall and zero-shot classification against answers by hand and against plain restatements."""
+"""Encoding, retrieval and zero-shot classification against plain restatements; the command."""
 
 import json
 import os
@@ -13,106 +13,10 @@ from PIL import Image
 import data
 import sources
 import eval as measure  # `eval` alone would hide Python's own
+import metrics
 import model
 from pairs import DataError, Pairs, as_text, open_image
-
-
-def unit(n: int, E: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(n, E, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def restated(scores: list[list[float]], positives: list[list[int]]) -> dict[str, float]:
-    """Recall@K in plain Python: sort the gallery, look whether the first K hold a right answer."""
-    right = {}
-    for query, item in positives:
-        right.setdefault(query, set()).add(item)
-    result = {}
-    for k in (1, 5, 10):
-        hits = [right[q] & set(sorted(range(len(scores[q])), key=lambda i: -scores[q][i])[:k]) for q in right]
-        result[f"R@{k}"] = 100 * sum(map(bool, hits)) / len(right)
-    return result | {"mean": sum(result.values()) / 3}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# recall
-
-
-def test_recall_by_hand():
-    # with the identity as gallery, a query's row is its scores: here with 14 items
-    queries = torch.zeros(4, 14)
-    queries[0, 2] = 1.0  # its right answer comes first
-    queries[1, 3] = 0.9  # one wrong answer before the better of its two
-    queries[1, 0], queries[1, 7] = 0.8, 0.1
-    queries[2, :6], queries[2, 13] = 0.9, 0.5  # six wrong answers before
-    queries[3, 4:], queries[3, :3] = 0.9, torch.tensor([0.1, 0.2, 0.3])  # ten before the best of its three
-    positives = torch.tensor([[3, 2], [1, 7], [0, 2], [3, 0], [2, 13], [1, 0], [3, 1]])
-    expected = {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "mean": 50.0}
-    assert measure.recall_at_k(queries, torch.eye(14), positives) == expected
-
-
-@pytest.mark.parametrize("tile", (1, 3, 7, 1024))
-def test_recall_against_a_restatement_in_both_directions(tile):
-    for seed in range(5):
-        texts, images = unit(40, 8, seed), unit(30, 8, seed + 100)
-        chosen = np.random.default_rng(seed).choice(38 * 30, 90, replace=False)  # 38 and 39 own none
-        positives = torch.tensor(np.stack(divmod(chosen, 30), axis=1))
-        scores = texts @ images.T
-        t2i = measure.recall_at_k(texts, images, positives, tile)
-        i2t = measure.recall_at_k(images, texts, positives.flip(1), tile)
-        assert t2i == pytest.approx(restated(scores.tolist(), positives.tolist()), rel=1e-6)
-        assert i2t == pytest.approx(restated(scores.T.tolist(), positives.flip(1).tolist()), rel=1e-6)
-
-
-def test_recall_does_not_change_its_inputs():
-    queries, gallery, positives = unit(5, 4, 0), unit(6, 4, 1), torch.tensor([[4, 1], [0, 0], [0, 5]])
-    before = [t.clone() for t in (queries, gallery, positives)]
-    measure.recall_at_k(queries, gallery, positives)
-    assert all(torch.equal(a, b) for a, b in zip(before, (queries, gallery, positives)))
-
-
-def test_a_positive_named_twice_counts_once():
-    queries, gallery, positives = unit(5, 4, 0), unit(20, 4, 1), torch.tensor([[0, 3], [1, 4], [2, 19]])
-    twice = torch.cat([positives, positives[:2]])
-    assert measure.recall_at_k(queries, gallery, twice) == measure.recall_at_k(queries, gallery, positives)
-
-
-def test_queries_without_a_right_answer_are_left_out():
-    queries, gallery = torch.eye(12)[:3], torch.eye(12)
-    assert measure.recall_at_k(queries, gallery, torch.tensor([[1, 1]]))["R@1"] == 100
-    assert measure.recall_at_k(queries, gallery, torch.tensor([[1, 1], [2, 0]]))["R@1"] == 50
-
-
-def test_no_right_answer_at_all_is_an_error():
-    with pytest.raises(DataError, match="no query"):
-        measure.recall_at_k(torch.eye(3), torch.eye(3), torch.empty(0, 2, dtype=torch.long))
-
-
-def test_a_duplicate_of_the_right_answer_counts_against_us():
-    gallery = torch.eye(12)[[0, 0, 1, 1, 2, 3]]
-    recall = measure.recall_at_k(torch.eye(12)[:2], gallery, torch.tensor([[0, 0], [1, 2], [1, 3]]))
-    assert recall["R@1"] == 50 and recall["R@5"] == 100  # query 1 owns both copies
-
-
-def test_equal_features_score_nothing_unless_every_item_is_right():
-    same = torch.full((20, 16), 0.25)
-    diagonal = torch.arange(20)[:, None].expand(-1, 2)
-    assert measure.recall_at_k(same, same, diagonal) == {"R@1": 0, "R@5": 0, "R@10": 0, "mean": 0}
-    everything = torch.cartesian_prod(torch.arange(20), torch.arange(20))
-    assert measure.recall_at_k(same, same, everything)["mean"] == 100
-
-
-def test_collapsed_features_score_nothing_to_the_last_digit():
-    # a matrix product with one row may round its last column differently: that must not break a tie
-    for seed in range(20):
-        same = unit(1, 64, seed).expand(33, -1).contiguous()
-        for item in (0, 16, 32):
-            assert measure.recall_at_k(same[:1], same, torch.tensor([[0, item]]))["mean"] == 0, (seed, item)
-
-
-def test_a_gallery_smaller_than_K_always_hits():
-    queries, gallery = -torch.eye(4), torch.eye(4)  # the right answer is the last of four
-    recall = measure.recall_at_k(queries, gallery, torch.arange(4)[:, None].expand(-1, 2))
-    assert recall["R@1"] == 0 and recall["R@5"] == recall["R@10"] == 100
+from test_metrics import restated
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,14 +115,6 @@ def test_class_features_normalise_average_normalise(clip):
     for row, sentences in zip(features, (["猫", "一张猫的照片", "猫和猫"], ["一艘船", "一张一艘船的照片", "一艘船和一艘船"])):
         mean = encoded(clip, sentences).mean(dim=0)
         torch.testing.assert_close(row, mean / mean.norm(), rtol=0, atol=1e-5)
-
-
-def test_accuracy_by_hand_with_ties_wrong():
-    classes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # classes 1 and 2 cannot be told apart
-    images = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, 0.6]])
-    assert measure.accuracy(images, classes, torch.tensor([0, 1, 2, 0])) == 50
-    assert measure.accuracy(images, classes, torch.tensor([1, 0, 0, 1])) == 0
-    assert measure.accuracy(torch.ones(3, 4) / 2, torch.ones(2, 4) / 2, torch.tensor([0, 1, 0])) == 0
 
 
 def write_classes(folder, names=("猫", "船", "花"), count: int = 2) -> str:
@@ -337,7 +233,7 @@ def test_zeroshot_command_prints_a_line_and_writes_json(clip, weights, tmp_path,
     images = measure.encode_images(clip, lambda row: picture(10 * (row // 2) + row % 2), 6)
     for key, some in (("accuracy", templates), ("accuracy_single_template", templates[:1])):
         classes = measure.class_features(clip, ["猫", "船", "花"], some)
-        assert result[key] == pytest.approx(measure.accuracy(images, classes, labels))
+        assert result[key] == pytest.approx(metrics.accuracy(images @ classes.T, labels))
         assert f"{result[key]:.1f} %" in printed
     assert result["templates"] == len(templates)
 

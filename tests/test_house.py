@@ -12,12 +12,13 @@ ARROWS = {
     "vit": set(), "resnet": set(), "bert": set(), "loss": set(), "download": set(), "augment": set(),
     "scenes": set(),
     "pairs": set(),
+    "metrics": {"pairs"},
     "shards": {"pairs"},
     "sources": {"pairs", "scenes", "shards"},
     "weights": {"download"},
     "data": {"augment", "pairs"},
     "model": {"vit", "resnet", "bert", "weights", "download", "data"},
-    "eval": {"model", "data", "pairs", "sources", "loss", "weights", "download"},
+    "eval": {"metrics", "model", "data", "pairs", "sources", "loss", "weights", "download"},
     "faults": {"data", "pairs"},
     "pieces": {"faults", "pairs", "shards", "sources"},
     "check": {"faults", "pieces", "pairs", "weights"},
@@ -33,6 +34,7 @@ ARROWS = {
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
     "vit": {"torch"}, "resnet": {"torch"}, "bert": {"torch"}, "loss": {"torch"}, "model": {"torch"},
+    "metrics": {"torch"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
     "bench": {"torch", "cn_clip", "open_clip"},
