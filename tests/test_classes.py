@@ -1,0 +1,128 @@
+"""Class names and pictures of every layout; whatever does not fit together is one line that says what."""
+
+import os
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import classes
+from pairs import DataError
+
+NAMES = """# three things
+metric: {metric}
+template: 画着{{}}
+apple pie\t苹果派
+Red Fox\t赤狐
+boat\t船
+"""
+
+
+def write_labels(path, metric: str = "accuracy") -> str:
+    path.write_text(NAMES.format(metric=metric), encoding="utf-8")
+    return str(path)
+
+
+def write_folders(root, *names: str, count: int = 2) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            Image.new("RGB", (8, 8), "red").save(root / name / f"{n}.png")
+    return str(root)
+
+
+def says(function, *parts: str):
+    with pytest.raises(DataError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "labels").iterdir()))
+def test_our_labels_are_read(name):
+    if name == "templates":
+        return says(lambda: classes.read_classes(name), "cifar-10")
+    found = classes.read_classes(name)
+    assert len(found.english) == len(found.chinese) >= 2 and found.metric in classes.METRICS
+    assert len({classes.plain(english) for english in found.english}) == len(found.english)
+
+
+@pytest.mark.parametrize("folders", [
+    ("test/000", "test/001", "test/002"), ("0", "1", "2"), ("test/boat", "test/apple_pie", "test/red fox"),
+    ("Apple Pie", "Red-Fox", "Boat"), ("苹果派", "赤狐", "船")])
+def test_folders_by_number_and_by_name(tmp_path, folders):
+    data = write_folders(tmp_path / "set", *folders)
+    found, paths, labels = classes.open_classes(data, write_labels(tmp_path / "three.txt"))
+    assert found.chinese == ["苹果派", "赤狐", "船"] and found.templates == ("画着{}",)
+    for path, label in zip(paths, labels.tolist()):
+        place = classes.plain(os.path.basename(os.path.dirname(path)))
+        assert place in (f"{label:03d}", str(label), *(classes.plain(names[label]) for names in found[:2]))
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_countries_lie_in_folders_of_their_codes(tmp_path):
+    (tmp_path / "two.txt").write_text("metric: accuracy\nAD Andorra\t安道尔\nZW Zimbabwe\t津巴布韦\n", encoding="utf-8")
+    _, _, labels = classes.open_classes(write_folders(tmp_path / "set", "ZW", "AD"), str(tmp_path / "two.txt"))
+    assert labels.tolist() == [0, 0, 1, 1]
+
+
+def test_folders_that_do_not_fit_the_labels(tmp_path):
+    labels = write_labels(tmp_path / "three.txt")
+
+    def refused(number: int, folders: tuple, *parts: str):
+        data = write_folders(tmp_path / f"set{number}", *folders)
+        says(lambda: classes.open_classes(data, labels), *parts)
+
+    refused(0, ("test/000", "test/001", "test/003"), os.path.join("test", "003"), "000 to 002")
+    refused(1, ("test/apple pie", "test/fox", "test/boat"), os.path.join("test", "fox"), "apple pie")
+    refused(2, ("test/000", "test/001"), "1 of 3 classes", "002 船")
+    refused(3, ("test/1", "test/2", "test/3"), os.path.join("test", "3"), "000 to 002")  # from 1
+    refused(4, ("test/0", "test/000", "test/1"), "000 苹果派")
+    write_folders(tmp_path / "set5", "test/000", "test/001")
+    write_folders(tmp_path / "set5", "test/002", count=0)
+    says(lambda: classes.open_classes(str(tmp_path / "set5"), labels), "002 船")
+    data = write_folders(tmp_path / "set6", "test/000", "test/001", "test/002")
+    (tmp_path / "set6" / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
+    says(lambda: classes.open_classes(data, labels), "label_cn.txt", "2 classes", "has 3")
+    (tmp_path / "set7").mkdir()
+    says(lambda: classes.open_classes(str(tmp_path / "set7"), labels), "no pictures")
+    says(lambda: classes.open_classes(str(tmp_path / "nowhere"), labels), "nowhere")
+
+
+def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
+    data, labels = write_folders(tmp_path / "set", "JPEGImages", count=4), tmp_path / "three.txt"
+    lines = ["JPEGImages/0.png\t2", "JPEGImages/2.png\t0 1", "# a note", "JPEGImages/1.png\t"]
+    (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
+    _, paths, shown = classes.open_classes(data, write_labels(labels, "map-11"))
+    assert [os.path.basename(path) for path in paths] == ["0.png", "2.png", "1.png"]
+    assert shown.tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
+    says(lambda: classes.open_classes(data, write_labels(labels)), "test.txt line 2", "2 classes")
+    lines = [f"JPEGImages/{n}.png\t{c}" for n, c in enumerate((2, 0, 1))]
+    (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert classes.open_classes(data, str(labels))[2].tolist() == [2, 0, 1]
+    for line, part in (("JPEGImages/0.png\t3", "0 to 2"), ("JPEGImages/0.png 1", "path<TAB>"),
+                       ("JPEGImages/9.png\t1", "9.png"), ("", "no pictures")):
+        (tmp_path / "set" / "test.txt").write_text(line, encoding="utf-8")
+        says(lambda: classes.open_classes(data, str(labels)), "test.txt", part)
+
+
+def test_several_classes_a_picture_need_a_list(tmp_path):
+    data = write_folders(tmp_path / "set", "test/000", "test/001", "test/002")
+    labels = write_labels(tmp_path / "three.txt", "map-11")
+    says(lambda: classes.open_classes(data, labels), "test.txt", "path<TAB>")
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("metric: accuracy\ncat 猫\n", ("line 2", "cat 猫")), ("metric: luck\ncat\t猫\n", ("line 1", "map-11")),
+    ("template: 猫\n", ("line 1", "template")), ("cat\t猫\n", ("metric",)), ("metric: accuracy\n", ("class",)),
+    ("metric: accuracy\ncat\t猫\ndog\t猫\n", ("line 3", "猫 again")), ("metric: accuracy\ncat\t\t猫", ("line 2",)),
+    ("metric: roc-auc\na\t猫\nb\t狗\nc\t船\n", ("two classes", "3"))])
+def test_label_files_that_are_wrong(tmp_path, text, parts):
+    (tmp_path / "labels.txt").write_text(text, encoding="utf-8")
+    says(lambda: classes.read_classes(str(tmp_path / "labels.txt")), "labels.txt", *parts)
+
+
+def test_labels_of_an_unknown_name_or_not_in_utf_8(tmp_path):
+    says(lambda: classes.read_classes("cifar10"), "cifar10", "cifar-100")
+    (tmp_path / "labels.txt").write_bytes("metric: accuracy\nboat\t船\n".encode("gb18030"))
+    says(lambda: classes.read_classes(str(tmp_path / "labels.txt")), "UTF-8")
