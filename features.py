@@ -1,0 +1,155 @@
+"""
+From pictures and captions to unit features, by all processes together, and how they are kept for next time.
+
+    image_features, text_features = pair_features(clip, pairs)              # encoded now
+    image_features, text_features = pair_features(clip, pairs, folder=DIR)  # from DIR, or else kept there
+
+DIR/image_features.npy [N_image, E] and DIR/text_features.npy [N_text, E] are float32, for other programs to
+read too. DIR/features.json says what they are features of, and is written last: without it nothing is
+reused. Features of another model, other data or another preprocessing are refused.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import model
+from data import preprocess, tokenize
+from loss import rank, world_size
+from pairs import DataError, Pairs
+from weights import replace, write_json
+
+FILES = ("image_features.npy", "text_features.npy")
+
+
+@torch.inference_mode()
+def encode(function, items, batch_size: int, what: str) -> torch.Tensor:
+    """Apply `function` (a list of items -> features [b, E]) in batches -> unit features [N, E], float32, on
+    the CPU. Many processes each take a stretch of the items, none twice, and all get all features. A bar with
+    rate and time left appears on a terminal when it takes longer than two seconds."""
+    share = math.ceil(len(items) / world_size())
+    mine = items[rank() * share : (rank() + 1) * share]
+    starts = range(0, len(mine), batch_size)
+    features = []
+    for start in tqdm(starts, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
+        features.append(model.normalise(function(mine[start : start + batch_size])).cpu())
+    if world_size() > 1:
+        parts = [[] for _ in range(world_size())]
+        dist.all_gather_object(parts, features)
+        features = sum(parts, [])
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        bad = int((~features.isfinite().all(1)).sum())
+        raise DataError(f"{what}: {bad} of {len(features)} features are not finite numbers")
+    return features
+
+
+def encode_images(clip, get_image, count: int, batch_size: int = 64) -> torch.Tensor:
+    """get_image(row) -> PIL image, for rows 0 to count - 1 -> unit features [count, E]."""
+    device, resolution = clip.logit_scale.device, clip.config.visual.resolution
+
+    def features(rows):
+        pixels = torch.stack([preprocess(get_image(row), resolution) for row in rows]).to(device)
+        with model.autocast(device):
+            return clip.encode_image(pixels)
+
+    return encode(features, range(count), batch_size, "encoding images")
+
+
+def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: int = 256) -> torch.Tensor:
+    """Captions -> unit features [N, E]. Captions of like length are encoded together, so that little is
+    padding."""
+    device = clip.logit_scale.device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+
+    def features(rows):
+        ids = tokenize([texts[i] for i in rows], context_length)
+        with model.autocast(device):
+            return clip.encode_text(ids)
+
+    sorted_features = encode(features, order, batch_size, "encoding texts")
+    return sorted_features[torch.tensor(order).argsort()]  # back to the order of `texts`
+
+
+# ------------------------------------------------------------------------------------------------------------
+# kept for the next time
+
+
+def pair_features(
+    clip, pairs: Pairs, context_length: int = 52, folder: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> unit features of all pictures [N_image, E] and all captions [N_text, E] of a split, in float32. With
+    `folder` taken from there, or else encoded and kept there; DataError if those there are of something
+    else."""
+    # what is not text says where it is
+    texts = [text if isinstance(text, str) else pairs.text(row) for row, text in enumerate(pairs.texts)]
+    of = description(clip, pairs, texts, context_length) if folder else {}
+    kept = open_features(folder, of) if folder else None
+    if kept:
+        return kept
+    image_features = encode_images(clip, pairs.image, pairs.image_count)
+    text_features = encode_texts(clip, texts, context_length)
+    if folder and rank() == 0:
+        for name, features in zip(FILES, (image_features, text_features)):
+            replace(os.path.join(folder, name), functools.partial(save_array, features.numpy()))
+        write_json(os.path.join(folder, "features.json"), of)
+        print(f"{folder}: features of {len(image_features):,} images and {len(texts):,} texts are kept there")
+    return image_features, text_features
+
+
+def description(clip, pairs: Pairs, texts: list[str], context_length: int) -> dict:
+    """What the features depend on: weights, pictures, captions, and what the code makes of both."""
+    weights = hashlib.sha256()
+    for name, tensor in clip.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    picture = Image.frombytes("RGB", (60, 50), np.random.default_rng(0).bytes(9000))
+    transformed = preprocess(picture, 32).numpy().tobytes() + tokenize(["一只“Cat”"]).numpy().tobytes()
+    return {"model": weights.hexdigest(), "pictures": pairs.fingerprint(),
+            "captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            "context_length": context_length, "preprocessing": hashlib.sha256(transformed).hexdigest(),
+            "device": clip.logit_scale.device.type,  # which decides the precision
+            "shapes": [[pairs.image_count, clip.config.embed_dim], [len(texts), clip.config.embed_dim]]}
+
+
+def open_features(folder: str, of: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The features kept in `folder`, None if there are none. DataError if they are of something else than
+    `of`."""
+    header = os.path.join(folder, "features.json")
+    if not os.path.isfile(header):
+        return None
+    try:
+        with open(header, encoding="utf-8") as file:
+            found = json.load(file)
+        other = [key for key, value in of.items() if found.get(key) != value]
+    except (ValueError, AttributeError):
+        raise DataError(
+            f"{header}: not the header of kept features; delete it, or name another folder") from None
+    if other:
+        raise DataError(f"{header}: features of another {', '.join(other)}; name another folder, or delete "
+                        "this one to encode again")
+    arrays = []
+    for name, shape in zip(FILES, of["shapes"]):
+        path = os.path.join(folder, name)
+        try:
+            arrays.append(torch.from_numpy(np.load(path)))  # allow_pickle is off: arrays only
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); delete {header} to encode again") from None
+        if list(arrays[-1].shape) != shape or arrays[-1].dtype != torch.float32:
+            raise DataError(f"{path}: {list(arrays[-1].shape)}, expected {shape} of float32; delete {header} "
+                            "to encode again")
+    if rank() == 0:
+        print(f"{folder}: features of this model and data are there; nothing is encoded")
+    return arrays[0], arrays[1]
+
+
+def save_array(array: np.ndarray, path: str):
+    with open(path, "wb") as file:  # np.save would add .npy to a name
+        np.save(file, array)
