@@ -15,6 +15,7 @@ from pairs import DataError
 KS = (1, 5, 10)
 TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by some 1e-7 with the shape of a product
 BINS = 2000  # of cosines from -1 to 1, each 0.001 wide
+ENOUGH = 30  # pairs above a threshold, or its precision is chance: the highest cosine alone is often right
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,12 +178,13 @@ def shares(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> tuple[torc
 def threshold_for(
     right: torch.Tensor, wrong: torch.Tensor, precision: float, prior: float
 ) -> tuple[float, float, float] | None:
-    """Counts [BINS] of right and wrong pairs -> (the lowest cosine from which on at least `precision`, 0 to 1,
-    of the pairs are right; that precision; the share of the right pairs that it keeps), or None."""
-    # from here on upwards
+    """Counts [BINS] of right and wrong pairs -> (the lowest cosine from which on at least `precision`, 0 to
+    1, of the pairs are right; that precision; the share of the right pairs that it keeps), or None.
+    Thresholds with fewer than ENOUGH pairs above them do not count."""
+    counted = (right + wrong).flip(0).cumsum(0).flip(0)  # from here on upwards, as all below
     right, wrong = (weights.flip(0).cumsum(0).flip(0) for weights in shares(right, wrong, prior))
     reached = torch.where(right > 0, right / (right + wrong), 0)
-    enough = (reached >= precision).nonzero().flatten().tolist()
+    enough = ((reached >= precision) & (counted >= ENOUGH)).nonzero().flatten().tolist()
     if not enough:
         return None
     first = enough[0]

@@ -276,10 +276,10 @@ def test_right_and_wrong_pairs_are_counted_once_each():
 
 
 def test_threshold_by_hand():
-    # ten right pairs at 0.5 and ten at 0.3; of the wrong ones, 10 at 0.3 and 80 at 0.1
+    # 100 right pairs at 0.5 and 100 at 0.3; of the wrong ones, 100 at 0.3 and 800 at 0.1
     right, wrong = torch.zeros(metrics.BINS), torch.zeros(metrics.BINS)
-    right[1500], right[1300], wrong[1300], wrong[1100] = 10, 10, 10, 80
-    prior = 20 / 110  # as in the sample itself
+    right[1500], right[1300], wrong[1300], wrong[1100] = 100, 100, 100, 800
+    prior = 200 / 1100  # as in the sample itself
     cosine, precision, kept = metrics.threshold_for(right, wrong, 0.9, prior)
     assert 0.3 < cosine <= 0.5 and (precision, kept) == (1, 0.5)
     cosine, precision, kept = metrics.threshold_for(right, wrong, 0.6, prior)
@@ -287,5 +287,6 @@ def test_threshold_by_hand():
     # where half of all pairs are right, wrong ones weigh 20 / 90 as much
     cosine, precision, _ = metrics.threshold_for(right, wrong, 0.85, 0.5)
     assert cosine <= 0.3 and precision == pytest.approx(20 / (20 + 10 * 20 / 90))
-    wrong[1900] = 100
+    right[1999] = 29  # too few to rely on
+    wrong[1900] = 1000
     assert metrics.threshold_for(right, wrong, 0.9, prior) is None
