@@ -35,9 +35,9 @@ TEXT_COLUMNS = ("text", "caption", "title")
 MAX_ID = 256  # bytes; ids are kept in an array as wide as the longest
 
 
-def open_pairs(source: str, split: str) -> Pairs:
+def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     """The split of a source, told by what is there (see the top of this file). DataError names what is
-    missing."""
+    missing. answers=False: the official layout may come without image_ids, as MUGE's test split does."""
     layout = layout_of(source, split)
     if layout == "joined":
         several = shards.split_outside_braces(source)
@@ -47,7 +47,7 @@ def open_pairs(source: str, split: str) -> Pairs:
     if layout == "scenes":
         return ScenePairs(source.removeprefix("scenes-"), split)
     if layout == "official":
-        return OfficialPairs(source, split)
+        return OfficialPairs(source, split, answers)
     if layout in ("jsonl", "csv"):
         return FolderPairs(source, f"{split}.{layout}")
     if layout == "shards":
@@ -118,8 +118,8 @@ class OfficialPairs(Pairs):
     `image_ids`), read as they are. Pictures and captions are reached by byte offset, through an index that is
     kept in the cache folder and mapped from there: a set of any size opens at once and costs no memory."""
 
-    def __init__(self, folder: str, split: str):
-        self.opened = folder, split
+    def __init__(self, folder: str, split: str, answers: bool = True):
+        self.opened = folder, split, answers
         self.path = os.path.join(folder, f"{split}_imgs.tsv")
         self.list_path = os.path.join(folder, f"{split}_texts.jsonl")
         if not os.path.isfile(self.list_path):
@@ -133,6 +133,9 @@ class OfficialPairs(Pairs):
             f"{self.stamp}", lambda: texts_index(self.list_path, self.path, self.images["ids"]))
         self.image_count = len(self.images["offsets"])
         self.positives = torch.from_numpy(self.lines["positives"])
+        if answers and not len(self.positives):
+            raise DataError(f"{self.list_path}: no caption has any image_ids, "
+                            "so there is nothing to learn or to measure recall on")
 
     def __reduce__(self):
         return OfficialPairs, self.opened  # to another process: mapped there, not sent
@@ -205,10 +208,8 @@ def texts_index(path: str, tsv_path: str, ids: np.ndarray) -> dict[str, np.ndarr
             positives.append((len(numbers), row_of[str(image_id)]))
         numbers.append(number)
         offsets.append(start)
-    if not positives:
-        raise DataError(f"{path}: no caption has any image_ids, "
-                        "so there is nothing to learn or to measure recall on")
-    return {"lines": np.array(numbers), "offsets": np.array(offsets), "positives": np.array(positives)}
+    positives = np.array(positives, dtype=np.int64).reshape(-1, 2)
+    return {"lines": np.array(numbers), "offsets": np.array(offsets), "positives": positives}
 
 
 class FolderPairs(Pairs):
