@@ -1,87 +1,39 @@
 """
-How good is it? The paper's two measurements, as commands and as functions.
+How good is it? The paper's measurements, as commands and as functions.
 
     python eval.py retrieval --model out/stage2/best.safetensors --data path/to/MUGE --split valid
-    python eval.py zeroshot  --model out/stage2/best.safetensors --data path/to/cifar-100
+    python eval.py zeroshot  --model ViT-B-16 --data path/to/cifar-100 --labels cifar-100
+    python eval.py prompts   --model ViT-B-16 --data path/to/cifar-100 --labels cifar-100    # or --negation
+    python eval.py calibrate --model ViT-B-16 --data path/to/MUGE --precision 0.9
+    python eval.py reproduce table2 --model ViT-B-16 --data muge=path/to/MUGE
 
 Retrieval (paper, sec. 3.1) is one matrix product and a count: how often is a right answer among the K
-nearest? Zero-shot classification (sec. 3.2) is retrieval with class names, put into sentences, as the
-answers. The measures themselves are in metrics.py. Results are printed and written as JSON with --out.
-
-Shapes: N pictures or captions, C classes, E joint width.
+nearest? Zero-shot classification (sec. 3.2) is retrieval with class names, in sentences, as the answers. A
+table is printed, beside the paper's figures where model and data are the paper's, and with --out written as
+JSON. The formulas are in metrics.py; then read features.py, classes.py, zeroshot.py.
 """
 
 import argparse
-import math
+import functools
+import json
 import os
 import sys
 import time
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import model
-from data import preprocess, tokenize
+import published
+import zeroshot
+from calibrate import WHY, at_threshold, calibrate, calibration_table
+from classes import TEMPLATES, open_classes, read_templates
 from download import RELEASED
-from loss import rank, world_size
-from metrics import KS, accuracy, recall_at_k
-from pairs import DataError, Pairs, open_image
-from sources import open_pairs
-from weights import WeightsError, write_json
-
-
-# ------------------------------------------------------------------------------------------------------------
-# features
-
-
-@torch.inference_mode()
-def encode(function, items, batch_size: int, what: str) -> torch.Tensor:
-    """Apply `function` (a list of items -> features [b, E]) in batches -> unit features [N, E], float32, on
-    the CPU. Many processes each take a stretch of the items, none twice, and all get all features. A bar with
-    rate and time left appears on a terminal when it takes longer than two seconds."""
-    share = math.ceil(len(items) / world_size())
-    mine = items[rank() * share : (rank() + 1) * share]
-    starts = range(0, len(mine), batch_size)
-    features = []
-    for start in tqdm(starts, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
-        features.append(model.normalise(function(mine[start : start + batch_size])).cpu())
-    if world_size() > 1:
-        parts = [[] for _ in range(world_size())]
-        dist.all_gather_object(parts, features)
-        features = sum(parts, [])
-    features = torch.cat(features)
-    if not features.isfinite().all():
-        bad = int((~features.isfinite().all(1)).sum())
-        raise DataError(f"{what}: {bad} of {len(features)} features are not finite numbers")
-    return features
-
-
-def encode_images(clip, get_image, count: int, batch_size: int = 64) -> torch.Tensor:
-    """get_image(row) -> PIL image, for rows 0 to count - 1 -> unit features [count, E]."""
-    device, resolution = clip.logit_scale.device, clip.config.visual.resolution
-
-    def features(rows):
-        pixels = torch.stack([preprocess(get_image(row), resolution) for row in rows]).to(device)
-        with model.autocast(device):
-            return clip.encode_image(pixels)
-
-    return encode(features, range(count), batch_size, "encoding images")
-
-
-def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: int = 256) -> torch.Tensor:
-    """Captions -> unit features [N, E]. Captions of like length are encoded together, so that little is
-    padding."""
-    device = clip.logit_scale.device
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-
-    def features(rows):
-        ids = tokenize([texts[i] for i in rows], context_length)
-        with model.autocast(device):
-            return clip.encode_text(ids)
-
-    sorted_features = encode(features, order, batch_size, "encoding texts")
-    return sorted_features[torch.tensor(order).argsort()]  # back to the order of `texts`
+from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
+from metrics import KS, nearest, recall_at_k
+from pairs import DataError, Pairs, open_image, read_jsonl
+from sources import FolderPairs, OfficialPairs, open_pairs
+from weights import WeightsError, replace_text, write_json
+from zeroshot import zero_shot  # noqa: F401  (for report.py)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,92 +43,14 @@ def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: i
 def retrieval(clip, pairs: Pairs, context_length: int = 52) -> dict[str, dict[str, float]]:
     """Recall in both directions over a whole split, from one relation of positives. `mean_recall` is the mean
     of all six, by which train.py chooses its best checkpoint; the paper's MR is the mean of one direction's
-    three."""
-    # what is not text says where it is
-    texts = [text if isinstance(text, str) else pairs.text(row) for row, text in enumerate(pairs.texts)]
-    image_features = encode_images(clip, pairs.image, pairs.image_count)  # [N_image, E]
-    text_features = encode_texts(clip, texts, context_length)  # [N_text, E]
-    t2i, i2t = recall_at_k(text_features, image_features, pairs.positives)
+    three in Table 2, of all six in Table 10."""
+    image_features, text_features = pair_features(clip, pairs, context_length)
+    return recalls(text_features, image_features, pairs.positives)
+
+
+def recalls(text_features, image_features, positives) -> dict[str, dict[str, float]]:
+    t2i, i2t = recall_at_k(text_features, image_features, positives)
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# zero-shot classification
-
-
-def class_features(clip, names: list[str], templates: list[str]) -> torch.Tensor:
-    """Class names [C] and templates with a {} for the name -> unit features [C, E]: every sentence's feature
-    is normalised, the sentences of a class averaged, the average normalised again (CLIP, sec. 3.1.4, prompt
-    ensembling)."""
-    sentences = [template.replace("{}", name) for name in names for template in templates]
-    features = encode_texts(clip, sentences).unflatten(0, (len(names), len(templates)))  # [C, templates, E]
-    return model.normalise(features.mean(dim=1))
-
-
-def visible(folder: str) -> list[str]:
-    """Sorted names in a folder, without what desktops leave there."""
-    leftovers = ("Thumbs.db", "desktop.ini")
-    return sorted(name for name in os.listdir(folder) if name[0] != "." and name not in leftovers)
-
-
-def open_classes(folder: str) -> tuple[list[str], list[str], torch.LongTensor]:
-    """The official layout, label_cn.txt (a name a line) and test/000, test/001 ... -> (names [C], picture
-    paths [N], labels [N])."""
-    path = os.path.join(folder, "label_cn.txt")
-    if not os.path.isfile(path):
-        raise DataError(
-            f"{path}: not there; expected one class name a line, line n for folder test/{{n-1:03d}}")
-    with open(path, encoding="utf-8-sig") as file:
-        names = [line.strip() for line in file.read().rstrip().split("\n")]
-    if "" in names:
-        raise DataError(f"{path} line {names.index('') + 1}: empty; expected a class name on every line")
-    test = os.path.join(folder, "test")
-    folders = visible(test) if os.path.isdir(test) else []
-    paths, labels = [], []
-    for name in folders:
-        is_class = name.isdecimal() and int(name) < len(names) and os.path.isdir(os.path.join(test, name))
-        if not is_class:
-            raise DataError(f"{os.path.join(test, name)}: expected folders 000 to {len(names) - 1:03d}, "
-                            f"one for each line of {path}")
-        for picture in visible(os.path.join(test, name)):
-            paths.append(os.path.join(test, name, picture))
-            labels.append(int(name))
-    if not paths:
-        raise DataError(
-            f"{test}: no pictures; expected folders 000 to {len(names) - 1:03d} with pictures in them")
-    return names, paths, torch.tensor(labels)
-
-
-def read_templates(path: str) -> list[str]:
-    """A template a line, each with {} where the class name goes; lines that start with # are notes."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; expected a template a line, with {{}} for the class name")
-    with open(path, encoding="utf-8-sig") as file:
-        templates = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    for template in templates:
-        if "{}" not in template:
-            raise DataError(f"{path}: the template {template!r} has no {{}} for the class name")
-    if not templates:
-        raise DataError(f"{path}: no template in it; expected at least one line with {{}}")
-    return templates
-
-
-TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "labels", "templates.txt")
-
-
-def zero_shot(clip, names: list[str], get_image, labels: torch.LongTensor, templates: list[str]) -> dict:
-    """Accuracy in percent, with all templates and with the first alone, of pictures get_image(0 ... N - 1)
-    with their labels [N]; beside it what it was measured on and what guessing gives."""
-    image_features = encode_images(clip, get_image, len(labels))
-    scores, single = (image_features @ class_features(clip, names, some).T
-                      for some in (templates, templates[:1]))
-    return {"accuracy": accuracy(scores, labels), "accuracy_single_template": accuracy(single, labels),
-            "classes": len(names), "images": len(labels), "templates": len(templates),
-            "chance": 100 / len(names)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# command line
 
 
 def recall_table(rows: dict[str, dict]) -> str:
@@ -190,44 +64,271 @@ def recall_table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "task", choices=("retrieval", "zeroshot"),
-        help="Recall@K both ways, or classification by class names")
-    parser.add_argument(
-        "--model", required=True,
-        help="a weights file, or a released name: " + ", ".join(RELEASED))
-    parser.add_argument(
-        "--data", required=True, help="retrieval: a folder of pairs, scenes-zh, scenes-en; "
-        "zeroshot: a folder with label_cn.txt and test/000, test/001 ...")
-    parser.add_argument("--split", default="valid", help="retrieval: train, valid, test")
-    parser.add_argument(
-        "--templates", default=TEMPLATES, help="zeroshot: a sentence a line, {} for the class name")
-    parser.add_argument("--context-length", type=int, default=52, help="tokens a caption")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", default="", help="also write the result to this JSON file")
-    args = parser.parse_args()
+def write_predictions(path: str, pairs: Pairs, text_features, image_features, direction: str):
+    """The ten nearest of every query as JSON lines, atomically, as MUGE's retrieval task takes them:
+    {"query_id", "query_text", "item_ids"}; from image to text a query is a picture and has no text."""
+    text_ids, image_ids = ids_of(pairs)
+    to_image = direction == "text-to-image"
+    queries, gallery = (text_features, image_features) if to_image else (image_features, text_features)
+    query_ids, item_ids = (text_ids, image_ids) if to_image else (image_ids, text_ids)
+    if len(gallery) < 10:
+        raise DataError(f"--predictions: a submission names 10 items a query, {direction} there are only "
+                        f"{len(gallery)} to choose from")
+    lines = []
+    for row, items in enumerate(nearest(queries, gallery, 10).tolist()):
+        line = {"query_id": query_ids[row]} | ({"query_text": pairs.text(row)} if to_image else {})
+        line["item_ids"] = [item_ids[item] for item in items]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    replace_text(path, "".join(lines))
+    print(f"{path}: the 10 nearest of {len(lines):,} queries, {direction}")
+
+
+def ids_of(pairs: Pairs) -> tuple[list, list]:
+    """-> ids of the captions and of the pictures: those of the official layout, as numbers where they are
+    such, which the official script wants; a folder's file names; otherwise rows, from 0."""
+    texts, images = range(len(pairs.texts)), range(pairs.image_count)
+    if isinstance(pairs, FolderPairs):
+        images = pairs.names
+    if isinstance(pairs, OfficialPairs):
+        texts = [line["text_id"] for _, line in read_jsonl(pairs.list_path, ("text_id", "text"))]
+        images = [int(i) if i.isdecimal() and str(int(i)) == i else i for i in pairs.image_ids]
+    return list(texts), list(images)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the commands: (arguments, model) -> what goes into the JSON file
+
+
+def run_retrieval(args, clip) -> dict:
+    pairs = open_pairs(args.data, args.split, answers=not args.predictions)
+    print(f"{args.data} {args.split}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, "
+          f"{len(pairs.positives):,} pairs")
+    image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
+    if args.predictions:
+        write_predictions(args.predictions, pairs, text_features, image_features, args.direction)
+    if not len(pairs.positives):
+        print(f"{args.data} {args.split}: no answers in it, so nothing to measure")
+        return {}
+    result = recalls(text_features, image_features, pairs.positives)
+    print(recall_table({args.split: result}))
+    table, data, setup = paper_figures(args, args.data, published.RETRIEVAL)
+    if table and (args.published or args.split == published.read_paper()[table].get("split", "test")):
+        columns = published.retrieval_columns(result, table)
+        result["published"] = published.compare(columns, table, data, setup, row_of(args.model, clip))
+        print(published.comparison_table(result["published"]))
+    return result
+
+
+def run_zeroshot(args, clip) -> dict:
+    classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
+    cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
+    result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
+    print(classification_line(result))
+    if args.submission:
+        data = args.labels or os.path.basename(os.path.abspath(args.data))
+        write_json(args.submission, zeroshot.submission(clip, data, cosines))
+        print(f"{args.submission}: the predictions as ELEVATER takes them")
+    table, data, setup = paper_figures(args, args.labels or args.data, published.CLASSIFICATION)
+    if table:
+        measured = {data: result[classes.metric]}
+        result["published"] = published.compare(measured, table, data, setup, row_of(args.model, clip))
+        print(published.comparison_table(result["published"]))
+    return result
+
+
+def run_prompts(args, clip) -> dict:
+    if args.negation:
+        found = zeroshot.negation(clip)
+        print("is it there? percent right, of drawn scenes; 50 is guessing     there  absent    mean roc-auc")
+        for wording, right in found.items():
+            print(f"{wording:16} {zeroshot.ABSENT[wording]:40}"
+                  + "".join(f"{value:8.1f}" for value in right.values()))
+        return {"negation": found}
+    if not args.data:
+        raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
+    classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
+    found = zeroshot.prompts(clip, classes.chinese, get_image, labels, templates, classes.metric)
+    print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
+    for template, value in found.items():
+        print(f"{value:6.1f}  {template}")
+    return {"metric": classes.metric, "prompts": found}
+
+
+def run_calibrate(args, clip) -> dict:
+    pairs = open_pairs(args.data, args.split)
+    image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
+    result = calibrate(text_features, image_features, pairs.positives, args.precision, args.prior)
+    print(calibration_table(result))
+    if args.test and result["threshold"] is not None:
+        pairs = open_pairs(args.data, args.test)
+        image_features, text_features = pair_features(clip, pairs, args.context_length)
+        result["test"] = at_threshold(
+            text_features, image_features, pairs.positives, result["threshold"], result["prior"])
+        print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
+            args.test, **result["test"]))
+    print("\n" + WHY)
+    return result
+
+
+def run_reproduce(args, clip) -> dict:
+    """One of the paper's tables, for the data that are given by NAME=PATH."""
+    table, paper = args.table, published.read_paper()[args.table]
+    setup = "finetune" if table == "table10" else args.setup
+    ours, rows = args.row or row_of(args.model, clip), []
+    for data, folder in args.data.items():
+        print(f"{data}: {folder}")
+        if table in published.RETRIEVAL:
+            pairs = open_pairs(folder, args.split or paper.get("split", "test"))
+            # app. A.4: the long texts of ICR get 128 tokens
+            result = retrieval(clip, pairs, 128 if table == "table10" else 52)
+            measured = published.retrieval_columns(result, table)
+        else:
+            classes, get_image, labels, templates = open_classification(folder, data, TEMPLATES)
+            result = zero_shot(clip, classes.chinese, get_image, labels, templates, classes.metric)
+            measured = {data: result[classes.metric]}
+        rows += published.compare(measured, table, data, setup, ours)
+    if table == "table12" and len(args.data) == len(published.data_of(table)):
+        average = {"average": sum(row["measured"] for row in rows) / len(rows)}
+        rows += published.compare(average, table, "average", setup, ours)
+    print(f"{paper['title']}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
+    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}
+
+
+def data_folders(table: str, items: list[str]) -> dict[str, str]:
+    """NAME=PATH of `reproduce --data` -> the table's name of the data set -> its folder."""
+    wanted, folders = published.data_of(table), {}
+    for item in items:
+        name, _, folder = item.partition("=")
+        data = next((data for data in wanted if published.plain(data) == published.plain(name)), "")
+        if not folder or not data:
+            raise DataError(f"--data {item}: expected NAME=PATH with a NAME of {table}: {', '.join(wanted)}")
+        folders[data] = folder
+    if not folders:
+        raise DataError(f"{table} is measured on {', '.join(wanted)}: say where, --data {wanted[0]}=PATH ...")
+    return folders
+
+
+def open_classification(data: str, labels: str, templates: str):
+    """-> (classes, get_image, labels, templates): the data set's own templates, then the general ones."""
+    classes, paths, numbers = open_classes(data, labels)
+    both = list(dict.fromkeys([*classes.templates, *read_templates(templates)]))
+    return classes, functools.partial(open_row, paths), numbers, both
+
+
+def open_row(paths: list[str], row: int):
+    return open_image(paths[row])
+
+
+def classification_line(result: dict) -> str:
+    names = {"accuracy": "", "mean-per-class": " mean per class", "roc-auc": " area under the ROC curve",
+             "map-11": " mean average precision (11 points)"}
+    return ("{value:.1f} %{name} of {images:,} images in {classes} classes with {templates} templates, "
+            "{single:.1f} % with the first alone, {chance:.1f} % by chance".format(
+                value=result[result["metric"]], single=result[f"{result['metric']}_single_template"],
+                name=names[result["metric"]], **result))
+
+
+def row_of(name_or_path: str, clip) -> str:
+    """The paper's name of this model, by its name or by its shape; "" if it is none of the five."""
+    by_shape = [name for name in RELEASED if model.MODELS[name] == clip.config]
+    return name_or_path if name_or_path in RELEASED else by_shape[0] if by_shape else ""
+
+
+def paper_figures(args, name: str, tables: tuple[str, ...]) -> tuple[str, str, str]:
+    """-> (table, data, setup) of the paper that an evaluation is compared with: as --published says, or for a
+    released model by the name of the data; otherwise "", for other weights might be finetuned or not."""
+    if args.published:
+        found = published.parse(args.published)
+        if found[0] not in tables:
+            raise DataError(f"--published {args.published}: its figures are of another task than {args.task}")
+        return found
+    table, data = published.table_of(os.path.splitext(os.path.basename(os.path.abspath(name)))[0])
+    return (table, data, "zero-shot") if args.model in RELEASED and table in tables else ("", "", "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# command line
+
+
+TASKS = {
+    "retrieval": (run_retrieval, "Recall@K from text to image and from image to text"),
+    "zeroshot": (run_zeroshot, "classification by class names, with the data set's own measure"),
+    "prompts": (run_prompts, "every template alone and all together, ranked; or is 'no X' understood?"),
+    "calibrate": (run_calibrate, "the cosine from which on a wanted share of pairs is right"),
+    "reproduce": (run_reproduce, "a table of the paper, beside the paper's figures"),
+}
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser("eval.py", description=__doc__.strip().split("\n\n")[0])
+    commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
+    add = {task: commands.add_parser(
+        task, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for task, (_, text) in TASKS.items()}
+    for task, p in add.items():
+        p.add_argument("--model", required=True,
+                       help="a weights file, or a released name: " + ", ".join(RELEASED))
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--out", default="", metavar="FILE", help="also write the result to this JSON file")
+    for task in ("retrieval", "calibrate"):
+        p = add[task]
+        p.add_argument("--data", required=True, help="what train.py --data takes: a folder of pairs, tar "
+                       "shards, scenes-zh, scenes-en")
+        p.add_argument("--split", default="valid", help="train, valid, test")
+        p.add_argument("--context-length", type=int, default=52, help="tokens a caption")
+        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, and "
+                       "use those that are there if they are of this model and data")
+    for task in ("zeroshot", "prompts"):
+        p = add[task]
+        p.add_argument("--data", required=task == "zeroshot", default="", help="a folder with test/000 ... "
+                       "or test/NAME ..., or pictures listed in test.txt (see classes.py)")
+        p.add_argument("--labels", default="", help="names, measure and templates: a file, or a data set of "
+                       "labels/ such as cifar-100; without it label_cn.txt in --data and accuracy")
+        p.add_argument("--templates", default=TEMPLATES,
+                       help="general sentences, one a line, {} for the class name")
+    for task in ("retrieval", "zeroshot"):
+        add[task].add_argument(
+            "--published", default="", metavar="'DATA SETUP'", help="compare with the paper's figures, as "
+            "'MUGE finetune'; a released model on data of the paper's name is compared anyway")
+    p = add["retrieval"]
+    p.add_argument("--predictions", default="", metavar="FILE", help="write the 10 nearest of each query as "
+                   "MUGE takes them; the split may then come without answers")
+    p.add_argument("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
+                   help="of --predictions")
+    add["zeroshot"].add_argument("--submission", default="", metavar="FILE",
+                                 help="write the predictions as ELEVATER's server takes them")
+    add["prompts"].add_argument("--negation", action="store_true",
+                                help="instead, on drawn scenes: 'X' against 'no X' and other wordings")
+    p = add["calibrate"]
+    p.add_argument("--precision", type=float, default=0.9, help="wanted share of right pairs, 0 to 1")
+    p.add_argument("--prior", type=float, default=0.5, help="share of right pairs among those you will "
+                   "judge; 0: as in this split, where every text meets every picture")
+    p.add_argument("--test", default="", metavar="SPLIT", help="try the threshold on this split too")
+    p = add["reproduce"]
+    p.add_argument("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
+    p.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets, as "
+                   "muge=path/to/MUGE or cifar-10=path")
+    p.add_argument("--setup", default="zero-shot", choices=published.SETUPS, help="the paper's rows to "
+                   "compare with; table10 has only finetuned ones")
+    p.add_argument("--row", default="", choices=("", *RELEASED), help="the paper's model to compare with, if "
+                   "--model is a file and its shape does not say")
+    p.add_argument("--split", default="", help="another split than the table's")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    parser, args = parse(argv)
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device {args.device}: expected cpu, or cuda on a machine where torch finds a GPU")
-    if not 2 <= args.context_length <= 512:
+    if not 2 <= getattr(args, "context_length", 52) <= 512:
         parser.error(f"--context-length {args.context_length}: expected 2 to 512")
+    if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
+        parser.error("--precision and --prior are shares: expected 0 to 1")
     start = time.time()
+    if args.task == "reproduce":  # before anything is downloaded
+        args.data = data_folders(args.table, args.data)
     clip, _ = model.load(args.model, args.device)
-    if args.task == "retrieval":
-        pairs = open_pairs(args.data, args.split)
-        print(f"{args.data} {args.split}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, "
-              f"{len(pairs.positives):,} pairs")
-        result = retrieval(clip, pairs, args.context_length)
-        print(recall_table({args.split: result}))
-    else:
-        names, paths, labels = open_classes(args.data)
-        templates = read_templates(args.templates)
-        result = zero_shot(clip, names, lambda row: open_image(paths[row]), labels, templates)
-        print("{accuracy:.1f} % of {images:,} images in {classes} classes with {templates} templates, "
-              "{accuracy_single_template:.1f} % with the first alone, "
-              "{chance:.1f} % by chance".format(**result))
+    result = TASKS[args.task][0](args, clip)
     if args.out:
         write_json(args.out, vars(args) | result)
     print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-import sources
 import eval as measure  # `eval` alone would hide Python's own
+import features
 import metrics
 import model
+import sources
+import zeroshot
 from pairs import DataError, Pairs, as_text, open_image
 from test_metrics import restated
 
@@ -56,15 +58,15 @@ TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有�
 
 @pytest.mark.parametrize("batch_size", (1, 3, 256))
 def test_texts_come_back_in_their_order(clip, batch_size):
-    features = measure.encode_texts(clip, TEXTS, 52, batch_size)
-    assert features.shape == (8, 16) and features.dtype == torch.float32
-    torch.testing.assert_close(features, encoded(clip, TEXTS), rtol=0, atol=1e-5)
+    found = measure.encode_texts(clip, TEXTS, 52, batch_size)
+    assert found.shape == (8, 16) and found.dtype == torch.float32
+    torch.testing.assert_close(found, encoded(clip, TEXTS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", (1, 3, 64))
 def test_images_come_back_in_their_order(clip, batch_size):
-    features = measure.encode_images(clip, picture, 7, batch_size)
-    torch.testing.assert_close(features, seen(clip, map(picture, range(7))), rtol=0, atol=1e-5)
+    found = measure.encode_images(clip, picture, 7, batch_size)
+    torch.testing.assert_close(found, seen(clip, map(picture, range(7))), rtol=0, atol=1e-5)
 
 
 def test_features_that_are_no_numbers_are_refused():
@@ -72,7 +74,7 @@ def test_features_that_are_no_numbers_are_refused():
         return torch.tensor([[1.0, float("nan") if row == 3 else 2.0] for row in rows])
 
     with pytest.raises(DataError, match="1 of 5 features"):
-        measure.encode(function, range(5), 2, "encoding")
+        features.encode(function, range(5), 2, "encoding")
 
 
 class Six(Pairs):
@@ -111,8 +113,8 @@ def test_a_caption_that_is_no_text_cannot_be_measured(clip):
 
 def test_class_features_normalise_average_normalise(clip):
     names, templates = ["猫", "一艘船"], ["{}", "一张{}的照片", "{}和{}"]
-    features = measure.class_features(clip, names, templates)
-    for row, sentences in zip(features, (["猫", "一张猫的照片", "猫和猫"], ["一艘船", "一张一艘船的照片", "一艘船和一艘船"])):
+    found = zeroshot.class_features(clip, names, templates)
+    for row, sentences in zip(found, (["猫", "一张猫的照片", "猫和猫"], ["一艘船", "一张一艘船的照片", "一艘船和一艘船"])):
         mean = encoded(clip, sentences).mean(dim=0)
         torch.testing.assert_close(row, mean / mean.norm(), rtol=0, atol=1e-5)
 
@@ -129,8 +131,9 @@ def write_classes(folder, names=("猫", "船", "花"), count: int = 2) -> str:
 
 
 def test_classes_of_the_official_layout(tmp_path):
-    names, paths, labels = measure.open_classes(write_classes(tmp_path / "set"))
-    assert names == ["猫", "船", "花"] and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    classes, paths, labels = measure.open_classes(write_classes(tmp_path / "set"))
+    assert classes.chinese == ["猫", "船", "花"] and classes.metric == "accuracy"
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     for path, label, n in zip(paths, labels.tolist(), (0, 1) * 3):
         assert np.array_equal(np.asarray(open_image(path)), np.asarray(picture(10 * label + n)))
 
@@ -232,7 +235,7 @@ def test_zeroshot_command_prints_a_line_and_writes_json(clip, weights, tmp_path,
     templates, labels = measure.read_templates(measure.TEMPLATES), torch.tensor([0, 0, 1, 1, 2, 2])
     images = measure.encode_images(clip, lambda row: picture(10 * (row // 2) + row % 2), 6)
     for key, some in (("accuracy", templates), ("accuracy_single_template", templates[:1])):
-        classes = measure.class_features(clip, ["猫", "船", "花"], some)
+        classes = zeroshot.class_features(clip, ["猫", "船", "花"], some)
         assert result[key] == pytest.approx(metrics.accuracy(images @ classes.T, labels))
         assert f"{result[key]:.1f} %" in printed
     assert result["templates"] == len(templates)
