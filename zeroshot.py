@@ -43,14 +43,15 @@ def class_features(clip, names: list[str], templates: list[str]) -> torch.Tensor
 def measure(metric: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float) -> float:
     """Cosines [N, C] and labels ([N], or [N, C] for map-11) -> the measure of classes.METRICS, in percent.
 
-    ELEVATER ranks by the softmax over the classes, which makes a difference where pictures are compared with
-    one another: for the area under the curve and for average precision."""
+    ELEVATER ranks pictures by the softmax over the classes, not by the cosine, which makes a difference for
+    the area under the curve and for average precision. Of two classes it is the lead of the second."""
     if metric == "accuracy":
         return metrics.accuracy(cosines, labels)
     if metric == "mean-per-class":
         return metrics.mean_per_class(cosines, labels)
-    shares = probabilities(cosines, scale)
-    return metrics.map_11(shares, labels) if metric == "map-11" else metrics.roc_auc(shares[:, 1], labels)
+    if metric == "roc-auc":
+        return metrics.roc_auc(cosines[:, 1] - cosines[:, 0], labels)
+    return metrics.map_11(probabilities(cosines, scale), labels)
 
 
 def probabilities(cosines: torch.Tensor, scale: float) -> torch.Tensor:

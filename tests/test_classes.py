@@ -61,8 +61,9 @@ def test_folders_by_number_and_by_name(tmp_path, folders):
 
 
 def test_countries_lie_in_folders_of_their_codes(tmp_path):
-    (tmp_path / "two.txt").write_text("metric: accuracy\nAD Andorra\t安道尔\nZW Zimbabwe\t津巴布韦\n", encoding="utf-8")
-    _, _, labels = classes.open_classes(write_folders(tmp_path / "set", "ZW", "AD"), str(tmp_path / "two.txt"))
+    two = tmp_path / "two.txt"
+    two.write_text("metric: accuracy\nAD Andorra\t安道尔\nZW Zimbabwe\t津巴布韦\n", encoding="utf-8")
+    _, _, labels = classes.open_classes(write_folders(tmp_path / "set", "ZW", "AD"), str(two))
     assert labels.tolist() == [0, 0, 1, 1]
 
 
@@ -115,7 +116,8 @@ def test_several_classes_a_picture_need_a_list(tmp_path):
 @pytest.mark.parametrize("text, parts", [
     ("metric: accuracy\ncat 猫\n", ("line 2", "cat 猫")), ("metric: luck\ncat\t猫\n", ("line 1", "map-11")),
     ("template: 猫\n", ("line 1", "template")), ("cat\t猫\n", ("metric",)), ("metric: accuracy\n", ("class",)),
-    ("metric: accuracy\ncat\t猫\ndog\t猫\n", ("line 3", "猫 again")), ("metric: accuracy\ncat\t\t猫", ("line 2",)),
+    ("metric: accuracy\ncat\t猫\ndog\t猫\n", ("line 3", "猫 again")),
+    ("metric: accuracy\ncat\t\t猫", ("line 2",)),
     ("metric: roc-auc\na\t猫\nb\t狗\nc\t船\n", ("two classes", "3"))])
 def test_label_files_that_are_wrong(tmp_path, text, parts):
     (tmp_path / "labels.txt").write_text(text, encoding="utf-8")

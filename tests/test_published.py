@@ -7,7 +7,8 @@ from pairs import DataError
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("MUGE", ("table2", "MUGE")), ("flickr30k_cn", ("table3", "Flickr30K-CN")), ("coco-cn", ("table4", "COCO-CN")),
+    ("MUGE", ("table2", "MUGE")), ("flickr30k_cn", ("table3", "Flickr30K-CN")),
+    ("coco-cn", ("table4", "COCO-CN")),
     ("icr", ("table10", "ICR")), ("cifar-100", ("table12", "cifar-100")), ("emoji-cn", ("", ""))])
 def test_tables_are_found_by_the_name_of_the_data(name, expected):
     assert published.table_of(name) == expected

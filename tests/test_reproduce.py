@@ -99,7 +99,8 @@ def test_tables_of_classification(weights, tmp_path, capsys):
     assert [row["data"] for row in rows] == ["eurosat", "rendered-sst2"]
     assert [row["published"] is None for row in rows] == [False, False]
     assert [row["best_baseline_model"] for row in rows] == ["CLIP", ""]
-    measure.main(["reproduce", "table5", "--model", weights, "--data", f"eurosat={eurosat}", "--device", "cpu"])
+    measure.main(["reproduce", "table5", "--model", weights, "--data", f"eurosat={eurosat}",
+                  "--device", "cpu"])
     assert "52.0" in capsys.readouterr().out  # CN-CLIP in Table 5
 
 
@@ -199,11 +200,11 @@ def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys)
 def test_prompts_command(weights, tmp_path, capsys):
     data = write_folders(tmp_path / "set", "negative", "positive")
     out = tmp_path / "out.json"
-    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2", "--device", "cpu",
-                  "--out", str(out)])
-    found = json.loads(out.read_text(encoding="utf-8"))["prompts"]
+    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2",
+                  "--device", "cpu", "--out", str(out)])
+    found, printed = json.loads(out.read_text(encoding="utf-8"))["prompts"], capsys.readouterr().out
     assert "ensemble" in found and "一条{}" in found and "一张{}的图片" in found
-    assert all(f"{value:6.1f}  {template}" in capsys.readouterr().out for template, value in [*found.items()][:1])
+    assert all(f"{value:6.1f}  {template}" in printed for template, value in found.items())
     with pytest.raises(DataError, match="--negation"):
         measure.main(["prompts", "--model", weights, "--device", "cpu"])
 
