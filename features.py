@@ -133,8 +133,8 @@ def open_features(folder: str, of: dict) -> tuple[torch.Tensor, torch.Tensor] | 
         raise DataError(
             f"{header}: not the header of kept features; delete it, or name another folder") from None
     if other:
-        raise DataError(f"{header}: features of another {', '.join(other)}; name another folder, or delete "
-                        "this one to encode again")
+        raise DataError(f"{header}: features of something else (not the same: {', '.join(other)}); name "
+                        "another folder, or delete this one to encode again")
     arrays = []
     for name, shape in zip(FILES, of["shapes"]):
         path = os.path.join(folder, name)

@@ -53,14 +53,14 @@ def test_features_of_something_else_are_refused(clip, kept):
             features.pair_features(clip, pairs or Known(), context_length, folder)
         assert "\n" not in str(caught.value) and folder in str(caught.value)
 
-    refused("another model", clip=shake(model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval(), seed=1))
-    refused("another context_length", context_length=20)
+    refused("same: model", clip=shake(model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval(), seed=1))
+    refused("same: context_length", context_length=20)
     other = Known()
     other.stamp = "pictures of Tuesday"
-    refused("another pictures", pairs=other)
+    refused("same: pictures", pairs=other)
     other = Known()
     other.texts = ["一只狗", *Known.texts[1:]]
-    refused("another captions", pairs=other)
+    refused("same: captions", pairs=other)
 
 
 def test_what_a_killed_run_left_is_encoded_again(clip, kept):
