@@ -209,7 +209,8 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
         first = (first_of_equal(looked[:, 1]) if rules.duplicates == "exact"
                  else near_duplicates(looked[:, 2], looked[:, 3:]))
         stays = (first == np.arange(len(rows)))[place]
-        taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
+        if not stays.all():
+            taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
         kept = [i for i, stay in zip(kept, stays) if stay]
     report = {"pairs": len(pairs)}
     if rules.clip is not None and kept:
@@ -285,25 +286,30 @@ def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rule
     partial, reports = f"{out}.partial", {}
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    for split in splits:
-        try:
-            pairs = opened(args.source, split)
-        except DataError as error:
-            if split == "train":
-                raise
-            print(f"{split} is left out: {error}")  # MUGE's test split has no answers
-            continue
+    try:
+        for split in splits:
+            try:
+                pairs = opened(args.source, split)
+            except DataError as error:
+                if split == "train":
+                    raise
+                print(f"{split} is left out: {error}")  # MUGE's test split has no answers
+                continue
 
-        def picture(row: int, pairs: Pairs = pairs) -> bytes:
-            return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
+            def picture(row: int, pairs: Pairs = pairs) -> bytes:
+                return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
 
-        way = "official" if split != "train" and layout == "shards" else layout  # a key has one caption
-        kept, reports[split] = take(args.source, split, rules if split == chosen else Rules(), args.workers)
-        if kept:
+            way = "official" if split != "train" and layout == "shards" else layout  # a key has one caption
+            rules_here = rules if split == chosen else Rules()
+            kept, reports[split] = take(args.source, split, rules_here, args.workers)
+            print_report(split, reports[split])
+            if not kept:
+                raise DataError(f"{args.source}: no pair of {split} stays; above is which rule took them")
             WRITERS[way](partial, split, pairs, kept, picture)
-        print_report(split, reports[split])
-    write_json(os.path.join(partial, "report.json"), reports)
-    os.rename(partial, out)
+        write_json(os.path.join(partial, "report.json"), reports)
+        os.rename(partial, out)
+    finally:  # nothing half-written stays
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: {sum(report['kept'] for report in reports.values()):,} pairs")
 
 
@@ -348,8 +354,9 @@ def main(argv: list[str] | None = None):
         added[name].add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read")
     add_filter(added["filter"])
     for name in ("pack", "unpack"):
-        added[name].add_argument("--resize", type=int, default=0, metavar="N", help="shrink larger pictures, "
-                                 "once, to N pixels at the shorter side (224, or 336); 0: byte for byte")
+        added[name].add_argument("--resize", type=check.at_least(0), default=0, metavar="N",
+                                 help="shrink larger pictures, once, to N pixels at the shorter side (224, "
+                                 "or 336), upright; 0: byte for byte")
     added["unpack"].add_argument("--to", default="folder", choices=("folder", "official"),
                                  help="pictures and a list, or TSV + JSONL")
     args = parser.parse_args(argv)

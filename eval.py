@@ -30,8 +30,8 @@ from classes import TEMPLATES, open_classes, read_templates
 from download import RELEASED
 from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
 from metrics import KS, nearest, recall_at_k
-from pairs import DataError, Pairs, open_image, read_jsonl
-from sources import FolderPairs, OfficialPairs, open_pairs
+from pairs import DataError, Pairs, open_image
+from sources import FolderPairs, open_pairs
 from weights import WeightsError, replace_text, write_json
 from zeroshot import zero_shot  # noqa: F401  (for report.py)
 
@@ -86,13 +86,11 @@ def write_predictions(path: str, pairs: Pairs, text_features, image_features, di
 def ids_of(pairs: Pairs) -> tuple[list, list]:
     """-> ids of the captions and of the pictures: those of the official layout, as numbers where they are
     such, which the official script wants; a folder's file names; otherwise rows, from 0."""
-    texts, images = range(len(pairs.texts)), range(pairs.image_count)
+    texts = [pairs.text_id(row) for row in range(len(pairs.texts))]
     if isinstance(pairs, FolderPairs):
-        images = pairs.names
-    if isinstance(pairs, OfficialPairs):
-        texts = [line["text_id"] for _, line in read_jsonl(pairs.list_path, ("text_id", "text"))]
-        images = [int(i) if i.isdecimal() and str(int(i)) == i else i for i in pairs.image_ids]
-    return list(texts), list(images)
+        return texts, pairs.names
+    images = [str(pairs.image_id(row)) for row in range(pairs.image_count)]
+    return texts, [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -93,9 +93,11 @@ class Pairs:
 
 
 def as_text(caption, where: str) -> str:
-    """The caption. DataError if it is something else than text."""
+    """The caption. DataError if it is something else than text, or says nothing."""
     if not isinstance(caption, str):
         raise DataError(f"{where}: the caption is {caption!r}, not text")
+    if not caption.strip():
+        raise DataError(f"{where}: the caption is blank; write one or drop the pair")
     return caption
 
 
@@ -196,6 +198,9 @@ def read_csv(path: str, keys: tuple[str, ...]):
         try:
             for row in rows:
                 where = f"{path} line {rows.line_num}"
+                if None in row:  # what is beyond the columns that the first line names
+                    raise DataError(f"{where}: more cells than columns, {row[None][0][:40]!r} is one too "
+                                    'many; put a text with a comma in it in "quotes"')
                 yield where, require(row, keys, where)
         except (UnicodeDecodeError, csv.Error) as error:
             after = f"{path} after line {rows.line_num}"

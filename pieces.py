@@ -113,7 +113,11 @@ def csv_rows(file):
                            if not set(names) & set(rows.fieldnames or [])]:
                 yield 1, ("columns missing", f"no {', '.join(missing)} in {rows.fieldnames}")
                 return
-            row = plain(next(rows))
+            row = next(rows)
+            if None in row:
+                yield rows.line_num, ("too many cells", f"{row[None][0][:40]!r} is beyond the last column")
+                continue
+            row = plain(row)
         except StopIteration:
             return
         except csv.Error as error:

@@ -39,7 +39,7 @@ WINDOW = 2**16  # pairs shuffled at once, 64 blocks that lie together: about 2 G
 
 def split_outside_braces(source: str) -> list[str]:
     """"a,b/{x,y}.tar" -> ["a", "b/{x,y}.tar"]."""
-    return re.findall(r"(?:\{[^}]*\}|[^,{])+", source) or [source]
+    return [one.strip() for one in re.findall(r"(?:\{[^}]*\}|[^,{])+", source)] or [source]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -343,6 +343,8 @@ def train(act: str, cfg: Config) -> list[dict]:
                 print(json.dumps(entry), file=log, flush=True)
     if skipped:
         print(f"   rank {rank} met {len(skipped)} broken pairs {sum(skipped.values())} times", flush=True)
+    if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and total:
+        say("   never better than at step 0: best.safetensors is the start itself; lower --lr, or more pairs")
     if rank == 0:
         log.close()
         model.save(clip, os.path.join(cfg.out, "last.safetensors"))

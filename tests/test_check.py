@@ -274,7 +274,7 @@ def test_folder_with_csv(tmp_path, monkeypatch):
     for row, kind in ((b'"a\nb\nc",sub/2.png', None), (b"\xc3\xa8\xff,sub/3.png", "not UTF-8"),
                       ("长城".encode("gbk") + b",sub/3.png", "not UTF-8"), (b"alone", "path not text"),
                       (b'"' + b"x" * 140_000 + b'",sub/3.png', "not CSV"),
-                      (b"last,sub/3.png,too,many", None)):
+                      (b"last,sub/3.png,too,many", "too many cells")):
         rows.append(row)
         kinds += [None] * row.count(b"\n") + [kind]
     write_lines(tmp_path / "set" / "valid.csv", rows)

@@ -17,7 +17,6 @@ from test_weights import VIT, built, official
 import download
 import eval as measure  # `eval` alone would hide Python's own
 import metrics
-import model
 import sources
 from pairs import DataError
 
