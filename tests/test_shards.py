@@ -213,7 +213,7 @@ def test_a_window_reads_few_stretches_and_shuffles_them(monkeypatch):
     monkeypatch.setattr(many, "will_need", lambda start, stop: told.append((start, stop)))
     window = [data.order(many, 0, n) for n in range(500)]
     assert len({n // 50 for n in window}) == 10
-    assert sorted(told) == [(n, n + 50) for n in sorted(window) if n % 50 == 0]  # the source heard of each once
+    assert sorted(told) == [(n, n + 50) for n in sorted(window) if n % 50 == 0]  # of each once
     assert sum(abs(a - b) == 1 for a, b in zip(window, window[1:])) < 20
 
 
@@ -351,3 +351,22 @@ def test_workers_and_restarts_with_broken_pairs_in_a_shard(tmp_path):
     assert all(torch.equal(a.pictures, b.pictures) and a.problems == b.problems for a, b in zip(*batches))
     problems = sum((batch.problems for batch in batches[0]), [])
     assert len(problems) == 1 and "a.tar at byte" in problems[0] and "pair 3" in problems[0]
+
+
+def test_drawn_scenes_come_in_the_same_order_too():
+    """A million an epoch are too many to draw: their order is looked at whole, their samples at both ends."""
+    pairs = open_pairs("scenes-zh", "train")
+    stream, end = data.Stream(pairs, 5, 8, "none"), len(pairs) // 6
+    assert sorted(data.permutation(len(pairs), 5, 0).tolist()) == list(range(1_000_000))
+
+    def keys(steps: range, **options) -> list[list[int]]:
+        return [batch.keys[:, 0].tolist() for batch in data.batches(stream, 6, steps, 8, **options)]
+
+    whole = keys(range(end - 2, end + 2), workers=0)
+    assert whole == [[stream.index(6 * step + i) for i in range(6)] for step in range(end - 2, end + 2)]
+    assert keys(range(end, end + 2), workers=0) == whole[2:]
+    assert keys(range(end - 2, end + 2), workers=4) == whole
+    ranks = [keys(range(end - 2, end + 2), workers=0, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks)] == whole
+    valid = open_pairs("scenes-zh", "valid")
+    assert len(valid) == len(valid.texts) == valid.image_count == 1000
