@@ -52,7 +52,7 @@ def recall(ranks: torch.Tensor) -> dict[str, float]:
 def best_right(queries, gallery, positives) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the score of the best right answer of every query [Q] and of every gallery item [G], -inf without
     one."""
-    best = torch.full((len(queries),), -torch.inf), torch.full((len(gallery),), -torch.inf)
+    best = [torch.full((len(x),), -torch.inf, dtype=torch.float32) for x in (queries, gallery)]
     for some in positives.split(1 << 16):
         scores = (queries[some[:, 0]] * gallery[some[:, 1]]).sum(dim=1).float()  # [some]
         for side, scored in enumerate(best):

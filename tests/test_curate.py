@@ -231,7 +231,7 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("argv, code, words", (
-    (["check", "nowhere"], 1, "nowhere"), (["pack", "nowhere", "out"], 1, "nowhere"),
+    (["check", "nowhere"], 1, "nowhere"), (["pack", "nowhere", "no-out"], 1, "nowhere"),
     (["filter", "x"], 2, "OUT"), ([], 2, "COMMAND")))
 def test_wrong_commands_are_one_line(argv, code, words):
     done = subprocess.run([sys.executable, "curate.py", *argv], cwd=ROOT, capture_output=True, text=True)

@@ -210,7 +210,9 @@ def test_torchrun_restarts_after_a_process_died(pairs, tmp_path):
     os.kill(children(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    assert "goes on from the last checkpoint" in said and "from step" in said  # what the other process says
+    # what the other process says of it, if torchrun does not stop it sooner
+    assert "goes on from the last checkpoint" in said or "closing signal" in said
+    assert re.search(r"from step \d*[1-9]", said)
     alone = subprocess.run([sys.executable, *TORCHRUN, *command, "--out", str(tmp_path / "whole")], cwd=ROOT)
     assert alone.returncode == 0
     one, other = ((tmp_path / out / "scratch" / "last.safetensors").read_bytes() for out in ("whole", "died"))
