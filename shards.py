@@ -6,7 +6,7 @@ at is the same function of numbers as for any other source. Nothing is ever unpa
 whatever a member's name says stay what they are, bytes in a file.
 
     find("set/{000000..000999}.tar", "train")     paths of the shards
-    TarPairs("set", paths)                        their pairs
+    TarPairs(paths)                               their pairs
 """
 
 import concurrent.futures
@@ -146,15 +146,15 @@ class TarPairs(Pairs):
 
     window = WINDOW
 
-    def __init__(self, source: str, paths: list[str]):
-        self.opened, self.paths = (source, paths), paths
+    def __init__(self, paths: list[str]):
+        self.paths = paths
         self.stamps = [stamp(path) for path in paths]
         self.key = "\n".join(f"{os.path.abspath(p)} {s}" for p, s in zip(paths, self.stamps))
         self.rows = kept(f"tar shards, {' '.join(PICTURES)}\n" + self.key, lambda: index(paths))["rows"]
         self.image_count = len(self.rows)
 
     def __reduce__(self):
-        return TarPairs, self.opened  # to another process: mapped there, not sent
+        return TarPairs, (self.paths,)  # to another process: mapped there, not sent
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -51,7 +51,7 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     if layout in ("jsonl", "csv"):
         return FolderPairs(source, f"{split}.{layout}")
     if layout == "shards":
-        return shards.TarPairs(source, shards.find(source, split))
+        return shards.TarPairs(shards.find(source, split))
     if not os.path.isdir(source):
         raise DataError(
             f"{source}: no such folder; expected a folder of pairs, tar shards, scenes-en or scenes-zh")

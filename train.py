@@ -202,7 +202,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     os.makedirs(cfg.out, exist_ok=True)
 
     # 2. data
-    if cfg.data.endswith(".tar") and not cfg.valid_data:
+    if re.search(r"\.tar\s*(,|$)", cfg.data) and not cfg.valid_data:
         raise ConfigError(f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data")
     pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
     if len(pairs) < B:

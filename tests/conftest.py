@@ -1,7 +1,9 @@
 """What all tests share: the project root on the path, at most two threads, and a few helpers."""
 
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,3 +84,17 @@ def hub(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+def write_tar(path: Path, members: list) -> str:
+    """A shard of these members, (name, bytes) or TarInfo each -> its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                shard.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                shard.addfile(info, io.BytesIO(member[1]))
+    return str(path)

@@ -16,7 +16,7 @@ from PIL import Image
 import check
 import faults
 import pieces
-from conftest import ROOT
+from conftest import ROOT, write_tar
 from data import tokenize, word_ids, words
 from pairs import DataError
 
@@ -106,18 +106,6 @@ def write_clean(folder: Path, split: str = "train", first: int = 0, count: int =
     numbers = range(first, first + count)
     write_lines(folder / f"{split}_imgs.tsv", [b"%d\t%s" % (n, encode(picture(n))) for n in numbers])
     write_lines(folder / f"{split}_texts.jsonl", [text_line(n) for n in numbers])
-
-
-def write_tar(path: Path, members: list):
-    """(name, bytes) or TarInfo each."""
-    with tarfile.open(path, "w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
 
 
 def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):

@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import pairs as pairs_module
 import shards
-from conftest import write_folder
+from conftest import write_folder, write_tar
 from pairs import DataError, SourceChanged
 from sources import open_pairs
 
@@ -36,20 +36,6 @@ def number_of(picture) -> int:
         picture = torch.tensor(picture.getpixel((0, 0)))[:, None, None]
     red, green, _ = picture[:, 0, 0].tolist()
     return int(red) + 256 * int(green)
-
-
-def write_tar(path, members) -> str:
-    """members: (name, bytes) or TarInfo."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as shard:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                shard.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                shard.addfile(info, io.BytesIO(member[1]))
-    return str(path)
 
 
 def members_of(numbers) -> list[tuple[str, bytes]]:

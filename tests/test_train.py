@@ -391,6 +391,13 @@ def test_wrong_command_is_one_line(argv, code, words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
+    for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
+        with pytest.raises(train.ConfigError, match="--valid-data"):
+            train.train("act", train.Config(model="ViT-tiny", data=source, batch_size=8, device="cpu",
+                                            out=str(tmp_path)))
+
+
 def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
     argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(argv) is None
