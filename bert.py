@@ -109,16 +109,34 @@ class Layer(nn.Module):
 # the tower
 
 
+class Encoder(nn.Module):
+    """A stack of layers. Only [CLS] leaves the tower, so the last layer computes only that token."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D], pad_mask [B, T] -> [CLS] [B, D]."""
+        for i, layer in enumerate(self.layer):
+            n = 1 if i == len(self.layer) - 1 else None
+            # keep only the inputs of layers, recompute the rest in backward
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, pad_mask, n, use_reentrant=False)
+            else:
+                x = layer(x, pad_mask, n)
+        return x[:, 0]
+
+
 class Bert(nn.Module):
-    """ids [B, T] -> the last layer's [CLS] token [B, D]. Only [CLS] leaves the tower, so the last layer
-    computes only it."""
+    """ids [B, T] -> the last layer's [CLS] token [B, D]."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.max_positions = config.max_positions
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.layers))})
-        self.grad_checkpointing = False
+        self.encoder = Encoder(config)
         self.init_weights()
 
     def init_weights(self):
@@ -139,18 +157,9 @@ class Bert(nn.Module):
         # ids may wait on the CPU while the weights are on a GPU: there, looking at them interrupts nothing
         ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
         pad_mask = ids != PAD_ID  # [B, T]
-        x = self.embeddings(ids)  # [B, T, D]
-        layers = self.encoder["layer"]
-        for i, layer in enumerate(layers):
-            n = 1 if i == len(layers) - 1 else None
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, pad_mask, n, use_reentrant=False)
-            else:
-                x = layer(x, pad_mask, n)
-        return x[:, 0]  # [B, D]
+        return self.encoder(self.embeddings(ids), pad_mask)  # [B, D]
 
 
-@torch.compiler.disable  # it looks at values, which no compiled graph can
 def cut_padding(ids: torch.Tensor) -> torch.Tensor:
     """ids [B, T] -> [B, longest caption]: columns that are padding for every caption cannot change any
     feature, and a caption of ten characters is 12 tokens: in 52 columns it would spend three quarters of the

@@ -14,6 +14,7 @@ JSON. The formulas are in metrics.py; then read features.py, classes.py, zerosho
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -21,15 +22,18 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 import model
+import page
 import published
 import zeroshot
 from calibrate import WHY, at_threshold, calibrate, calibration_table
 from classes import TEMPLATES, open_classes, read_templates
 from download import RELEASED
 from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
-from metrics import KS, nearest, recall_at_k
+from loss import join_processes, rank, world_size
+from metrics import KS, TILE, nearest, ranks, recall, recall_at_k  # noqa: F401
 from pairs import DataError, Pairs, open_image
 from sources import FolderPairs, open_pairs
 from weights import WeightsError, replace_text, write_json
@@ -45,11 +49,21 @@ def retrieval(clip, pairs: Pairs, context_length: int = 52) -> dict[str, dict[st
     of all six, by which train.py chooses its best checkpoint; the paper's MR is the mean of one direction's
     three in Table 2, of all six in Table 10."""
     image_features, text_features = pair_features(clip, pairs, context_length)
-    return recalls(text_features, image_features, pairs.positives)
+    return recalls(*ranks_on(clip.logit_scale.device, text_features, image_features, pairs.positives))
 
 
-def recalls(text_features, image_features, positives) -> dict[str, dict[str, float]]:
-    t2i, i2t = recall_at_k(text_features, image_features, positives)
+def ranks_on(device, text_features, image_features, positives) -> tuple[torch.Tensor, torch.Tensor]:
+    """metrics.ranks of texts [N_text] and of pictures [N_image], computed on the model's device."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32, train.py's choice, moves a cosine by 1e-3
+    found = ranks(*(x.to(device) for x in (text_features, image_features, positives)),
+                  tile=TILE if device.type == "cpu" else 16 * TILE)
+    torch.set_float32_matmul_precision(before)
+    return found[0].cpu(), found[1].cpu()
+
+
+def recalls(text_ranks: torch.Tensor, image_ranks: torch.Tensor) -> dict[str, dict[str, float]]:
+    t2i, i2t = recall(text_ranks), recall(image_ranks)
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
 
 
@@ -102,13 +116,17 @@ def run_retrieval(args, clip) -> dict:
     print(f"{args.data} {args.split}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, "
           f"{len(pairs.positives):,} pairs")
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
-    if args.predictions:
+    if args.predictions and rank() == 0:
         write_predictions(args.predictions, pairs, text_features, image_features, args.direction)
     if not len(pairs.positives):
         print(f"{args.data} {args.split}: no answers in it, so nothing to measure")
         return {}
-    result = recalls(text_features, image_features, pairs.positives)
+    found = ranks_on(clip.logit_scale.device, text_features, image_features, pairs.positives)
+    result = recalls(*found)
     print(recall_table({args.split: result}))
+    if args.page and rank() == 0:
+        page.write_retrieval(args.page, f"{args.model} on {args.data} {args.split}", recall_table(
+            {args.split: result}), pairs, text_features, image_features, *found)
     table, data, setup = paper_figures(args, args.data, published.RETRIEVAL)
     if table and (args.published or args.split == published.read_paper()[table].get("split", "test")):
         columns = published.retrieval_columns(result, table)
@@ -122,7 +140,10 @@ def run_zeroshot(args, clip) -> dict:
     cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
     print(classification_line(result))
-    if args.submission:
+    if args.page and rank() == 0:
+        page.write_zeroshot(args.page, f"{args.model} on {args.data}", classification_line(result),
+                            classes.chinese, get_image, cosines, labels)
+    if args.submission and rank() == 0:
         data = args.labels or os.path.basename(os.path.abspath(args.data))
         write_json(args.submission, zeroshot.submission(clip, data, cosines))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
@@ -285,6 +306,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         p.add_argument("--templates", default=TEMPLATES,
                        help="general sentences, one a line, {} for the class name")
     for task in ("retrieval", "zeroshot"):
+        add[task].add_argument("--page", default="", metavar="FILE", help="also write a page to look at: "
+                               "curve or confusion matrix, the worst failures as pictures")
         add[task].add_argument(
             "--published", default="", metavar="'DATA SETUP'", help="compare with the paper's figures, as "
             "'MUGE finetune'; a released model on data of the paper's name is compared anyway")
@@ -325,11 +348,15 @@ def main(argv: list[str] | None = None):
     start = time.time()
     if args.task == "reproduce":  # before anything is downloaded
         args.data = data_folders(args.table, args.data)
-    clip, _ = model.load(args.model, args.device)
-    result = TASKS[args.task][0](args, clip)
-    if args.out:
-        write_json(args.out, vars(args) | result)
-    print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))
+    device = join_processes(args.device)
+    with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
+        clip, _ = model.load(args.model, device)
+        result = TASKS[args.task][0](args, clip)
+        if args.out and rank() == 0:
+            write_json(args.out, vars(args) | result)
+        print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))
+    if world_size() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Shapes: B global batch, b = B / world_size local batch, E joint width.
 """
 
 import contextlib
+import datetime
 import os
 
 import torch
@@ -35,6 +36,24 @@ TILE = 2048  # rows and columns of a tile
 
 # ------------------------------------------------------------------------------------------------------------
 # many processes
+
+
+def join_processes(device: str = "") -> torch.device:
+    """-> this process's device, of the kind named or the best there is; if torchrun started several processes
+    they find each other here. A tensor on the CPU travels by gloo, one on a GPU by nccl."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # after a restart torchrun's store still holds the addresses of the dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=datetime.timedelta(minutes=30))
+    if kind == "cpu":
+        return torch.device("cpu")
+    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(own)
+    return own
 
 
 def rank() -> int:
@@ -372,6 +391,11 @@ def in_batch_accuracy(image_features: torch.Tensor, text_features: torch.Tensor)
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """For numbers to print; without gradient."""
+    return sum_over_ranks(x) / world_size()  # gloo has no mean
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """In place; without gradient."""
     if world_size() > 1:
-        dist.all_reduce(x)  # a sum: gloo has no mean
-    return x / world_size()
+        dist.all_reduce(x)
+    return x

@@ -1,5 +1,6 @@
 """
-The measures, as formulas: tensors in, percentages out. Nothing here knows a model or a file.
+The measures, as formulas: tensors in, percentages out. Nothing here knows a model or a file. What is measured
+on all pairs of two sides is shared by the processes that torchrun started, and runs where its features are.
 
 Retrieval: recall_at_k (paper, sec. 3.1). Classification, by data set (Table 11): accuracy, mean_per_class,
 roc_auc, map_11. Scores one can use: right_and_wrong, threshold_for.
@@ -9,10 +10,13 @@ length, so that a product of two is a cosine.
 """
 
 import torch
+from tqdm import tqdm
 
+from loss import rank, sum_over_ranks, world_size
 from pairs import DataError
 
 KS = (1, 5, 10)
+TILE = 1024  # rows and columns of a tile of scores: 4 MB, which a core's cache holds
 TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by some 1e-7 with the shape of a product
 BINS = 2000  # of cosines from -1 to 1, each 0.001 wide
 ENOUGH = 30  # pairs above a threshold, or its precision is chance: the highest cosine alone is often right
@@ -23,58 +27,80 @@ ENOUGH = 30  # pairs above a threshold, or its precision is chance: the highest 
 
 
 def recall_at_k(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = 1024
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Share of queries, in percent, with at least one right answer among their K nearest, and the mean over K
     = 1, 5, 10: for queries among the gallery, and for the gallery's items, as queries, among the queries.
-
-    queries [Q, E] and gallery [G, E] of unit norm; positives [P, 2], rows (query, gallery item) that belong
-    together. The rank of a query is the number of wrong answers that score at least as high as its best right
-    one: a tie counts against us, so collapsed features score nothing. Queries without any right answer are
-    left out. Holds tile x tile scores at a time, and computes each of them once for both directions."""
-    if not len(positives):
-        raise DataError("no query has a right answer, so recall is not defined")
-    best_of_query, best_of_item = best_right(queries, gallery, positives)  # [Q], [G]
-    query_ranks, item_ranks = (torch.zeros(len(side), dtype=torch.long) for side in (queries, gallery))
-    for rows, columns, scores, right in score_tiles(queries, gallery, positives, tile):
-        scores[right] = -torch.inf  # right answers do not compete with each other
-        query_ranks[rows] += (scores >= best_of_query[rows, None] - TIE).sum(dim=1)
-        item_ranks[columns] += (scores >= best_of_item[columns] - TIE).sum(dim=0)
-    return recall(query_ranks[positives[:, 0].unique()]), recall(item_ranks[positives[:, 1].unique()])
+    Arguments as of `ranks`; queries without any right answer are left out."""
+    query_ranks, item_ranks = ranks(queries, gallery, positives, tile)
+    return recall(query_ranks), recall(item_ranks)
 
 
 def recall(ranks: torch.Tensor) -> dict[str, float]:
-    """Ranks [Q], counted from 0 -> {"R@1", "R@5", "R@10", "mean"} in percent."""
+    """Ranks [Q] as `ranks` counts them -> {"R@1", "R@5", "R@10", "mean"} in percent."""
+    ranks = ranks[ranks >= 0]
     found = {f"R@{k}": 100 * (ranks < k).sum().item() / len(ranks) for k in KS}
     return found | {"mean": sum(found.values()) / len(KS)}
+
+
+def ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank of every query's best right answer [Q], and of every gallery item's [G] when it is the query:
+    the number of wrong answers that score at least as high, so 0 is best, and -1 where nothing is right. A
+    tie counts against us, so collapsed features score nothing.
+
+    queries [Q, E] and gallery [G, E] of unit norm; positives [P, 2], rows (query, gallery item) that belong
+    together. Holds tile x tile scores at a time, and computes each of them once for both directions."""
+    if not len(positives):
+        raise DataError("no query has a right answer, so recall is not defined")
+    bars = [best - TIE for best in best_right(queries, gallery, positives)]  # [Q], [G]
+    found = [torch.zeros_like(bar) for bar in bars]
+    for rows, columns, scores, right in score_tiles(queries, gallery, positives, tile):
+        scores[right] = -torch.inf  # right answers do not compete with each other
+        found[0][rows] += reached(scores, bars[0][rows, None]).sum(dim=1)
+        found[1][columns] += reached(scores, bars[1][columns]).sum(dim=0)
+    return tuple(torch.where(bar > -torch.inf, sum_over_ranks(count), -1).long()
+                 for bar, count in zip(bars, found))
+
+
+def reached(scores: torch.Tensor, bar: torch.Tensor) -> torch.Tensor:
+    """scores >= bar as 0. and 1., whose sums are several times as fast as those of bools, and exact below
+    2^24: a rank beyond that is no less hopeless."""
+    return torch.ge(scores, bar, out=torch.empty_like(scores))
 
 
 def best_right(queries, gallery, positives) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the score of the best right answer of every query [Q] and of every gallery item [G], -inf without
     one."""
-    best = [torch.full((len(x),), -torch.inf, dtype=torch.float32) for x in (queries, gallery)]
+    best = [torch.full((len(side),), -torch.inf, dtype=torch.float32, device=side.device)
+            for side in (queries, gallery)]
     for some in positives.split(1 << 16):
         scores = (queries[some[:, 0]] * gallery[some[:, 1]]).sum(dim=1).float()  # [some]
-        for side, scored in enumerate(best):
-            scored.scatter_reduce_(0, some[:, side], scores, "amax")
+        for column, best_of in enumerate(best):
+            best_of.scatter_reduce_(0, some[:, column], scores, "amax")
     return best
 
 
 def score_tiles(queries, gallery, positives, tile: int):
-    """The score matrix [Q, G] tile by tile. Yields (rows, columns: slices; scores [tile, tile]; right: the
-    positives in it, as an index into the tile)."""
+    """The score matrix [Q, G] tile by tile, of many processes every one its share. Yields (rows, columns:
+    slices; scores [tile, tile]; right: the positives in it, as an index into the tile). A bar appears when it
+    takes longer than two seconds."""
     across = -(-len(gallery) // tile)
     tile_of = positives[:, 0] // tile * across + positives[:, 1] // tile  # [P], number of the tile
     tile_of, order = tile_of.sort()
     places = (positives % tile)[order]  # [P, 2], row and column in the tile
-    ends = torch.searchsorted(tile_of, torch.arange(-(-len(queries) // tile) * across + 1)).tolist()
-    for number, (start, end) in enumerate(zip(ends, ends[1:])):
+    numbers = torch.arange(-(-len(queries) // tile) * across + 1, device=tile_of.device)
+    ends = torch.searchsorted(tile_of, numbers).tolist()
+    mine = list(enumerate(zip(ends, ends[1:])))[rank() :: world_size()]
+    for number, (start, end) in tqdm(mine, "comparing", delay=2, leave=False, unit=" tiles",
+                                     disable=None if rank() == 0 else True):
         rows, columns = (slice(k * tile, (k + 1) * tile) for k in divmod(number, across))
         scores = (queries[rows] @ gallery[columns].T).float()
         yield rows, columns, scores, tuple(places[start:end].T)
 
 
-def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = 1024) -> torch.LongTensor:
+def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = TILE) -> torch.LongTensor:
     """The k nearest gallery items [Q, k] of each query, best first. Holds tile x 16 tile scores at a time."""
     found = []
     for some in queries.split(tile):
@@ -156,17 +182,17 @@ def average_precision_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def right_and_wrong(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = 1024
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines of all pairs of queries [Q, E] and gallery items [G, E], counted in bins of 0.001 from -1 to 1
     -> (of the positives [BINS], of all others [BINS])."""
-    right, wrong = torch.zeros(BINS, dtype=torch.long), torch.zeros(BINS, dtype=torch.long)
+    right, wrong = (torch.zeros(BINS, dtype=torch.long, device=queries.device) for _ in range(2))
     for _, _, scores, own in score_tiles(queries, gallery, positives.unique(dim=0), tile):
         bins = ((scores + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
         mine = bins[own].bincount(minlength=BINS)
         right += mine
         wrong += bins.flatten().bincount(minlength=BINS) - mine
-    return right, wrong
+    return sum_over_ranks(right), sum_over_ranks(wrong)
 
 
 def shares(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,7 +109,7 @@ class ChineseCLIP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True):
         """Trade a second forward pass for the memory of activations, block by block, in the transformers of
         both towers."""
-        self.bert.grad_checkpointing = enable
+        self.bert.encoder.grad_checkpointing = enable
         if isinstance(self.visual, VisionTransformer):
             self.visual.transformer.grad_checkpointing = enable
 

@@ -16,7 +16,6 @@ memory: loss.py; features of the frozen tower, computed once: cache.py.
 """
 
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -37,7 +36,7 @@ from cache import open_features
 from eval import retrieval
 from loss import (
     DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, fitting_chunk, in_batch_accuracy,
-    mean_over_ranks)
+    join_processes, mean_over_ranks)
 from pairs import DataError
 from recipes import Config, ConfigError, parse
 from sources import open_pairs
@@ -185,10 +184,8 @@ def train(act: str, cfg: Config) -> list[dict]:
     {"step", "samples", "text_to_image", "image_to_text", "mean_recall"}, the same on every rank."""
     # 1. setup: alone, or one of the processes that torchrun started
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = join_processes(cfg.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         # TF32 for what autocast leaves in float32, the loss: that rounding (imitated on a CPU, batch 4,096)
         # moves its gradient by 5e-4, while the features' own, to bfloat16, moves it by 4e-3
         torch.set_float32_matmul_precision("high")
@@ -243,7 +240,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     cfg = dataclasses.replace(cfg, chunk_size=chunk)  # for the checkpoint: after a restart it is the same
     if cfg.compile:
         clip.visual.compile()
-        clip.bert.compile()
+        clip.bert.encoder.compile()
     if world_size > 1:
         towers = torch.nn.parallel.DistributedDataParallel(clip)
     stream = data.Stream(pairs, cfg.seed, size, cfg.augment, features)
@@ -403,14 +400,6 @@ def step_line(step, total, loss, B, accuracies, scale, lr, rate) -> str:
 def main(argv: list[str] | None = None):
     start = time.perf_counter()
     acts = parse(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        on_gpu = torch.cuda.is_available() and all(cfg.device != "cpu" for cfg in acts.values())
-        backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart torchrun's store still holds the addresses of the dead
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                                timeout=datetime.timedelta(minutes=30))
     histories = {act: train(act, cfg) for act, cfg in acts.items()}
     if dist.is_initialized():
         dist.destroy_process_group()  # what follows is rank 0's alone

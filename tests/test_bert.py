@@ -74,7 +74,7 @@ def test_padding_columns_are_cut_and_tokens_are_not():
 
 def test_layers_see_no_column_that_is_padding_for_all():
     bert, widths = tower(), []
-    bert.encoder["layer"][0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    bert.encoder.layer[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     bert(captions([3, 8, 5], 40))
     assert widths == [8]
 
@@ -121,7 +121,7 @@ def test_no_dropout_in_training_equals_eval():
 
 
 def gradients(bert: Bert, ids: torch.Tensor, checkpointing: bool) -> list[torch.Tensor]:
-    bert.grad_checkpointing = checkpointing
+    bert.encoder.grad_checkpointing = checkpointing
     bert.zero_grad()
     torch.manual_seed(0)
     bert(ids).pow(2).sum().backward()

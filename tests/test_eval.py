@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
@@ -251,6 +253,34 @@ def test_data_that_is_wrong_is_a_data_error(weights, tmp_path, monkeypatch):
     for task in (RETRIEVAL, ZEROSHOT):
         with pytest.raises(DataError, match="nowhere"):
             command(monkeypatch, *task, weights, "--data", tmp_path / "nowhere")
+
+
+def in_one_of_two(rank: int, store: str, commands: list[list[str]]):
+    """A process as torchrun starts it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for arguments in commands:
+        measure.main(arguments)
+        dist.init_process_group("gloo", init_method=f"file://{store}{len(arguments)}", rank=rank, world_size=2)
+
+
+def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
+    """Tables, predictions and thresholds; the features are kept by one and found by both."""
+    folder, classes = write_pairs(tmp_path / "pairs"), write_classes(tmp_path / "classes")
+
+    def commands(out) -> list[list[str]]:
+        return [[*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features", f"{out}/f"],
+                [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/z.json"],
+                ["calibrate", *RETRIEVAL[1:], weights, "--data", folder, "--out", f"{out}/c.json",
+                 "--precision", "0.3", "--features", f"{out}/f"]]
+    for arguments in commands(tmp_path / "one"):
+        measure.main(arguments)
+    mp.spawn(in_one_of_two, (str(tmp_path / "store"), commands(tmp_path / "two")), nprocs=2)
+    for name in ("r.json", "z.json", "c.json"):
+        one, two = (json.loads((tmp_path / out / name).read_text("utf-8")) for out in ("one", "two"))
+        for key in ("out", "features"):
+            one.pop(key, None), two.pop(key, None)
+        assert one == two, name
 
 
 def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):

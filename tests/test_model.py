@@ -130,7 +130,7 @@ def test_names_and_shapes_are_the_official_ones(name, keys):
 def test_heads_that_no_shape_tells(name, image_heads, text_heads):
     clip = on_meta(name)
     pool = clip.visual.attnpool if name == "RN50" else clip.visual.transformer.resblocks[0].attn
-    assert (pool.heads, clip.bert.encoder["layer"][0].attention["self"].heads) == (image_heads, text_heads)
+    assert (pool.heads, clip.bert.encoder.layer[0].attention["self"].heads) == (image_heads, text_heads)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,9 @@ def test_half_precision_models_take_float32_pixels():
 def test_grad_checkpointing_reaches_both_towers():
     clip = built("ViT-tiny")
     clip.set_grad_checkpointing()
-    assert clip.visual.transformer.grad_checkpointing and clip.bert.grad_checkpointing
+    assert clip.visual.transformer.grad_checkpointing and clip.bert.encoder.grad_checkpointing
     clip.set_grad_checkpointing(False)
-    assert not clip.visual.transformer.grad_checkpointing and not clip.bert.grad_checkpointing
+    assert not clip.visual.transformer.grad_checkpointing and not clip.bert.encoder.grad_checkpointing
     built("RN-tiny").set_grad_checkpointing()  # whose image tower has none to reach
 
 

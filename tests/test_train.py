@@ -1,6 +1,7 @@
 """The recipe's formulas by hand, resume after kill -9, freezing, and what a wrong command gets."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bert
 import data
 import loss
 import model
@@ -139,7 +141,7 @@ def test_finished_run_is_not_run_again(pairs, tmp_path):
     assert (tmp_path / "best.safetensors").stat().st_mtime_ns == written
 
 
-KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for a thorough look
+KILLS = int(os.environ.get("KILLS", 0))  # KILLS=20 for a thorough look; else two, one where a start takes long
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
 
 
@@ -173,7 +175,7 @@ def test_killed_runs_end_bit_identical(start, extra, pairs, tmp_path):
     said, _ = whole.communicate()
     assert whole.returncode == 0, said
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))  # other moments every time this test runs
-    for _ in range(KILLS):
+    for _ in range(KILLS or (2 if start[0] == "train.py" else 1)):
         process = begin("killed")
         for _ in range(rng.randrange(1, 30)):  # lines of its log, then a moment somewhere inside a step
             process.stdout.readline()
@@ -263,7 +265,7 @@ def test_a_teacher_teaches(pairs, tmp_path):
         out = str(tmp_path / str(weight))
         train.train("act", train.Config(
             model="ViT-tiny", data=pairs, batch_size=24, chunk_size=12, steps=100, lr=1e-3, workers=0,
-            device="cpu", teacher=str(tmp_path / "teacher"), distill=weight, out=out))
+            eval_every=100, device="cpu", teacher=str(tmp_path / "teacher"), distill=weight, out=out))
         student, _ = model.load(out + "/last.safetensors")
         with torch.no_grad():
             away[weight] = distillation_loss(*student(small, ids), taught).item()
@@ -296,11 +298,14 @@ def test_a_frozen_tower_keeps_no_activations():
 
 
 def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
+    """Traced and differentiated as always, but not turned into C++, which takes minutes."""
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     row = model.MODELS["ViT-tiny"]  # compiled dropout draws other numbers than eager dropout
     monkeypatch.setitem(model.MODELS, "dry", dataclasses.replace(
         row, text=dataclasses.replace(row.text, dropout=0.0)))
     losses = []
-    for compiled, chunk in ((False, 0), (True, 0), (True, 4)):
+    for compiled, chunk in ((False, 0), (True, 4)):  # chunks run with and without gradient
         out = tmp_path / f"{compiled} {chunk}"
         train.train("act", train.Config(
             model="dry", data=pairs, batch_size=8, chunk_size=chunk, steps=4, lr=1e-2, workers=0, log_every=1,
@@ -308,23 +313,21 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in log if "loss" in entry])
         assert not any("_orig_mod" in name for name in load_file(out / "last.safetensors"))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert abs(losses[0][0] - losses[0][-1]) > 1e-2  # it moved, so equal curves mean equal gradients
 
 
-def test_compiled_towers_draw_the_same_dropout_again():
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="COMPILE=1: half a minute of a C++ compiler")
+def test_a_compiled_layer_draws_the_same_dropout_again():
     """What chunks need: without gradient and with it, the same random numbers give the same features."""
-    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).train()
-    clip.visual.patch_drop = 0.5
-    ids = torch.randint(1, 99, (4, 12), generator=torch.Generator().manual_seed(0))
-    for tower, x in ((clip.bert, ids), (clip.visual, torch.randn(4, 3, 32, 32))):
-        tower.compile()
-        features = []
-        for seed, gradient in ((3, False), (3, True), (4, True)):
-            torch.manual_seed(seed)
-            with torch.set_grad_enabled(gradient):
-                features.append(tower(x).detach())
-        assert torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
+    layer, x = bert.AddAndNorm(16, bert.BertConfig(width=16, heads=2)), torch.randn(2, 5, 16)
+    layer.compile()
+    found = []
+    for seed, gradient in ((3, False), (3, True), (4, True)):
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(gradient):
+            found.append(layer(x, x).detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_chunks_are_what_fits_and_stay_so_after_a_restart(pairs, tmp_path, monkeypatch, capsys):
