@@ -5,15 +5,13 @@ of bench.py; the official code (cn_clip), where it is installed, does the same i
 
 import base64
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import math
 import os
 import random
-import statistics
 import tempfile
-import time
 import tracemalloc
 
 import numpy as np
@@ -23,20 +21,11 @@ from PIL import Image
 import data
 import pairs
 from augment import augment
+from bench_peers import CAPTION, installed, in_turn, say, seconds_of
 from data import tokenize
 from pairs import decode
 from shards import TarPairs
 from sources import from_base64, open_pairs
-
-# Captions as long as those of a shop: 10 characters, 12 tokens with [CLS] and [SEP]; peers pad to 52
-CAPTION = "红色帆布手提包女大号"
-
-
-def seconds_of(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
 
 def photo(width: int, height: int, seed: int) -> bytes:
     """A JPEG with edges and noise, about as large as a photograph's."""
@@ -52,13 +41,11 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     rows = [["what", "ours", "official", "ratio"]]
 
     def add(what: str, count: int, ours, theirs):
-        actions = (ours, theirs) if importlib.util.find_spec("cn_clip") else (ours,)
-        times = [[seconds_of(action) for action in actions] for _ in range(runs + 1)][1:]  # in turn: a busy
-        rates = [count / statistics.median(each) for each in zip(*times)]  # machine is slow for both
-        rows.append([what, *(f"{rate:,.0f}" for rate in rates)])
-        if len(rates) == 2:
-            rows[-1].append(f"{rates[0] / rates[1]:.2f}")
-        print("   " + " | ".join(rows[-1]), flush=True)
+        times = in_turn({"ours": ours} | ({"official": theirs} if installed("official") else {}), runs)
+        rows.append([what, *(f"{count / seconds:,.0f}" for seconds in times.values())])
+        if len(times) == 2:
+            rows[-1].append(f"{times['official'] / times['ours']:.2f}")
+        say(rows[-1])
 
     torch.set_num_threads(1)
     for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
