@@ -1,6 +1,6 @@
 """
 How fast data comes, on one core: pictures, captions, indices, the order of 200 million pairs. The task `data`
-of bench.py; the official code (cn_clip), where it is installed, does the same in turn.
+of bench.py; the official code and transformers, where they are installed, do the same in turn.
 """
 
 import base64
@@ -21,11 +21,12 @@ from PIL import Image
 import data
 import pairs
 from augment import augment
-from bench_peers import CAPTION, installed, in_turn, say, seconds_of
+from bench_peers import CAPTION, in_turn, installed, say, seconds_of, transformers_processor
 from data import tokenize
 from pairs import decode
 from shards import TarPairs
 from sources import from_base64, open_pairs
+
 
 def photo(width: int, height: int, seed: int) -> bytes:
     """A JPEG with edges and noise, about as large as a photograph's."""
@@ -38,13 +39,22 @@ def photo(width: int, height: int, seed: int) -> bytes:
 
 def bench_data(runs: int, lines: int) -> list[list[str]]:
     """Pictures from base64 to what a loader hands over, at 224 pixels; the rest as the rows say."""
-    rows = [["what", "ours", "official", "ratio"]]
+    rows = [["what", "ours", "official", "ratio", "transformers", "ratio"]]
+    processor = transformers_processor(224) if installed("transformers") else None
 
-    def add(what: str, count: int, ours, theirs):
-        times = in_turn({"ours": ours} | ({"official": theirs} if installed("official") else {}), runs)
-        rows.append([what, *(f"{count / seconds:,.0f}" for seconds in times.values())])
-        if len(times) == 2:
-            rows[-1].append(f"{times['official'] / times['ours']:.2f}")
+    def add(what: str, count: int, ours, official, transformers=None):
+        actions = {"ours": ours}
+        if installed("official"):
+            actions["official"] = official
+        if processor and transformers:
+            actions["transformers"] = transformers
+        times = in_turn(actions, runs)
+        rows.append([what, f"{count / times['ours']:,.0f}"])
+        for peer in ("official", "transformers"):
+            if peer in times:
+                rows[-1] += [f"{count / times[peer]:,.0f}", f"{times[peer] / times['ours']:.2f}"]
+            else:
+                rows[-1] += ["-", "-"]
         say(rows[-1])
 
     torch.set_num_threads(1)
@@ -61,11 +71,18 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
                 for line in encoded:
                     transform(Image.open(io.BytesIO(base64.urlsafe_b64decode(line))))
 
+            def processed(encoded=encoded):
+                for line in encoded:
+                    image = Image.open(io.BytesIO(base64.urlsafe_b64decode(line)))
+                    processor.image_processor(image, return_tensors="pt")
+
             add(f"JPEG {width} x {height}, {'augmented' if how == 'auto' else 'squashed'}, pictures/s", count,
-                ours, theirs)
+                ours, theirs, None if how == "auto" else processed)
     captions = [CAPTION + "%04d款 2024" % n for n in range(2000)]
     add("tokenize, captions/s", len(captions), lambda: tokenize(captions),
-        lambda: importlib.import_module("cn_clip.clip").tokenize(captions))
+        lambda: importlib.import_module("cn_clip.clip").tokenize(captions),
+        lambda: processor.tokenizer(captions, padding="max_length", max_length=52, truncation=True,
+                                    return_tensors="pt"))
 
     with tempfile.TemporaryDirectory() as folder:
         pairs.CACHE = os.path.join(folder, "cache")
@@ -93,7 +110,7 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     peak = tracemalloc.get_traced_memory()[1]
     rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])
     tracemalloc.stop()
-    return [row + ["-"] * (4 - len(row)) for row in rows]
+    return [row + ["-"] * (len(rows[0]) - len(row)) for row in rows]
 
 
 class Numbers(pairs.Pairs):

@@ -7,13 +7,16 @@ English text tower. All run as their own documentation says, under the same prec
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +26,7 @@ import torch
 import convert
 import model
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 PEERS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip"}
 DISTRIBUTIONS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip_torch"}
 RN50_GFLOP = 12.22  # of an image, open_clip's docs/model_profile.csv; the others by formula
@@ -52,6 +56,16 @@ def transformers(clip: model.ChineseCLIP) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         convert.save_hugging_face(clip, folder)
         return ChineseCLIPModel.from_pretrained(folder).to(clip.logit_scale.device).eval()
+
+
+def transformers_processor(resolution: int):
+    """Its tokenizer and its picture transform, of the files that convert.py writes."""
+    from transformers import ChineseCLIPProcessor
+    small = model.MODELS["ViT-tiny"]
+    visual = dataclasses.replace(small.visual, resolution=resolution)
+    with tempfile.TemporaryDirectory() as folder:
+        convert.save_hugging_face(model.ChineseCLIP(dataclasses.replace(small, visual=visual)), folder)
+        return ChineseCLIPProcessor.from_pretrained(folder, backend="pil")
 
 
 def open_clip(clip: model.ChineseCLIP) -> torch.nn.Module:
@@ -115,9 +129,10 @@ def transformer_gflop(tokens: int, width: int, layers: int) -> float:
 
 
 def gflop(config: model.ModelConfig, tokens: int) -> tuple[float, float]:
-    """-> GFLOP of one image and of one caption of `tokens` tokens, forward. Any ResNet is taken for RN50."""
+    """-> GFLOP of one image, nan for a ResNet of another size, and of one caption of `tokens` tokens,
+    forward."""
     v, t = config.visual, config.text
-    image = RN50_GFLOP
+    image = RN50_GFLOP if v == model.MODELS["RN50"].visual else math.nan
     if isinstance(v, model.ViTConfig):
         patches = (v.resolution // v.patch_size) ** 2
         image = transformer_gflop(patches + 1, v.width, v.layers)
@@ -146,6 +161,14 @@ def in_turn(actions: dict, runs: int) -> dict[str, float]:
 
 def median_time(step, runs: int) -> float:
     return in_turn({"": step}, runs)[""]
+
+
+def python(*arguments: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True,
+                          encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def peak_memory(device: str) -> float:

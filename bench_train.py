@@ -8,19 +8,16 @@ work that counts).
 import gc
 import json
 import os
-import subprocess
-import sys
 
 import torch
 import torch.nn.functional as F
 
 import model
 import train
-from bench_peers import CAPTION, gflop, median_time, peak_memory, peers_of, say
+from bench_peers import CAPTION, gflop, median_time, peak_memory, peers_of, python, say
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
-BENCH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
 PEAK = 790  # bf16 TFLOP/s of an H200, measured there with an 8192-cube matrix product
 
 
@@ -188,10 +185,8 @@ def bench_loss(batches: list[int], width: int, device: str, runs: int) -> list[l
                 row += ["-", "too large"]
                 continue
             way = "matrix" if dense else "tiles"
-            said = subprocess.run(
-                [sys.executable, BENCH, "once", "loss", str(batch), str(width), way, device, str(runs)],
-                capture_output=True, text=True, check=True).stdout
-            seconds, megabytes = json.loads(said)
+            seconds, megabytes = json.loads(
+                python("bench.py", "once", "loss", str(batch), str(width), way, device, str(runs)))
             row += [f"{seconds:.3f}", f"{megabytes:,.0f}"]
         rows.append([*row, f"{16 * batch * width / 1e6:,.0f}"])
         say(rows[-1])

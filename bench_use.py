@@ -17,25 +17,16 @@ import torch
 import convert
 import model
 from bench_peers import (
-    gflop, image_features, in_turn, installed, median_time, peak_memory, peers_of, say, seconds_of,
-    text_features)
+    HERE, gflop, image_features, in_turn, installed, median_time, peak_memory, peers_of, python,
+    say, seconds_of, text_features)
 from bench_train import our_step
 from data import tokenize
 from features import encode_images, encode_texts
 from metrics import recall_at_k
 from scenes import class_example
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SENTENCE = "清晨的海边有一只红色的小船和两个戴草帽的孩子在捡贝壳"
 CAPTIONS = [SENTENCE[start : start + 4 + length] for length in range(16) for start in range(6)] * 4  # 4 to 19
-
-
-def python(*arguments: str) -> str:
-    """What a fresh Python prints."""
-    done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True,
-                          encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def beside(count: float, times: dict[str, float], ours: str, peers: dict, digits: int = 1) -> list[str]:

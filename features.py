@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import model
-from data import preprocess, tokenize
+from data import preprocess, squash, to_pixels, tokenize
 from loss import rank, world_size
 from pairs import DataError, Pairs
 from weights import replace, write_json
@@ -31,16 +32,17 @@ FILES = ("image_features.npy", "text_features.npy")
 
 
 @torch.inference_mode()
-def encode(function, items, batch_size: int, what: str) -> torch.Tensor:
+def encode(function, items, batch_size: int, what: str, get=None) -> torch.Tensor:
     """Apply `function` (a list of items -> features [b, E]) in batches -> unit features [N, E], float32, on
-    the CPU. Many processes each take a stretch of the items, none twice, and all get all features. A bar with
-    rate and time left appears on a terminal when it takes longer than two seconds."""
+    the CPU. With `get`, the function is given get(item), which threads prepare a batch ahead. Many processes
+    each take a stretch of the items, none twice, and all get all features. A bar with rate and time left
+    appears on a terminal when it takes longer than two seconds."""
     share = math.ceil(len(items) / world_size())
     mine = items[rank() * share : (rank() + 1) * share]
-    starts = range(0, len(mine), batch_size)
-    features = []
-    for start in tqdm(starts, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
-        features.append(model.normalise(function(mine[start : start + batch_size])).cpu())
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    ready, features = ahead(get, batches) if get else iter(batches), []
+    for _ in tqdm(batches, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
+        features.append(model.normalise(function(next(ready))).cpu())
     if world_size() > 1:
         parts = [[] for _ in range(world_size())]
         dist.all_gather_object(parts, features)
@@ -52,18 +54,31 @@ def encode(function, items, batch_size: int, what: str) -> torch.Tensor:
     return features
 
 
+def ahead(get, batches: list):
+    """Yields [get(item) of a batch] for every batch, while threads are at the next one: Pillow decodes
+    outside of Python's lock, so a GPU need not wait for one core."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this process's share
+    with ThreadPoolExecutor(max(1, min(8, cores))) as pool:
+        coming = []
+        for batch in [*batches, []]:
+            waiting, coming = coming, [pool.submit(get, item) for item in batch]
+            if waiting:
+                yield [future.result() for future in waiting]
+
+
 def encode_images(clip, get_image, count: int, batch_size: int = 0) -> torch.Tensor:
-    """get_image(row) -> PIL image, for rows 0 to count - 1 -> unit features [count, E]. batch_size 0: what
-    suits the device, on a CPU 10 pictures of 224 pixels, whose activations its caches and heap still hold."""
+    """get_image(row) -> PIL image, for rows 0 to count - 1, called from several threads -> unit features
+    [count, E]. batch_size 0: what suits the device, on a CPU 10 pictures of 224 pixels, whose activations its
+    caches and heap still hold."""
     device, resolution = clip.logit_scale.device, clip.config.visual.resolution
     batch_size = batch_size or (64 if device.type == "cuda" else max(1, 2**19 // resolution**2))
 
-    def features(rows):
-        pixels = torch.stack([preprocess(get_image(row), resolution) for row in rows]).to(device)
+    def features(pictures):
         with model.autocast(device):
-            return clip.encode_image(pixels)
+            return clip.encode_image(to_pixels(torch.stack(pictures).to(device)))
 
-    return encode(features, range(count), batch_size, "encoding images")
+    return encode(features, range(count), batch_size, "encoding images",
+                  get=lambda row: squash(get_image(row), resolution))
 
 
 def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: int = 256) -> torch.Tensor:

@@ -166,6 +166,8 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
     scale = clip.logit_scale.detach()
     clip.to(device, dtype)
     clip.logit_scale.data = scale.to(device)  # stays float32: rounded, the temperature would be 1 % off
+    if isinstance(clip.visual, ModifiedResNet):
+        clip.visual.to(memory_format=torch.channels_last)  # what its convolutions are fast in
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config)}, {count:,} parameters"
           + (f"; left out {dropped}" if dropped else ""))

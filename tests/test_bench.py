@@ -1,11 +1,19 @@
 """bench.py does what it says on small shapes; how fast is no test's business."""
 
+import contextlib
+import io
 import sys
 
 import pytest
+import torch
 
 import bench
+import bench_data
+import bench_peers
+import bench_train
+import bench_use
 import model
+from conftest import ROOT
 
 
 def test_the_arithmetic_is_that_of_open_clips_profile():
@@ -15,23 +23,75 @@ def test_the_arithmetic_is_that_of_open_clips_profile():
                                      ("ViT-L-14", 162.03, 8.93, 2.04), ("ViT-L-14-336", 381.92, 8.93, 2.04),
                                      ("ViT-H-14", 334.59, 31.67, 7.26)):
         config = model.MODELS[name]
-        assert bench.gflop(config, 52) == (pytest.approx(image, abs=0.01), pytest.approx(long, abs=0.01))
-        assert bench.gflop(config, 12)[1] == pytest.approx(short, abs=0.01)
+        found = bench_peers.gflop(config, 52)
+        assert found == (pytest.approx(image, abs=0.01), pytest.approx(long, abs=0.01))
+        assert bench_peers.gflop(config, 12)[1] == pytest.approx(short, abs=0.01)
 
 
-def test_tables_of_small_shapes(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def in_process(monkeypatch):
+    """No peers, and what a fresh Python would do is done here: to start one takes seconds."""
+    def python(*arguments: str) -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert arguments[0] == "bench.py"
+            bench.main(list(arguments[1:]))
+        return said.getvalue()
+    for room in (bench_use, bench_train):
+        monkeypatch.setattr(room, "python", python)
+    for room in (bench_peers, bench_use, bench_data):
+        monkeypatch.setattr(room, "installed", lambda peer: False)
+    monkeypatch.setattr(bench, "bench_start", lambda runs: [["what"]])
+
+
+def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["all", "--device", "cpu", "--models", "ViT-tiny", "--batch", "4", "--chunk", "2", "--runs", "1",
-            "--batches", "32", "--width", "8", "--lines", "50", "--write"]
+            "--batches", "32", "--width", "8", "--lines", "50", "--queries", "20", "--gallery", "40",
+            "--squares", "30", "--write"]
+    threads = torch.get_num_threads()
     bench.main(argv)
+    torch.set_num_threads(threads)  # `data` is for one core
     text = (tmp_path / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out and f"`python bench.py {' '.join(argv)}`" in text
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ViT-tiny")]
-    assert [row[1] for row in rows] == ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
-    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
-    for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs"):
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    for first, second in (("ViT-tiny", "image, 4 together"), ("ViT-tiny", "image, 1 together"),
+                          ("ViT-tiny", "captions, 384")):
+        found = {row[2]: row for row in rows if row[:2] == [first, second]}
+        assert set(found) == {"float32", "bfloat16"} and float(found["float32"][3].replace(",", "")) > 0
+        assert found["float32"][5:7] == ["absent", "-"] and float(found["bfloat16"][-1]) > 0.999
+    assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[5] in ("-", "official", "transformers")
+            and row[1] in ("ours", "official", "Hugging Face")] == ["ours", "official", "Hugging Face"]
+    steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
+    assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in steps] == steps
+    for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs", "gallery of 20 queries",
+                 "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
     assert "| 32 | 8 |" in text and sys.executable not in text
+
+
+def test_time_to_the_first_step_is_taken():
+    assert 0.5 < bench_use.first_step() < 120
+
+
+def test_commands_of_start_exist(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_use, "python", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(bench_use, "first_step", lambda: 1.0)
+    rows = bench_use.bench_start(1)
+    assert ["train.py to its first step", "1.00"] in rows and len(rows) == 1 + len(set(asked)) + 1
+    assert all(first == "-c" or (ROOT / first).is_file() for first, *_ in asked)
+
+
+@pytest.mark.parametrize("peer", bench_peers.PEERS)
+def test_peers_compute_what_we_do(peer):
+    """Or nothing is timed: a peer with other weights is an error."""
+    if not bench_peers.installed(peer):
+        pytest.skip(f"{peer} is not installed")
+    clip = model.ChineseCLIP(model.MODELS["ViT-B-32" if peer == "open_clip" else "ViT-tiny"])
+    assert isinstance(bench_peers.peers_of(clip, (peer,))[peer], torch.nn.Module)
+    with pytest.raises(AssertionError, match=peer):
+        bench_peers.same(torch.eye(3), torch.eye(3).flip(0), peer)
 
 
 def test_models_that_are_none(capsys):

@@ -34,8 +34,11 @@ ARROWS = {
     "convert": {"model", "data", "weights", "download"},
     "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
-    "bench": {"bench_data", "train", "model", "data", "loss"},
-    "bench_data": {"augment", "data", "pairs", "shards", "sources"},
+    "bench": {"bench_data", "bench_peers", "bench_train", "bench_use", "model"},
+    "bench_peers": {"convert", "model"},
+    "bench_data": {"augment", "bench_peers", "data", "pairs", "shards", "sources"},
+    "bench_train": {"bench_peers", "data", "loss", "model", "train"},
+    "bench_use": {"bench_peers", "bench_train", "convert", "data", "features", "metrics", "model", "scenes"},
     "train": {"recipes", "report", "eval", "cache", "model", "data", "pairs", "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
@@ -47,8 +50,9 @@ PACKAGES = {
     "features": {"torch", "numpy", "PIL", "tqdm"},
     "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
-    "bench": {"torch", "cn_clip", "open_clip"},
-    "bench_data": {"torch", "numpy", "PIL", "cn_clip"},  # the peers only where they are installed
+    "bench": {"torch"}, "bench_data": {"torch", "numpy", "PIL", "cn_clip"},
+    "bench_peers": {"torch", "cn_clip", "open_clip", "transformers"},  # peers only where they are installed
+    "bench_train": {"torch", "open_clip"}, "bench_use": {"torch", "cn_clip", "transformers"},
     "augment": {"PIL"}, "scenes": {"numpy", "PIL"},
     "data": {"torch", "numpy", "PIL", "tokenizers"}, "sources": {"torch", "numpy", "PIL"},
     "pairs": {"torch", "numpy", "PIL", "filelock"}, "shards": {"torch", "numpy", "tqdm"},
