@@ -1,6 +1,6 @@
 """
-How fast, how much memory, and beside whom: every figure is a median after a warm-up, next to each peer that
-is installed, in the same run.
+How fast, how much memory, and beside whom: medians after a warm-up, next to each peer that is installed, in
+the same run. (Once only: what takes minutes or starts a process of its own.)
 
     python bench.py encode                         # pictures and captions a second
     python bench.py load                           # a file until it is a model: time and memory
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("task", choices=(*TASKS, "all"))
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--models", nargs="+", default=["ViT-B-16"], choices=model.MODELS, metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16"], choices=model.MODELS, metavar="NAME",
+                        help="any of " + ", ".join(model.MODELS))
     parser.add_argument("--stages", nargs="+", default=["1", "2"], choices=("1", "2"), help="of `train`")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step, pictures together")
     parser.add_argument("--chunk", type=int, default=4, help="pairs a chunk, in the row that is chunked")
@@ -75,15 +76,16 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--runs", type=int, default=3, help="timed runs, of which the median counts")
     parser.add_argument("--write", action="store_true", help="append the tables to BENCHMARKS.md")
     args = parser.parse_args(argv)
-    text = ""
+    if min(args.runs, args.batch, args.chunk) < 1 or args.gallery < args.queries:
+        parser.error("--runs, --batch, --chunk: expected at least 1; --gallery at least --queries")
     for task in TASKS if args.task == "all" else [args.task]:
         print(task)
-        text += (f"\n## {task}\n\n`python bench.py {' '.join(argv)}`  \n{machine(args.device)}\n\n"
-                 f"{table(TASKS[task](args))}\n")
-    print(text)
-    if args.write:
-        with open("BENCHMARKS.md", "a", encoding="utf-8") as file:
-            file.write(text)
+        text = (f"\n## {task}\n\n`python bench.py {' '.join(argv)}`  \n{machine(args.device)}\n\n"
+                f"{table(TASKS[task](args))}\n")
+        print(text)
+        if args.write:  # task by task: a later one may fail
+            with open("BENCHMARKS.md", "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
                 rows[-1] += ["-", "-"]
         say(rows[-1])
 
+    threads, kept = torch.get_num_threads(), pairs.CACHE
     torch.set_num_threads(1)
     for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
         encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
@@ -110,6 +111,8 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     peak = tracemalloc.get_traced_memory()[1]
     rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])
     tracemalloc.stop()
+    torch.set_num_threads(threads)
+    pairs.CACHE = kept
     return [row + ["-"] * (len(rows[0]) - len(row)) for row in rows]
 
 

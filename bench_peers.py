@@ -3,7 +3,7 @@ Beside whom, and by which clock: the peers that are installed, with our weights 
 takes time. A peer's features are compared with ours before it is timed.
 
 official: cn_clip. transformers: ChineseCLIPModel, of a ViT. open_clip: the same image tower, with its own
-English text tower. All run as their own documentation says, under the same precision as ours.
+English text tower. All have float32 weights, on a CPU without autocast, on a GPU under the same one as ours.
 """
 
 import contextlib
@@ -25,10 +25,12 @@ import torch
 
 import convert
 import model
+from data import tokenize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEERS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip"}
 DISTRIBUTIONS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip_torch"}
+PAPER_SIZES = list(model.MODELS)[:6]  # which cn_clip and open_clip have by name
 RN50_GFLOP = 12.22  # of an image, open_clip's docs/model_profile.csv; the others by formula
 # Captions as long as those of a shop: 10 characters, 12 tokens with [CLS] and [SEP]; peers pad to 52
 CAPTION = "红色帆布手提包女大号"
@@ -81,21 +83,24 @@ def name_of(clip: model.ChineseCLIP) -> str:
 
 def peers_of(clip: model.ChineseCLIP, wanted=tuple(PEERS)) -> dict[str, torch.nn.Module | str]:
     """Peer -> its model with our weights, or why there is none. AssertionError if its features of a picture
-    are not ours."""
+    and, where it has them, of a caption are not ours."""
     found, size = {}, clip.config.visual.resolution
     pixels = torch.randn(1, 3, size, size, device=clip.logit_scale.device)
-    released = name_of(clip) in list(model.MODELS)[:6]
+    sized = name_of(clip) in PAPER_SIZES
     is_vit = isinstance(clip.config.visual, model.ViTConfig)
     for peer in wanted:
         if not installed(peer):
             found[peer] = "absent"
-        elif not (is_vit if peer == "transformers" else released or peer == "official"):
+        elif not (is_vit if peer == "transformers" else sized or peer == "official"):
             found[peer] = "no such model"
         else:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 found[peer] = globals()[peer](clip)
             with torch.inference_mode():
                 same(image_features(found[peer], pixels), clip.eval().encode_image(pixels), peer)
+                if peer != "open_clip":
+                    ids = tokenize([CAPTION]).to(pixels.device)
+                    same(text_features(found[peer], ids), clip.encode_text(ids), peer)
     return found
 
 
@@ -124,7 +129,8 @@ def same(theirs: torch.Tensor, ours: torch.Tensor, peer: str):
 
 
 def transformer_gflop(tokens: int, width: int, layers: int) -> float:
-    """Forward, one sample: q, k, v, out and the MLP are 12 D^2 multiply-adds a token, attention 2 T D."""
+    """Forward, one sample: q, k, v, out and the MLP are 12 D^2 multiply-adds a token, attention 2 T D. Of all
+    layers in full, though our last one computes only the token that is read: work done, not work spent."""
     return layers * (24 * tokens * width**2 + 4 * tokens**2 * width) / 1e9
 
 
@@ -171,13 +177,24 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
+def memory_now(device: str) -> float:
+    """MB in use; from here on `peak_memory` begins anew. On a CPU of Linux alone: elsewhere nan."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    return peak_memory(device)
+
+
 def peak_memory(device: str) -> float:
-    """MB. On a CPU the most this process ever had: so each measurement has a process of its own."""
+    """MB, the most that was in use since `memory_now`; on a CPU files that are mapped count too."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    import resource  # not on Windows
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / 1e3 if sys.platform != "darwin" else kilobytes / 1e6
+    if not os.path.exists("/proc/self/status"):
+        return math.nan
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e3
 
 
 def table(rows: list[list[str]]) -> str:

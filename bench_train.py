@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import model
 import train
-from bench_peers import CAPTION, gflop, median_time, peak_memory, peers_of, python, say
+from bench_peers import CAPTION, gflop, median_time, memory_now, peak_memory, peers_of, python, say
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
@@ -101,8 +101,8 @@ def bench_train(
 ) -> list[list[str]]:
     """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside
     each."""
-    rows = [["model", "stage", "pairs/s", "TFLOP/s", f"share of {PEAK}", "GB a pair", "official, pairs/s",
-             "ratio", "open_clip, pairs/s", "ratio"]]
+    rows = [["model", "stage", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
+             "official, of 52", "ratio", "open_clip, of 77", "ratio"]]
     for name in names:
         config, rates = model.MODELS[name], {}
         image, text = gflop(config, len(CAPTION) + 2)
@@ -119,7 +119,8 @@ def bench_train(
             row = [name, stage, "out of memory", "-", "-", "-"]
             if ours:
                 teraflops = ours * work / 1e3
-                row[2:] = [f"{ours:,.2f}", f"{teraflops:.3f}", f"{teraflops / PEAK:.1%}", memory]
+                share = f"{teraflops / PEAK:.1%}" if device == "cuda" else "-"
+                row[2:] = [f"{ours:,.2f}", f"{teraflops:.3f}", share, memory]
             size = config.visual.resolution
             pictures = torch.randn(batch, 3, size, size, device=device)
             for peer, make_step in STEPS.items():
@@ -142,18 +143,15 @@ def bench_train(
 
 
 def rate(step, batch: int, device: str, runs: int) -> tuple[float, str]:
-    """-> (pairs a second, or 0 where a GPU's memory does not suffice; GB a pair at the peak beyond what was
-    there before the first step, which on a CPU is not known)."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """-> (pairs a second, or 0 where a GPU's memory does not suffice; GB a pair at the peak beyond weights,
+    gradients and moments, which on a CPU is not measured)."""
     try:
+        step()  # makes gradients and moments
+        before = memory_now(device)
         pairs = batch / median_time(step, runs)
     except torch.OutOfMemoryError:
         return 0.0, "-"
-    if device == "cpu":
-        return pairs, "-"
-    return pairs, f"{(torch.cuda.max_memory_allocated() - before) / batch / 1e9:.4f}"
+    return pairs, f"{(peak_memory(device) - before) / batch / 1e3:.4f}" if device == "cuda" else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ def loss_once(batch: int, width: int, dense: bool, device: str, runs: int) -> tu
         image.grad = text.grad = scale.grad = None
         contrastive_loss(image, text, scale, dense=dense).backward()
 
-    before = peak_memory(device)
+    before = memory_now(device)
     seconds = median_time(step, runs)
     return seconds, peak_memory(device) - before
 

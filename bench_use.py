@@ -17,8 +17,8 @@ import torch
 import convert
 import model
 from bench_peers import (
-    HERE, gflop, image_features, in_turn, installed, median_time, peak_memory, peers_of, python,
-    say, seconds_of, text_features)
+    HERE, PAPER_SIZES, gflop, image_features, in_turn, installed, median_time, memory_now,
+    peak_memory, peers_of, python, say, seconds_of, text_features)
 from bench_train import our_step
 from data import tokenize
 from features import encode_images, encode_texts
@@ -47,18 +47,19 @@ def beside(count: float, times: dict[str, float], ours: str, peers: dict, digits
 def bench_encode(names: list[str], device: str, batch: int, runs: int) -> list[list[str]]:
     """Pictures and captions a second. Pictures are pixels already. Captions are 4 to 19 characters; ours
     start as text, peers' as ids, padded to 52 for the official code as its `tokenize` does, to the longest of
-    a batch for transformers. On a CPU in float32 and, of ours, in bfloat16; on a GPU all under autocast."""
-    rows = [["model", "what", "precision", "ours, 1/s", "TFLOP/s", "official", "ratio", "transformers",
+    a batch for transformers. Weights in float32 and, of ours, also in bfloat16; on a GPU all under
+    autocast."""
+    rows = [["model", "what", "weights", "ours, 1/s", "TFLOP/s", "official", "ratio", "transformers",
              "ratio", "open_clip", "ratio", "least cosine to float32"]]
     for name in names:
         torch.manual_seed(0)
-        clip = model.ChineseCLIP(model.MODELS[name]).to(device).eval()
-        ours = {"float32" if device == "cpu" else "autocast": clip}
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "it")
+            model.save(model.ChineseCLIP(model.MODELS[name]), path)
+            ours = {dtype: model.load(path, device, getattr(torch, dtype))[0]
+                    for dtype in ("float32", "bfloat16")}
+        clip = ours["float32"]
         peers = peers_of(clip)
-        if device == "cpu":
-            with tempfile.TemporaryDirectory() as folder:
-                model.save(clip, os.path.join(folder, "it"))
-                ours["bfloat16"], _ = model.load(os.path.join(folder, "it"), device, torch.bfloat16)
         size, tokens = clip.config.visual.resolution, [len(text) + 2 for text in CAPTIONS]
         ids = tokenize(CAPTIONS)
 
@@ -79,7 +80,8 @@ def bench_encode(names: list[str], device: str, batch: int, runs: int) -> list[l
         actions |= {peer: lambda theirs=theirs, peer=peer: by_batches(theirs, peer == "transformers")
                     for peer, theirs in peers.items() if not isinstance(theirs, str) and peer != "open_clip"}
         work = sum(gflop(clip.config, length)[1] for length in tokens)
-        peers["open_clip"] = "English"
+        if not isinstance(peers["open_clip"], str):
+            peers["open_clip"] = "English"
         count = len(CAPTIONS)
         rows += rows_of(name, f"captions, {count:,}", count, work, actions, ours, peers, device, runs)
     return rows
@@ -94,7 +96,7 @@ def rows_of(name, what, count, work, actions, ours, peers, device, runs) -> list
         return run
     actions = {key: under(action) for key, action in actions.items()}
     times, rows = in_turn(actions, runs), []
-    exact = model.normalise(actions[next(iter(ours))]())
+    exact = model.normalise(actions["float32"]())
     for precision in ours:
         cosine = (exact * model.normalise(actions[precision]())).sum(dim=1).min().item()
         cells = beside(count, times, precision, peers)
@@ -110,7 +112,7 @@ def rows_of(name, what, count, work, actions, ours, peers, device, runs) -> list
 
 def bench_load(names: list[str], device: str, runs: int) -> list[list[str]]:
     """A file that the system has in memory, after imports, each time in a process of its own."""
-    rows = [["model", "file", "MB", "ours, s", "peak, MB over before", "peer", "its s", "its peak", "ratio"]]
+    rows = [["model", "file", "MB", "ours, s", "peak, host MB", "peer", "its s", "its peak", "ratio"]]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             clip = model.ChineseCLIP(model.MODELS[name])
@@ -126,8 +128,8 @@ def bench_load(names: list[str], device: str, runs: int) -> list[list[str]]:
                 row = [name, form, f"{size / 1e6:,.0f}", f"{ours[0]:.2f}", f"{ours[1]:,.0f}"]
                 if not peer:
                     row += ["-"] * 4
-                elif not installed(peer) or name not in list(model.MODELS)[:6]:
-                    row += [peer, "absent" if not installed(peer) else "no such model", "-", "-"]
+                elif not installed(peer) or name not in PAPER_SIZES:
+                    row += [peer, "no such model" if installed(peer) else "absent", "-", "-"]
                 else:
                     theirs = loaded(peer, name, path, device, runs)
                     row += [peer, f"{theirs[0]:.2f}", f"{theirs[1]:,.0f}", f"{theirs[0] / ours[0]:.1f}"]
@@ -160,7 +162,8 @@ def load_once(who: str, name: str, path: str, device: str) -> tuple[float, float
     else:
         def load():
             model.load(path, device)
-    before = peak_memory("cpu")
+    torch.zeros(1, device=device)  # what a GPU needs once is not the model's
+    before = memory_now("cpu")
     return seconds_of(load), peak_memory("cpu") - before
 
 
@@ -181,7 +184,7 @@ def bench_eval(device: str, runs: int, queries: int, gallery: int, squares: list
     """Recall of both directions, and the official script's one direction: its time for more queries less its
     time for few of them, which takes reading and start-up out, for all queries."""
     rows = [["what", "ours, s", "peak, MB over the features", "official, s", "ratio"]]
-    texts, images, positives = pairs_of(queries, gallery, width)
+    texts, images, positives = (x.to(device) for x in pairs_of(queries, gallery, width))
     ours = median_time(lambda: recall_at_k(texts, images, positives), runs)
     row = [f"{queries:,} x {gallery:,}, both directions", f"{ours:.2f}", "-", "absent", "-"]
     if installed("official"):
@@ -222,7 +225,7 @@ def official_predictions(folder: str, texts: torch.Tensor, images: torch.Tensor)
 def recall_once(count: int, width: int, device: str) -> tuple[float, float]:
     texts, images, positives = (x.to(device) for x in pairs_of(count, count, width))
     recall_at_k(texts[:100], images[:100], positives[:100])
-    before = peak_memory(device)
+    before = memory_now(device)
     return seconds_of(lambda: recall_at_k(texts, images, positives)), peak_memory(device) - before
 
 
@@ -253,9 +256,11 @@ def first_step() -> float:
         command = [sys.executable, "-u", "train.py", "--recipe", "scratch", "--model", "RN-mini", "--data",
                    "scenes-zh", "--batch-size", "32", "--steps", "2", "--log-every", "1", "--out", folder]
         with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
-            seconds = next(time.perf_counter() - start for line in run.stdout if "step      1/" in line)
-            run.stdout.read()
-    return seconds
+            for line in run.stdout:
+                if "step      1/" in line:
+                    run.terminate()
+                    return time.perf_counter() - start
+    raise RuntimeError(f"no first step: {' '.join(command)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,12 +273,13 @@ def bench_grow(name: str, device: str, runs: int, batch: int, queries: int, widt
     rows = [["what", "from", "seconds at 1x", "2x", "4x", "8x", "8x / 1x, 8 is linear"]]
     clip = model.ChineseCLIP(model.MODELS[name]).to(device).eval()
     picture = class_example("zh", 0)[0]
-    texts, images, positives = pairs_of(queries, 8 * 5 * queries, width)
+    texts, images, positives = (x.to(device) for x in pairs_of(queries, 8 * 5 * queries, width))
     grows = {
         f"{name}: pictures, encode_images": (
             batch, lambda n: lambda: encode_images(clip, lambda row: picture, n)),
         f"{name}: captions, encode_texts": (
-            16 * batch, lambda n: lambda: encode_texts(clip, (CAPTIONS * (n // len(CAPTIONS) + 1))[:n])),
+            len(CAPTIONS) // 4, lambda n: lambda: encode_texts(clip, CAPTIONS[: len(CAPTIONS) // 4] * (
+                4 * n // len(CAPTIONS)), batch_size=48)),
         f"{name}: batch of a step of stage 2": (
             max(1, batch // 4), lambda n: our_step(clip.config, n, device, False, False, 0)[0]),
         f"gallery of {queries:,} queries, both directions": (

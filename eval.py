@@ -32,8 +32,8 @@ from calibrate import WHY, at_threshold, calibrate, calibration_table
 from classes import TEMPLATES, open_classes, read_templates
 from download import RELEASED
 from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
-from loss import join_processes, rank, world_size
-from metrics import KS, TILE, nearest, ranks, recall, recall_at_k  # noqa: F401
+from loss import join_processes, lost_process, rank, world_size
+from metrics import KS, nearest, ranks, recall, recall_at_k  # noqa: F401
 from pairs import DataError, Pairs, open_image
 from sources import FolderPairs, open_pairs
 from weights import WeightsError, replace_text, write_json
@@ -56,8 +56,7 @@ def ranks_on(device, text_features, image_features, positives) -> tuple[torch.Te
     """metrics.ranks of texts [N_text] and of pictures [N_image], computed on the model's device."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32, train.py's choice, moves a cosine by 1e-3
-    found = ranks(*(x.to(device) for x in (text_features, image_features, positives)),
-                  tile=TILE if device.type == "cpu" else 16 * TILE)
+    found = ranks(*(x.to(device) for x in (text_features, image_features, positives)))
     torch.set_float32_matmul_precision(before)
     return found[0].cpu(), found[1].cpu()
 
@@ -364,5 +363,13 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, WeightsError) as error:
+    except (DataError, WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); --dtype bfloat16 takes half")
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        sys.exit("error: another process is gone, see its message")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -51,9 +51,17 @@ def join_processes(device: str = "") -> torch.device:
                                 timeout=datetime.timedelta(minutes=30))
     if kind == "cpu":
         return torch.device("cpu")
-    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= count:
+        raise SystemExit(f"error: more processes than the {count} GPUs here; --nproc-per-node {count}")
     torch.cuda.set_device(own)
-    return own
+    return torch.device(kind, own)
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether it says that another process does not answer any more."""
+    reason = str(error).split("\n")[0]
+    return dist.is_initialized() and any(word in reason for word in ("gloo", "NCCL", "Connection"))
 
 
 def rank() -> int:

@@ -1,6 +1,7 @@
 """
 The measures, as formulas: tensors in, percentages out. Nothing here knows a model or a file. What is measured
-on all pairs of two sides is shared by the processes that torchrun started, and runs where its features are.
+on all pairs of two sides runs where its features are and is shared by the processes that torchrun started:
+all of them must ask, with the same features.
 
 Retrieval: recall_at_k (paper, sec. 3.1). Classification, by data set (Table 11): accuracy, mean_per_class,
 roc_auc, map_11. Scores one can use: right_and_wrong, threshold_for.
@@ -27,7 +28,7 @@ ENOUGH = 30  # pairs above a threshold, or its precision is chance: the highest 
 
 
 def recall_at_k(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Share of queries, in percent, with at least one right answer among their K nearest, and the mean over K
     = 1, 5, 10: for queries among the gallery, and for the gallery's items, as queries, among the queries.
@@ -44,14 +45,16 @@ def recall(ranks: torch.Tensor) -> dict[str, float]:
 
 
 def ranks(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank of every query's best right answer [Q], and of every gallery item's [G] when it is the query:
     the number of wrong answers that score at least as high, so 0 is best, and -1 where nothing is right. A
     tie counts against us, so collapsed features score nothing.
 
     queries [Q, E] and gallery [G, E] of unit norm; positives [P, 2], rows (query, gallery item) that belong
-    together. Holds tile x tile scores at a time, and computes each of them once for both directions."""
+    together. Holds tile x tile scores at a time (tile 0: TILE, on a GPU 16 of them), and computes each of
+    them once for both directions."""
+    tile = tile or (TILE if queries.device.type == "cpu" else 16 * TILE)
     if not len(positives):
         raise DataError("no query has a right answer, so recall is not defined")
     bars = [best - TIE for best in best_right(queries, gallery, positives)]  # [Q], [G]
@@ -209,9 +212,9 @@ def threshold_for(
     Thresholds with fewer than ENOUGH pairs above them do not count."""
     counted = (right + wrong).flip(0).cumsum(0).flip(0)  # from here on upwards, as all below
     right, wrong = (weights.flip(0).cumsum(0).flip(0) for weights in shares(right, wrong, prior))
-    reached = torch.where(right > 0, right / (right + wrong), 0)
-    enough = ((reached >= precision) & (counted >= ENOUGH)).nonzero().flatten().tolist()
+    precisions = torch.where(right > 0, right / (right + wrong), 0)
+    enough = ((precisions >= precision) & (counted >= ENOUGH)).nonzero().flatten().tolist()
     if not enough:
         return None
     first = enough[0]
-    return 2 * first / BINS - 1, reached[first].item(), (right[first] / right[0]).item()
+    return 2 * first / BINS - 1, precisions[first].item(), (right[first] / right[0]).item()

@@ -162,10 +162,11 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
     config = config_from_json(config, path) if config else MODELS.get(guess(state))
     if config is None:
         raise weights.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
-    clip = assemble(config, state, path).eval()
-    scale = clip.logit_scale.detach()
-    clip.to(device, dtype)
-    clip.logit_scale.data = scale.to(device)  # stays float32: rounded, the temperature would be 1 % off
+    clip = assemble(config, state, path).to(device).eval()
+    for module in clip.modules():  # BatchNorm and the temperature stay float32: rounding costs them a percent
+        if not isinstance(module, nn.BatchNorm2d):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(torch.float32 if p is clip.logit_scale else dtype)
     if isinstance(clip.visual, ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)  # what its convolutions are fast in
     count = sum(p.numel() for p in clip.parameters())

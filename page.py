@@ -13,7 +13,7 @@ import io
 import torch
 from PIL import Image
 
-from metrics import nearest
+from metrics import TIE, nearest
 from pairs import Pairs
 from weights import replace_text
 
@@ -28,7 +28,7 @@ def write_retrieval(
     image_features: torch.Tensor, text_ranks: torch.Tensor, image_ranks: torch.Tensor,
 ):
     """Unit features [N_text, E], [N_image, E] and the ranks of `metrics.ranks`. The worst captions are shown
-    with their best right picture (green) and what came before it."""
+    with their best right picture (green) and the nearest of those that came before it."""
     parts = [preformatted(table), recall_curve({"text to image": text_ranks, "image to text": image_ranks})]
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
     first = nearest(text_features[worst], image_features, 6).tolist()
@@ -38,7 +38,8 @@ def write_retrieval(
         best = int(right[(image_features[right] @ text_features[text]).argmax()])
         place = f"<small>(place {text_ranks[text] + 1:,})</small>"
         parts.append(f"<p>{html.escape(pairs.text(text))} {place}</p>")
-        shown = [best, *(image for image in images if image not in right)]
+        before = [image for image in images if image not in right][: int(text_ranks[text])]
+        shown = [best, *before]
         parts += [thumbnail(pairs.image(image, 128), image == best) for image in shown]
     write(path, title, parts)
 
@@ -48,18 +49,19 @@ def write_zeroshot(
 ):
     """Cosines [N, C] and labels [N], or [N, C] of 0 and 1 where a picture has several."""
     right = labels.bool() if labels.ndim == 2 else labels[:, None] == torch.arange(len(names))  # [N, C]
+    has_one = right.any(dim=1)  # what shows no class cannot be mistaken for another
     lead = cosines.masked_fill(right, -torch.inf).max(dim=1)  # the best wrong class of every picture
-    own = cosines.masked_fill(~right, -torch.inf).max(dim=1)  # and its best right one
-    wrong = lead.values >= own.values  # [N]
-    taken_for = torch.where(wrong, lead.indices, own.indices)
-    taken = torch.nn.functional.one_hot(taken_for, len(names))
-    counts = right.float().T @ taken.float()  # [C, C], a row each true class
+    own = cosines.masked_fill(~right, -torch.inf).amax(dim=1)  # and its best right one
+    wrong = (lead.values >= own - TIE) & has_one  # [N]
+    taken = torch.nn.functional.one_hot(lead.indices, len(names)).float()
+    mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row each true class
+    counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
     parts = [preformatted(line), confusion_matrix(counts), most_confused(counts, names)]
-    worst = (lead.values - own.values).topk(min(WORST, int(wrong.sum()))).indices.tolist()
+    worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
     parts.append(f"<h2>The {len(worst)} pictures most surely taken for something else</h2>")
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
-        parts.append(f"<p>{html.escape(is_one)}: {own.values[row]:.3f}, taken for "
+        parts.append(f"<p>{html.escape(is_one)}: {own[row]:.3f}, taken for "
                      f"{html.escape(names[lead.indices[row]])}: {lead.values[row]:.3f}</p>"
                      + thumbnail(get_image(row)))
     write(path, title, parts)

@@ -86,7 +86,7 @@ class ScenePairs(Pairs):
             for number in range(2000):
                 distinct.setdefault(scenes.scene(world, split, number)[0], number)
             self.numbers = list(distinct.values())[:1000]
-        self.image_count = len(self.numbers)
+        self.image_count, self.drawn = len(self.numbers), {}
         self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
 
     @functools.cached_property
@@ -98,13 +98,12 @@ class ScenePairs(Pairs):
     def text(self, row: int) -> str:
         return scenes.captioned(self.world, self.split, self.numbers[row])[0]
 
-    @functools.cached_property
-    def pictures(self) -> list[Image.Image]:
-        return [self.pair(row)[0] for row in range(len(self.numbers))]
-
     def image(self, row: int, size: int = 0) -> Image.Image:
-        # validation looks at all of them again and again
-        return self.pictures[row] if self.split == "valid" else self.pair(row)[0]
+        if self.split != "valid":
+            return self.pair(row)[0]
+        if row not in self.drawn:  # validation looks at all of them again and again
+            self.drawn[row] = self.pair(row)[0]
+        return self.drawn[row]
 
     def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
         return scenes.pair(self.world, self.split, self.numbers[i])

@@ -36,7 +36,7 @@ from cache import open_features
 from eval import retrieval
 from loss import (
     DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, fitting_chunk, in_batch_accuracy,
-    join_processes, mean_over_ranks)
+    join_processes, lost_process, mean_over_ranks)
 from pairs import DataError
 from recipes import Config, ConfigError, parse
 from sources import open_pairs
@@ -424,10 +424,9 @@ if __name__ == "__main__":
         sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
                  "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        if not dist.is_initialized() or not any(word in reason for word in ("gloo", "NCCL", "Connection")):
+        if not lost_process(error):
             raise
-        sys.exit(f"error: another process is gone, see its message ({reason[-120:]}); "
+        sys.exit("error: another process is gone, see its message; "
                  "the same command goes on from the last checkpoint")
     except OSError as error:
         sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")

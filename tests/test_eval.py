@@ -2,12 +2,12 @@
 
 import json
 import os
+import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
@@ -255,32 +255,58 @@ def test_data_that_is_wrong_is_a_data_error(weights, tmp_path, monkeypatch):
             command(monkeypatch, *task, weights, "--data", tmp_path / "nowhere")
 
 
-def in_one_of_two(rank: int, store: str, commands: list[list[str]]):
-    """A process as torchrun starts it."""
+def in_one_of_two(rank: int, port: int, commands: list[list[str]]):
+    """A process as torchrun starts it; tiles so small that both have some."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for arguments in commands:
+    metrics.TILE = 2
+    for number, arguments in enumerate(commands):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + number)}
         measure.main(arguments)
-        dist.init_process_group("gloo", init_method=f"file://{store}{len(arguments)}", rank=rank, world_size=2)
 
 
 def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
-    """Tables, predictions and thresholds; the features are kept by one and found by both."""
+    """Tables, predictions, a page and thresholds; the features are kept by one and found by both."""
     folder, classes = write_pairs(tmp_path / "pairs"), write_classes(tmp_path / "classes")
+    many = str(tmp_path / "many")
+    os.makedirs(many)
+    lines = [{"image": f"{row}.png", "text": TEXTS[row % 8] * (1 + row // 8)} for row in range(12)]
+    for row, line in enumerate(lines):
+        picture(row).save(os.path.join(many, line["image"]))
+    (tmp_path / "many" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 
     def commands(out) -> list[list[str]]:
         return [[*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features", f"{out}/f"],
-                [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/z.json"],
+                [*RETRIEVAL, weights, "--data", many, "--predictions", f"{out}/p", "--page", f"{out}/r.html"],
+                [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/z.json", "--page", f"{out}/z.html"],
                 ["calibrate", *RETRIEVAL[1:], weights, "--data", folder, "--out", f"{out}/c.json",
                  "--precision", "0.3", "--features", f"{out}/f"]]
     for arguments in commands(tmp_path / "one"):
         measure.main(arguments)
-    mp.spawn(in_one_of_two, (str(tmp_path / "store"), commands(tmp_path / "two")), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_one_of_two, (port, commands(tmp_path / "two")), nprocs=2)
+    for name in ("p", "r.html", "z.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     for name in ("r.json", "z.json", "c.json"):
         one, two = (json.loads((tmp_path / out / name).read_text("utf-8")) for out in ("one", "two"))
-        for key in ("out", "features"):
+        for key in ("out", "features", "page"):
             one.pop(key, None), two.pop(key, None)
         assert one == two, name
+
+
+def test_weights_in_half_the_bits(clip, weights, tmp_path, monkeypatch):
+    """Nearly the same features, from --dtype as from load; the temperature is not rounded."""
+    folder = write_pairs(tmp_path / "pairs")
+    command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--dtype", "bfloat16",
+            "--features", tmp_path / "f")
+    half, _ = model.load(weights, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.logit_scale.dtype == torch.float32
+    for name, exact in (("image", seen(clip, map(picture, range(5)))), ("text", encoded(clip, TEXTS[:6]))):
+        found = torch.from_numpy(np.load(tmp_path / "f" / f"{name}_features.npy"))
+        cosines = (found * exact).sum(dim=1)
+        assert (cosines > 0.999).all() and not torch.equal(found, exact), name
 
 
 def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):

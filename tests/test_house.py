@@ -35,7 +35,7 @@ ARROWS = {
     "report": {"eval", "model", "sources", "weights", "scenes"},
     "recipes": {"model"},
     "bench": {"bench_data", "bench_peers", "bench_train", "bench_use", "model"},
-    "bench_peers": {"convert", "model"},
+    "bench_peers": {"convert", "data", "model"},
     "bench_data": {"augment", "bench_peers", "data", "pairs", "shards", "sources"},
     "bench_train": {"bench_peers", "data", "loss", "model", "train"},
     "bench_use": {"bench_peers", "bench_train", "convert", "data", "features", "metrics", "model", "scenes"},

@@ -74,15 +74,16 @@ def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsy
     images = torch.eye(7)
     texts = images[[0, 1, 5, 3, 4, 2, 6]]
     ranks = metrics.ranks(texts, images, Seven.positives)
-    page.write_retrieval(str(tmp_path / "a.html"), "model & data", "a <table>", Seven(), texts, images, *ranks)
-    text = whole(tmp_path / "a.html")
+    path = tmp_path / "a.html"
+    page.write_retrieval(str(path), "model & data", "a <table>", Seven(), texts, images, *ranks)
+    text = whole(path)
     assert "model &amp; data" in text and "a &lt;table&gt;" in text
     shown = re.findall(r"<p>(.*?) <small>\(place (\d+)\)", text)
     assert sorted(shown) == sorted([("第5张", "7"), ("&lt;script&gt;alert(1)&lt;/script&gt; &amp; 好", "7")])
-    right = pictures(text, "right")
-    assert sorted(any(near(pixel, COLOURS[row]) for row in (2, 5)) for pixel in right) == [True, True]
+    order = [2, 5] if "script" in shown[0][0] else [5, 2]  # both at the same place, so either may come first
+    assert [near(pixel, COLOURS[row]) for pixel, row in zip(pictures(text, "right"), order)] == [True, True]
     first = pictures(text, "other")
-    assert near(first[0], COLOURS[5 if "script" in shown[0][0] else 2])  # the one it was taken for comes first
+    assert near(first[0], COLOURS[order[1]])  # the one it was taken for
     lines = re.findall(r'points="([^"]+)"', text)
     assert len(lines) == 2 and lines[0].split()[0] == "0.0,85.7" and lines[0].split()[-1].endswith(",0.0")
     assert str(tmp_path / "a.html") in capsys.readouterr().out
@@ -94,7 +95,8 @@ def test_classification_shows_what_was_taken_for_what(tmp_path):
     cosines = torch.nn.functional.one_hot(labels, 3).float()
     cosines[5] = torch.tensor([0.0, 0.8, 0.5])
     cosines[6] = torch.tensor([0.0, 0.9, 0.5])
-    page.write_zeroshot(str(tmp_path / "b.html"), "t", "71 %", ["猫", "船", "<花>"], Seven().image, cosines, labels)
+    names = ["猫", "船", "<花>"]
+    page.write_zeroshot(str(tmp_path / "b.html"), "t", "71 %", names, Seven().image, cosines, labels)
     text = whole(tmp_path / "b.html")
     assert "<td>&lt;花&gt;</td><td>船</td><td>2 of 3</td>" in text and text.count("<tr>") == 2
     assert re.findall(r"<p>(.*?)</p>", text) == ["&lt;花&gt;: 0.500, taken for 船: 0.900",
@@ -109,7 +111,27 @@ def test_pictures_of_several_classes(tmp_path):
     labels = torch.tensor([[1, 1, 0], [0, 1, 1]])
     cosines = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]])
     page.write_zeroshot(str(tmp_path / "c.html"), "t", "", ["猫", "船", "花"], Seven().image, cosines, labels)
-    assert re.findall(r"<p>(.*?)</p>", whole(tmp_path / "c.html")) == ["船、花: 0.300, taken for 猫: 0.700"]
+    text = whole(tmp_path / "c.html")
+    assert re.findall(r"<p>(.*?)</p>", text) == ["船、花: 0.300, taken for 猫: 0.700"]
+    mistakes = re.findall(r"<td>(.)</td><td>(.)</td><td>(.*?)</td>", text)
+    assert sorted(mistakes) == [("船", "猫", "1 of 2"), ("花", "猫", "1 of 1")]  # of the first none: 船 is right
+
+
+def test_a_picture_of_no_class_is_no_mistake(tmp_path):
+    labels, cosines = torch.tensor([[0, 0], [1, 0]]), torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    page.write_zeroshot(str(tmp_path / "e.html"), "t", "", ["猫", "船"], Seven().image, cosines, labels)
+    assert "The 0 pictures" in whole(tmp_path / "e.html") and "inf" not in whole(tmp_path / "e.html")
+
+
+def test_what_came_before_and_no_more(tmp_path):
+    """The picture of caption 0 is second: one other is shown, though six are nearest."""
+    images, texts = torch.eye(7), torch.eye(7)
+    texts[0] = torch.nn.functional.normalize(torch.tensor([0.6, 0.8, 0.1, 0, 0, 0, 0]), dim=0)
+    ranks = metrics.ranks(texts, images, Seven.positives)
+    page.write_retrieval(str(tmp_path / "f.html"), "t", "", Seven(), texts, images, *ranks)
+    text = whole(tmp_path / "f.html")
+    assert [near(pixel, COLOURS[1]) for pixel in pictures(text, "other")] == [True]
+    assert [near(pixel, COLOURS[0]) for pixel in pictures(text, "right")] == [True]
 
 
 def test_nothing_went_wrong(tmp_path):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bert
 import data
 import loss
 import model
@@ -141,7 +140,7 @@ def test_finished_run_is_not_run_again(pairs, tmp_path):
     assert (tmp_path / "best.safetensors").stat().st_mtime_ns == written
 
 
-KILLS = int(os.environ.get("KILLS", 0))  # KILLS=20 for a thorough look; else two, one where a start takes long
+KILLS = int(os.environ.get("KILLS", 0))  # KILLS=20 for a thorough look; else two, of torchrun one
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
 
 
@@ -317,17 +316,21 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
     assert abs(losses[0][0] - losses[0][-1]) > 1e-2  # it moved, so equal curves mean equal gradients
 
 
-@pytest.mark.skipif("COMPILE" not in os.environ, reason="COMPILE=1: half a minute of a C++ compiler")
-def test_a_compiled_layer_draws_the_same_dropout_again():
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="COMPILE=1: minutes of a C++ compiler")
+def test_compiled_towers_draw_the_same_dropout_again():
     """What chunks need: without gradient and with it, the same random numbers give the same features."""
-    layer, x = bert.AddAndNorm(16, bert.BertConfig(width=16, heads=2)), torch.randn(2, 5, 16)
-    layer.compile()
-    found = []
-    for seed, gradient in ((3, False), (3, True), (4, True)):
-        torch.manual_seed(seed)
-        with torch.set_grad_enabled(gradient):
-            found.append(layer(x, x).detach())
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).train()
+    clip.visual.patch_drop = 0.5
+    ids = torch.randint(1, 99, (4, 12), generator=torch.Generator().manual_seed(0))
+    clip.bert.encoder.compile()
+    clip.visual.compile()
+    for tower, x in ((clip.bert, ids), (clip.visual, torch.randn(4, 3, 32, 32))):
+        found = []
+        for seed, gradient in ((3, False), (3, True), (4, True)):
+            torch.manual_seed(seed)
+            with torch.set_grad_enabled(gradient):
+                found.append(tower(x).detach())
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_chunks_are_what_fits_and_stay_so_after_a_restart(pairs, tmp_path, monkeypatch, capsys):
