@@ -8,6 +8,7 @@ the same run. (Once only: what takes minutes or starts a process of its own.)
     python bench.py start                          # until a command answers, until train.py's first step
     python bench.py grow                           # everything doubled three times: where does it bend?
     python bench.py train                          # steps of stage 1 and 2, with cached features, in chunks
+    python bench.py profile                        # the ten operations that take most of a step
     python bench.py loss                           # the loss alone, as a matrix and in tiles: time and memory
     python bench.py data                           # pictures, captions, indices, order of 200 million pairs
     python bench.py all --device cuda --write      # on a GPU, with tables into BENCHMARKS.md
@@ -26,7 +27,7 @@ import torch
 import model
 from bench_data import bench_data
 from bench_peers import machine, table
-from bench_train import bench_loss, bench_train, loss_once
+from bench_train import bench_loss, bench_profile, bench_train, loss_once
 from bench_use import bench_encode, bench_eval, bench_grow, bench_load, bench_start, load_once, recall_once
 
 TASKS = {  # task -> its table
@@ -34,6 +35,7 @@ TASKS = {  # task -> its table
     "encode": lambda args: bench_encode(args.models, args.device, args.batch, args.runs),
     "train": lambda args: bench_train(
         args.models, args.stages, args.device, args.batch, args.runs, args.chunk),
+    "profile": lambda args: bench_profile(args.models, args.device, args.batch, args.runs),
     "loss": lambda args: bench_loss(args.batches, args.width, args.device, args.runs),
     "data": lambda args: bench_data(args.runs, args.lines),
     "eval": lambda args: bench_eval(

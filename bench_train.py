@@ -1,5 +1,6 @@
 """
-How fast training is: whole steps of both stages and the loss alone. The tasks `train` and `loss` of bench.py.
+How fast training is: whole steps of both stages, where their time goes, and the loss alone. The tasks
+`train`, `profile` and `loss` of bench.py.
 
 TFLOP/s count 2 per multiply-add and three forward passes a trained tower (the recomputation of chunks is not
 work that counts).
@@ -7,6 +8,7 @@ work that counts).
 
 import gc
 import json
+import math
 import os
 
 import torch
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 
 import model
 import train
-from bench_peers import CAPTION, gflop, median_time, memory_now, peak_memory, peers_of, python, say
+from bench_peers import (
+    CAPTION, gflop, in_turn, median_time, memory_now, peak_memory, peers_of, python, say)
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
@@ -29,35 +32,42 @@ def optimizer_of(parameters) -> torch.optim.Optimizer:
 # one step of training, ours and theirs
 
 
-def our_step(config: model.ModelConfig, batch: int, device: str, frozen: bool, cached: bool, chunk: int):
-    """-> (a function that makes one step, the model, its batch)."""
+def our_model(config: model.ModelConfig, device: str, frozen: bool):
+    """-> (a new model, its optimizer)."""
     torch.manual_seed(0)
     clip = model.ChineseCLIP(config).to(device)
     clip.visual.requires_grad_(not frozen)
     if device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)
-    optimizer, ids = optimizer_of(clip.parameters()), tokenize([CAPTION] * batch)  # ids wait on the CPU
-    pictures = torch.randn(batch, 3, config.visual.resolution, config.visual.resolution, device=device)
-    if cached:
-        pictures = torch.randn(batch, config.embed_dim, device=device)
+    return clip, optimizer_of(clip.parameters())
+
+
+def our_step(clip, optimizer, pictures: torch.Tensor, frozen: bool, chunk: int = 0):
+    """-> a function that makes one step on pictures [B, 3, S, S], or features [B, E] of the frozen tower."""
+    ids = tokenize([CAPTION] * len(pictures))  # they wait on the CPU
 
     def forward(*part):
-        with model.autocast(torch.device(device)):
+        with model.autocast(pictures.device):
             return clip(*part)
 
     def step():
         train.set_train_mode(clip, frozen)
         optimizer.zero_grad(set_to_none=True)
-        parts = list(zip(pictures.split(chunk or batch), ids.split(chunk or batch)))
+        parts = list(zip(pictures.split(chunk or len(ids)), ids.split(chunk or len(ids))))
         backward_in_chunks(forward, clip, parts, torch.manual_seed, contrastive_loss)
         optimizer.step()
 
-    return step, clip, (pictures, ids)
+    return step
 
 
-def official_step(theirs, batch, device: str, frozen: bool):
+def random_pictures(config: model.ModelConfig, batch: int, device: str) -> torch.Tensor:
+    return torch.randn(batch, 3, config.visual.resolution, config.visual.resolution, device=device)
+
+
+def official_step(theirs, pictures: torch.Tensor, frozen: bool):
     """The official model, with its loss (training/train.py) and its optimizer."""
-    pictures, ids = batch[0], batch[1].to(device)
+    device = pictures.device
+    ids = tokenize([CAPTION] * len(pictures)).to(device)
     theirs.visual.requires_grad_(not frozen)
     optimizer, labels = optimizer_of(theirs.parameters()), torch.arange(len(ids), device=device)
 
@@ -66,7 +76,7 @@ def official_step(theirs, batch, device: str, frozen: bool):
         if frozen:
             theirs.visual.eval()
         optimizer.zero_grad(set_to_none=True)
-        with model.autocast(torch.device(device)):
+        with model.autocast(device):
             image, text, scale = theirs(pictures, ids)
             logits = scale * image @ text.T
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -76,17 +86,17 @@ def official_step(theirs, batch, device: str, frozen: bool):
     return step
 
 
-def open_clip_step(theirs, batch, device: str, frozen: bool):
+def open_clip_step(theirs, pictures: torch.Tensor, frozen: bool):
     """open_clip's model of the same image tower, with its English text tower of 77 tokens."""
     import open_clip
     theirs.visual.requires_grad_(not frozen)
-    pictures, ids = batch[0], torch.randint(1, 40_000, (len(batch[1]), 77), device=device)
+    ids = torch.randint(1, 40_000, (len(pictures), 77), device=pictures.device)
     optimizer, loss_of = optimizer_of(theirs.parameters()), open_clip.ClipLoss()
 
     def step():
         theirs.train()
         optimizer.zero_grad(set_to_none=True)
-        with model.autocast(torch.device(device)):
+        with model.autocast(pictures.device):
             loss_of(*theirs(pictures, ids)).backward()
         optimizer.step()
 
@@ -99,59 +109,79 @@ STEPS = {"official": official_step, "open_clip": open_clip_step}
 def bench_train(
     names: list[str], stages: list[str], device: str, batch: int, runs: int, chunk: int
 ) -> list[list[str]]:
-    """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside
-    each."""
+    """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside each,
+    all in turn."""
     rows = [["model", "stage", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
              "official, of 52", "ratio", "open_clip, of 77", "ratio"]]
-    for name in names:
-        config, rates = model.MODELS[name], {}
+    for name, stage in ((name, stage) for name in names for stage in stages):
+        config, frozen = model.MODELS[name], stage == "1"
+        clip, optimizer = our_model(config, device, frozen)
+        pictures = random_pictures(config, batch, device)
         image, text = gflop(config, len(CAPTION) + 2)
-        for stage, frozen, cached, pieces, work in (
-                ("1", True, False, 0, image + 3 * text),
-                (f"1, chunks of {chunk}", True, False, chunk, image + 3 * text),
-                ("1, cached features", True, True, 0, 3 * text),
-                ("2", False, False, 0, 3 * (image + text)),
-                (f"2, chunks of {chunk}", False, False, chunk, 3 * (image + text))):
-            if stage[0] not in stages:
-                continue
-            step, clip, batch_of = our_step(config, batch, device, frozen, cached, pieces)
-            ours, memory = rate(step, batch, device, runs)
-            row = [name, stage, "out of memory", "-", "-", "-"]
-            if ours:
-                teraflops = ours * work / 1e3
-                share = f"{teraflops / PEAK:.1%}" if device == "cuda" else "-"
-                row[2:] = [f"{ours:,.2f}", f"{teraflops:.3f}", share, memory]
-            size = config.visual.resolution
-            pictures = torch.randn(batch, 3, size, size, device=device)
-            for peer, make_step in STEPS.items():
-                if (peer, frozen) not in rates:  # a peer has one way to make a stage's step
-                    theirs = peers_of(clip, (peer,))[peer]
-                    if isinstance(theirs, str):  # why there is none
-                        row += [theirs, "-"]
-                        continue
-                    its_step = make_step(theirs, (pictures, batch_of[1]), device, frozen)
-                    rates[peer, frozen], _ = rate(its_step, batch, device, runs)
-                    del theirs, its_step
-                its = rates[peer, frozen]
-                row.append(f"{its:,.2f}" if its else "out of memory")
-                row.append(f"{ours / its:.2f}" if ours and its else "-")
+        work = image + 3 * text if frozen else 3 * (image + text)
+        ours = {stage: (pictures, 0, work), f"{stage}, chunks of {chunk}": (pictures, chunk, work)}
+        if frozen:
+            features = torch.randn(batch, config.embed_dim, device=device)
+            ours[f"{stage}, cached features"] = features, 0, 3 * text
+        steps = {way: our_step(clip, optimizer, x, frozen, size) for way, (x, size, _) in ours.items()}
+        peers = peers_of(clip, tuple(STEPS))
+        steps |= {peer: STEPS[peer](theirs, pictures, frozen)
+                  for peer, theirs in peers.items() if not isinstance(theirs, str)}
+        memory = {way: gigabytes(step, device) / batch for way, step in steps.items()}
+        seconds = in_turn({way: step for way, step in steps.items() if memory[way] < math.inf}, runs)
+        for way, (_, _, work) in ours.items():
+            row = [name, way, "out of memory", "-", "-", "-"]
+            if way in seconds:
+                teraflops = batch * work / seconds[way] / 1e3
+                row[2:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", "-", "-"]
+                if device == "cuda":
+                    row[4:] = [f"{teraflops / PEAK:.1%}", f"{memory[way]:.4f}"]
+            for peer, theirs in peers.items():
+                if isinstance(theirs, str):  # why there is none
+                    row += [theirs, "-"]
+                else:
+                    row.append(f"{batch / seconds[peer]:,.2f}" if peer in seconds else "out of memory")
+                    both = peer in seconds and way in seconds
+                    row.append(f"{seconds[peer] / seconds[way]:.2f}" if both else "-")
             rows.append(row)
             say(row)
-            del step, clip, batch_of, pictures
-            gc.collect()
+        del clip, optimizer, steps, peers
+        gc.collect()
     return rows
 
 
-def rate(step, batch: int, device: str, runs: int) -> tuple[float, str]:
-    """-> (pairs a second, or 0 where a GPU's memory does not suffice; GB a pair at the peak beyond weights,
-    gradients and moments, which on a CPU is not measured)."""
+def gigabytes(step, device: str) -> float:
+    """What a step takes at its peak beyond weights, gradients and moments; inf if a GPU's memory does not
+    suffice, 0 on a CPU, where it is not measured."""
     try:
         step()  # makes gradients and moments
+        if device == "cpu":
+            return 0.0
         before = memory_now(device)
-        pairs = batch / median_time(step, runs)
+        step()
     except torch.OutOfMemoryError:
-        return 0.0, "-"
-    return pairs, f"{(peak_memory(device) - before) / batch / 1e3:.4f}" if device == "cuda" else "-"
+        return math.inf
+    return (peak_memory(device) - before) / 1e3
+
+
+def bench_profile(names: list[str], device: str, batch: int, runs: int) -> list[list[str]]:
+    """Where the time of a step of stage 2 goes: the ten operations that take most of it themselves."""
+    rows = [["model", "operation", "share", "ms a step", "calls a step"]]
+    for name in names:
+        pictures = random_pictures(model.MODELS[name], batch, device)
+        step = our_step(*our_model(model.MODELS[name], device, False), pictures, False)
+        step()
+        with torch.profiler.profile() as profiler:  # whatever devices there are
+            for _ in range(runs):
+                step()
+        times = [(getattr(event, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"), event)
+                 for event in profiler.key_averages()]
+        total = sum(time for time, _ in times)
+        for time, event in sorted(times, key=lambda pair: -pair[0])[:10]:
+            rows.append([name, event.key[:60], f"{time / total:.1%}", f"{time / runs / 1e3:.2f}",
+                         f"{event.count / runs:.0f}"])
+            say(rows[-1])
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------

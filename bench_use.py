@@ -19,7 +19,7 @@ import model
 from bench_peers import (
     HERE, PAPER_SIZES, gflop, image_features, in_turn, installed, median_time, memory_now,
     peak_memory, peers_of, python, say, seconds_of, text_features)
-from bench_train import our_step
+from bench_train import our_model, our_step, random_pictures
 from data import tokenize
 from features import encode_images, encode_texts
 from metrics import recall_at_k
@@ -281,7 +281,8 @@ def bench_grow(name: str, device: str, runs: int, batch: int, queries: int, widt
             len(CAPTIONS) // 4, lambda n: lambda: encode_texts(clip, CAPTIONS[: len(CAPTIONS) // 4] * (
                 4 * n // len(CAPTIONS)), batch_size=48)),
         f"{name}: batch of a step of stage 2": (
-            max(1, batch // 4), lambda n: our_step(clip.config, n, device, False, False, 0)[0]),
+            max(1, batch // 4), lambda n: our_step(
+                *our_model(clip.config, device, False), random_pictures(clip.config, n, device), False)),
         f"gallery of {queries:,} queries, both directions": (
             5 * queries, lambda n: lambda: recall_at_k(texts, images[:n], positives))}
     for what, (count, action) in grows.items():

@@ -297,7 +297,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         p.add_argument("--split", default="valid", help="train, valid, test")
         p.add_argument("--context-length", type=int, default=52, help="tokens a caption")
         p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, and "
-                       "use those that are there if they are of this model and data")
+                       "use those that are there if they are of this model and data; all processes see it")
     for task in ("zeroshot", "prompts"):
         p = add[task]
         p.add_argument("--data", required=task == "zeroshot", default="", help="a folder with test/000 ... "

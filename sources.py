@@ -82,10 +82,7 @@ class ScenePairs(Pairs):
             raise DataError(f"scenes-{world}: no split {split!r}; expected train or valid")
         self.world, self.split, self.numbers = world, split, range(1_000_000)
         if split == "valid":
-            distinct = {}
-            for number in range(2000):
-                distinct.setdefault(scenes.scene(world, split, number)[0], number)
-            self.numbers = list(distinct.values())[:1000]
+            self.numbers = distinct(world, split)
         self.image_count, self.drawn = len(self.numbers), {}
         self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
 
@@ -110,6 +107,15 @@ class ScenePairs(Pairs):
 
     def fingerprint(self) -> str:
         raise DataError(f"scenes-{self.world}: drawn as they are asked for; there is nothing to cache")
+
+
+@functools.cache  # every act of a run asks
+def distinct(world: str, split: str) -> list[int]:
+    """Numbers of 1,000 scenes, no two with the same caption."""
+    found = {}
+    for number in range(2000):
+        found.setdefault(scenes.scene(world, split, number)[0], number)
+    return list(found.values())[:1000]
 
 
 class OfficialPairs(Pairs):

@@ -69,6 +69,8 @@ def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
     for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs", "gallery of 20 queries",
                  "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
+    profile = [row for row in rows if row[0] == "ViT-tiny" and row[2].endswith("%") and len(row) == 5]
+    assert len(profile) == 10 and 40 < sum(float(row[2].rstrip("%")) for row in profile) <= 100.5
     assert "| 32 | 8 |" in text and sys.executable not in text
 
 

@@ -47,3 +47,14 @@ def test_table_of_the_released_models(language):
         assert (numbers, megabytes) == (f"{count:,}", f"{4 * count / 1e6:,.0f}")
     for name in download.SOURCES:
         assert f"`{name}`" in read(language)
+
+
+@pytest.mark.parametrize("language", READMES)
+def test_speed_is_that_of_the_benchmarks(language):
+    """Every figure of the table stands in a row of BENCHMARKS.md with the same words."""
+    benchmarks = [re.split(r" *\| *", line) for line in read("BENCHMARKS.md").splitlines() if line[:1] == "|"]
+    rows = re.findall(r"^\| `(?:encode|load|eval|train|data)` \| (.+?) \| (.+) \|$", read(language), re.M)
+    assert len(rows) > 8
+    for what, figures in rows:
+        words, numbers = what.split("; "), re.findall(r"\d[\d,.]*", figures)
+        assert any(all(part in row for part in words + numbers) for row in benchmarks), what
