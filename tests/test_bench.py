@@ -62,14 +62,14 @@ def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
         found = {row[2]: row for row in rows if row[:2] == [first, second]}
         assert set(found) == {"float32", "bfloat16"} and float(found["float32"][3].replace(",", "")) > 0
         assert found["float32"][5:7] == ["absent", "-"] and float(found["bfloat16"][-1]) > 0.999
-    assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[5] in ("-", "official", "transformers")
-            and row[1] in ("ours", "official", "Hugging Face")] == ["ours", "official", "Hugging Face"]
+    files = ["ours", "official", "Hugging Face"]
+    assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in files] == files
     steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in steps] == steps
     for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs", "gallery of 20 queries",
                  "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
-    profile = [row for row in rows if row[0] == "ViT-tiny" and row[2].endswith("%") and len(row) == 5]
+    profile = [row for row in rows if row[0] == "ViT-tiny" and len(row) == 5]
     assert len(profile) == 10 and 40 < sum(float(row[2].rstrip("%")) for row in profile) <= 100.5
     assert "| 32 | 8 |" in text and sys.executable not in text
 

@@ -57,4 +57,5 @@ def test_speed_is_that_of_the_benchmarks(language):
     assert len(rows) > 8
     for what, figures in rows:
         words, numbers = what.split("; "), re.findall(r"\d[\d,.]*", figures)
-        assert any(all(part in row for part in words + numbers) for row in benchmarks), what
+        cells = [row + " ".join(row).split() for row in benchmarks]  # some say more than the number
+        assert any(all(part in row for part in words + numbers) for row in cells), what
