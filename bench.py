@@ -78,8 +78,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--runs", type=int, default=3, help="timed runs, of which the median counts")
     parser.add_argument("--write", action="store_true", help="append the tables to BENCHMARKS.md")
     args = parser.parse_args(argv)
-    if min(args.runs, args.batch, args.chunk) < 1 or args.gallery < args.queries:
-        parser.error("--runs, --batch, --chunk: expected at least 1; --gallery at least --queries")
+    for flag in ("runs", "batch", "chunk", "queries", "lines", "width"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    if args.gallery < args.queries or min([*args.squares, *args.batches, 1]) < 1:
+        parser.error("--gallery: expected at least as many as --queries; --squares, --batches at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     for task in TASKS if args.task == "all" else [args.task]:
         print(task)
         text = (f"\n## {task}\n\n`python bench.py {' '.join(argv)}`  \n{machine(args.device)}\n\n"

@@ -114,6 +114,8 @@ def run_retrieval(args, clip) -> dict:
     pairs = open_pairs(args.data, args.split, answers=not args.predictions)
     print(f"{args.data} {args.split}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, "
           f"{len(pairs.positives):,} pairs")
+    if args.page and not len(pairs.positives):
+        raise DataError(f"--page: {args.data} {args.split} has no answers, so there is nothing to show")
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
         write_predictions(args.predictions, pairs, text_features, image_features, args.direction)
@@ -288,7 +290,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
                        help="a weights file, or a released name: " + ", ".join(RELEASED))
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights: "
-                       "bfloat16 halves the memory and is fast where the CPU computes in it")
+                       "bfloat16 halves the memory, and large models' time where the CPU has it")
         p.add_argument("--out", default="", metavar="FILE", help="also write the result to this JSON file")
     for task in ("retrieval", "calibrate"):
         p = add[task]
@@ -346,6 +348,9 @@ def main(argv: list[str] | None = None):
         parser.error(f"--context-length {args.context_length}: expected 2 to 512")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error("--precision and --prior are shares: expected 0 to 1")
+    for flag in ("out", "page", "predictions", "submission"):  # before anything is computed
+        if os.path.isdir(getattr(args, flag, "")):
+            parser.error(f"--{flag} {getattr(args, flag)}: a folder; expected the name of a file")
     start = time.time()
     if args.task == "reproduce":  # before anything is downloaded
         args.data = data_folders(args.table, args.data)

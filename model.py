@@ -144,8 +144,8 @@ def available_models() -> list[str]:
 def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """-> (model in eval mode, preprocess for its resolution). Prints one line that says what was loaded.
 
-    dtype=torch.bfloat16 halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), is
-    more than twice as fast, with features at a cosine above 0.999 to those in float32 (BENCHMARKS.md).
+    dtype=torch.bfloat16 halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), about
+    the time of ViT-B-16 and RN50, with features at a cosine above 0.999 to those in float32 (BENCHMARKS.md).
 
     A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
     download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one line, for

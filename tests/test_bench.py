@@ -98,6 +98,13 @@ def test_peers_compute_what_we_do(peer):
         bench_peers.same(torch.eye(3), torch.eye(3).flip(0), peer)
 
 
+@pytest.mark.parametrize("flag", ("runs", "batch", "queries", "lines"))
+def test_numbers_below_one(flag, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["eval", f"--{flag}", "0"])
+    assert f"--{flag} 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_models_that_are_none(capsys):
     with pytest.raises(SystemExit):
         bench.main(["train", "--models", "ViT-Z"])

@@ -296,6 +296,14 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
         assert one == two, name
 
 
+@pytest.mark.parametrize("flag", ("--out", "--page", "--predictions"))
+def test_a_folder_is_no_file_to_write(flag, weights, tmp_path, monkeypatch, capsys):
+    """Said before anything is encoded, by exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, *RETRIEVAL, weights, "--data", tmp_path / "nothing", flag, tmp_path)
+    assert caught.value.code == 2 and f"{flag} {tmp_path}: a folder" in capsys.readouterr().err
+
+
 def test_weights_in_half_the_bits(clip, weights, tmp_path, monkeypatch):
     """Nearly the same features, from --dtype as from load; the temperature is not rounded."""
     folder = write_pairs(tmp_path / "pairs")
