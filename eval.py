@@ -124,10 +124,11 @@ def run_retrieval(args, clip) -> dict:
         return {}
     found = ranks_on(clip.logit_scale.device, text_features, image_features, pairs.positives)
     result = recalls(*found)
-    print(recall_table({args.split: result}))
+    lines = recall_table({args.split: result})
+    print(lines)
     if args.page and rank() == 0:
-        page.write_retrieval(args.page, f"{args.model} on {args.data} {args.split}", recall_table(
-            {args.split: result}), pairs, text_features, image_features, *found)
+        page.write_retrieval(args.page, f"{args.model} on {args.data} {args.split}", lines, pairs,
+                             text_features, image_features, *found)
     table, data, setup = paper_figures(args, args.data, published.RETRIEVAL)
     if table and (args.published or args.split == published.read_paper()[table].get("split", "test")):
         columns = published.retrieval_columns(result, table)
@@ -140,10 +141,11 @@ def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
-    print(classification_line(result))
+    line = classification_line(result)
+    print(line)
     if args.page and rank() == 0:
-        page.write_zeroshot(args.page, f"{args.model} on {args.data}", classification_line(result),
-                            classes.chinese, get_image, cosines, labels)
+        page.write_zeroshot(
+            args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
     if args.submission and rank() == 0:
         data = args.labels or os.path.basename(os.path.abspath(args.data))
         write_json(args.submission, zeroshot.submission(clip, data, cosines))
