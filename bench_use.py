@@ -29,14 +29,14 @@ SENTENCE = "清晨的海边有一只红色的小船和两个戴草帽的孩子�
 CAPTIONS = [SENTENCE[start : start + 4 + length] for length in range(16) for start in range(6)] * 4  # 4 to 19
 
 
-def beside(count: float, times: dict[str, float], ours: str, peers: dict, digits: int = 1) -> list[str]:
+def beside(count: float, times: dict[str, float], ours: str, peers: dict) -> list[str]:
     """Cells of a row: our rate, then each peer's and ours as a multiple of it; or why there is none."""
-    cells = [f"{count / times[ours]:,.{digits}f}"]
+    cells = [f"{count / times[ours]:,.1f}"]
     for peer, theirs in peers.items():
         if isinstance(theirs, str):
             cells += [theirs, "-"]
         else:
-            cells += [f"{count / times[peer]:,.{digits}f}", f"{times[peer] / times[ours]:.2f}"]
+            cells += [f"{count / times[peer]:,.1f}", f"{times[peer] / times[ours]:.2f}"]
     return cells
 
 
