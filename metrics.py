@@ -99,8 +99,17 @@ def score_tiles(queries, gallery, positives, tile: int):
     for number, (start, end) in tqdm(mine, "comparing", delay=2, leave=False, unit=" tiles",
                                      disable=None if rank() == 0 else True):
         rows, columns = (slice(k * tile, (k + 1) * tile) for k in divmod(number, across))
-        scores = (queries[rows] @ gallery[columns].T).float()
-        yield rows, columns, scores, tuple(places[start:end].T)
+        yield rows, columns, cosines(queries[rows], gallery[columns]), tuple(places[start:end].T)
+
+
+def cosines(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """[q, E] and [g, E] -> [q, g], to the digits that TIE needs: TF32, to which train.py lets a GPU round the
+    products of its loss, moves a cosine by 1e-3, and some of equal features would be ahead of others."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    scores = (queries @ gallery.T).float()
+    torch.set_float32_matmul_precision(allowed)
+    return scores
 
 
 def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = TILE) -> torch.LongTensor:
@@ -109,7 +118,7 @@ def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = TI
     for some in queries.split(tile):
         scores, items = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long)
         for start in range(0, len(gallery), 16 * tile):
-            more = (some @ gallery[start : start + 16 * tile].T).float().topk(min(k, len(gallery) - start))
+            more = cosines(some, gallery[start : start + 16 * tile]).topk(min(k, len(gallery) - start))
             scores, items = torch.cat([scores, more[0]], 1), torch.cat([items, more[1] + start], 1)
             scores, places = scores.topk(min(k, scores.shape[1]))
             items = items.gather(1, places)

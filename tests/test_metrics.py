@@ -126,6 +126,18 @@ def test_collapsed_features_score_nothing_to_the_last_digit():
             assert t2i(same[:1], same, torch.tensor([[0, item]]))["mean"] == 0, (seed, item)
 
 
+@pytest.mark.parametrize("allowed", ("high", "medium"))
+def test_collapsed_features_score_nothing_where_products_may_be_rounded(allowed):
+    # train.py allows it to a GPU; a CPU with bfloat16 does it at "medium"
+    same = unit(1, 512, 0).expand(200, -1).contiguous()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        assert t2i(same, same, torch.arange(200)[:, None].expand(-1, 2))["mean"] == 0
+        assert torch.get_float32_matmul_precision() == allowed  # as it was
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_gallery_smaller_than_K_always_hits():
     queries, gallery = -torch.eye(4), torch.eye(4)  # the right answer is the last of four
     recall = t2i(queries, gallery, torch.arange(4)[:, None].expand(-1, 2))
