@@ -32,7 +32,8 @@ def write_retrieval(
     parts = [preformatted(table), recall_curve({"text to image": text_ranks, "image to text": image_ranks})]
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
     first = nearest(text_features[worst], image_features, 6).tolist()
-    parts.append(f"<h2>The {len(worst)} captions whose picture ranks worst</h2>")
+    parts.append(f"<h2>The {len(worst)} captions whose picture ranks worst</h2>"
+                 "green: the picture; after it what came before it")
     for text, images in zip(worst.tolist(), first):
         right = pairs.positives[pairs.positives[:, 0] == text, 1]  # [its pictures]
         best = int(right[(image_features[right] @ text_features[text]).argmax()])
@@ -56,12 +57,12 @@ def write_zeroshot(
     taken = torch.nn.functional.one_hot(lead.indices, len(names)).float()
     mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row each true class
     counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
-    parts = [preformatted(line), confusion_matrix(counts), most_confused(counts, names)]
+    parts = [preformatted(line), confusion_matrix(counts, names), most_confused(counts, names)]
     worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
     parts.append(f"<h2>The {len(worst)} pictures most surely taken for something else</h2>")
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
-        parts.append(f"<p>{html.escape(is_one)}: {own[row]:.3f}, taken for "
+        parts.append(f"<p>{html.escape(is_one)}: cosine {own[row]:.3f}, taken for "
                      f"{html.escape(names[lead.indices[row]])}: {lead.values[row]:.3f}</p>"
                      + thumbnail(get_image(row)))
     write(path, title, parts)
@@ -72,8 +73,11 @@ def write_zeroshot(
 
 
 def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
-    """How many percent are found among the K nearest, for K from 1 on a logarithmic axis: an SVG."""
-    ks = [k for power in (1, 10, 100, 1000) for k in (power, 2 * power, 5 * power)]
+    """How many percent are found among the K nearest, for K from 1 to all there are (one side's queries are
+    the other side's gallery), on a logarithmic axis: an SVG."""
+    most = max(len(ranks) for ranks in ranks_of.values())
+    ks = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
+    ks = [1, *(k for k in ks[1:] if k < most), most]
     width, height, step = 640, 300, 640 / (len(ks) - 1)
     drawn = [f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
              f'<text x="-8" y="{y + 4}" text-anchor="end">{100 - 100 * y // height}</text>'
@@ -91,12 +95,13 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
             f'<svg viewBox="-50 -20 {width + 80} {height + 60}" width="{width + 80}">{"".join(drawn)}</svg>')
 
 
-def confusion_matrix(counts: torch.Tensor) -> str:
+def confusion_matrix(counts: torch.Tensor, names: list[str]) -> str:
     """Counts [C, C], a row each true class, as a picture: black is all of a row, the diagonal is right."""
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     picture = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
     return ("<h2>Confusion matrix</h2>a row each true class, a column each class named, black: all of a row"
-            f"<br>{embedded(picture, 'PNG', 'matrix')}")
+            f"<br>{embedded(picture, 'PNG', 'matrix')}<br>from the top, and from the left: "
+            + html.escape("、".join(names)))
 
 
 def most_confused(counts: torch.Tensor, names: list[str]) -> str:

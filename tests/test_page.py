@@ -99,12 +99,13 @@ def test_classification_shows_what_was_taken_for_what(tmp_path):
     page.write_zeroshot(str(tmp_path / "b.html"), "t", "71 %", names, Seven().image, cosines, labels)
     text = whole(tmp_path / "b.html")
     assert "<td>&lt;花&gt;</td><td>船</td><td>2 of 3</td>" in text and text.count("<tr>") == 2
-    assert re.findall(r"<p>(.*?)</p>", text) == ["&lt;花&gt;: 0.500, taken for 船: 0.900",
-                                                 "&lt;花&gt;: 0.500, taken for 船: 0.800"]
+    assert re.findall(r"<p>(.*?)</p>", text) == ["&lt;花&gt;: cosine 0.500, taken for 船: 0.900",
+                                                 "&lt;花&gt;: cosine 0.500, taken for 船: 0.800"]
     assert [near(*pair) for pair in zip(pictures(text, "other"), ("purple", "yellow"))] == [True, True]
     encoded = re.search(r'class="matrix" src="data:image/png;base64,([^"]+)"', text)[1]
     matrix = Image.open(io.BytesIO(base64.b64decode(encoded)))
     assert list(matrix.tobytes()) == [0, 255, 255, 255, 0, 255, 255, 85, 170]
+    assert "from the left: 猫、船、&lt;花&gt;" in text
 
 
 def test_pictures_of_several_classes(tmp_path):
@@ -112,7 +113,7 @@ def test_pictures_of_several_classes(tmp_path):
     cosines = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]])
     page.write_zeroshot(str(tmp_path / "c.html"), "t", "", ["猫", "船", "花"], Seven().image, cosines, labels)
     text = whole(tmp_path / "c.html")
-    assert re.findall(r"<p>(.*?)</p>", text) == ["船、花: 0.300, taken for 猫: 0.700"]
+    assert re.findall(r"<p>(.*?)</p>", text) == ["船、花: cosine 0.300, taken for 猫: 0.700"]
     mistakes = re.findall(r"<td>(.)</td><td>(.)</td><td>(.*?)</td>", text)
     assert sorted(mistakes) == [("船", "猫", "1 of 2"), ("花", "猫", "1 of 1")]  # of the first none: 船 is right
 
@@ -139,6 +140,14 @@ def test_nothing_went_wrong(tmp_path):
     ranks = metrics.ranks(images, images, Seven.positives)
     page.write_retrieval(str(tmp_path / "d.html"), "t", "", Seven(), images, images, *ranks)
     assert "The 0 captions" in whole(tmp_path / "d.html")
+
+
+@pytest.mark.parametrize("count, ks", [
+    (7, ["1", "2", "5", "7"]), (10, ["1", "2", "5", "10"]), (1200, "1 2 5 10 20 50 100 200 500 1,000 1,200".split())])
+def test_the_curve_ends_where_everything_is_found(count, ks):
+    curve = page.recall_curve({"one way": torch.arange(count), "the other": torch.arange(1)})
+    assert re.findall(r'text-anchor="middle">([\d,]+)<', curve) == ks
+    assert re.search(r'points="[^"]*640.0,0.0"', curve)
 
 
 @pytest.mark.parametrize("ranks, shares", [([0, 0], [100.0, 100.0]), ([-1, 1], [0.0, 100.0])])
