@@ -81,9 +81,6 @@ def write_predictions(path: str, pairs: Pairs, text_features, image_features, di
     to_image = direction == "text-to-image"
     queries, gallery = (text_features, image_features) if to_image else (image_features, text_features)
     query_ids, item_ids = (text_ids, image_ids) if to_image else (image_ids, text_ids)
-    if len(gallery) < 10:
-        raise DataError(f"--predictions: a submission names 10 items a query, {direction} there are only "
-                        f"{len(gallery)} to choose from")
     lines = []
     for row, items in enumerate(nearest(queries, gallery, 10).tolist()):
         line = {"query_id": query_ids[row]} | ({"query_text": pairs.text(row)} if to_image else {})
@@ -113,6 +110,10 @@ def run_retrieval(args, clip) -> dict:
           f"{len(pairs.positives):,} pairs")
     if args.page and not len(pairs.positives):
         raise DataError(f"--page: {args.data} {args.split} has no answers, so there is nothing to show")
+    choices = pairs.image_count if args.direction == "text-to-image" else len(pairs.texts)
+    if args.predictions and choices < 10:
+        raise DataError(f"--predictions: a submission names 10 items a query, {args.direction} there are "
+                        f"only {choices} to choose from")
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
         write_predictions(args.predictions, pairs, text_features, image_features, args.direction)

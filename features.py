@@ -129,7 +129,7 @@ def description(clip, pairs: Pairs, texts: list[str], context_length: int) -> di
     return {"model": weights.hexdigest(), "pictures": pairs.fingerprint(),
             "captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "context_length": context_length, "preprocessing": hashlib.sha256(transformed).hexdigest(),
-            "device": clip.logit_scale.device.type,  # which decides the precision
+            "device": clip.logit_scale.device.type, "dtype": str(clip.dtype),  # which decide the precision
             "shapes": [[pairs.image_count, clip.config.embed_dim], [len(texts), clip.config.embed_dim]]}
 
 

@@ -149,7 +149,9 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
 
     A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
     download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one line, for
-    anything else."""
+    anything else, ValueError for another dtype."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: expected torch.float32, torch.bfloat16 or torch.float16")
     part = ("no whole model, a tower to start training from: "
             "`train.py --image-init` (OpenAI's, LAION's) or `--text-init` (a BERT)")
     if name_or_path in download.SOURCES and name_or_path not in download.RELEASED:
@@ -171,6 +173,7 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
         clip.visual.to(memory_format=torch.channels_last)  # what its convolutions are fast in
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config)}, {count:,} parameters"
+          + (f" in {dtype}".replace("torch.", "") if dtype != torch.float32 else "")
           + (f"; left out {dropped}" if dropped else ""))
     return clip, functools.partial(preprocess, resolution=config.visual.resolution)
 

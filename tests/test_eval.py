@@ -315,6 +315,14 @@ def test_weights_in_half_the_bits(clip, weights, tmp_path, monkeypatch):
         found = torch.from_numpy(np.load(tmp_path / "f" / f"{name}_features.npy"))
         cosines = (found * exact).sum(dim=1)
         assert (cosines > 0.999).all() and not torch.equal(found, exact), name
+    with pytest.raises(DataError, match="not the same: model, dtype"):
+        command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--features", tmp_path / "f")
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", torch.int8))
+def test_a_dtype_that_is_none_is_refused(weights, dtype):
+    with pytest.raises(ValueError, match="expected torch.float32"):
+        model.load(weights, dtype=dtype)
 
 
 def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):
