@@ -20,13 +20,14 @@ bench_use.py, bench_train.py, bench_data.py.
 
 import argparse
 import json
+import os
 import sys
 
 import torch
 
 import model
 from bench_data import bench_data
-from bench_peers import machine, table
+from bench_peers import HERE, machine, table
 from bench_train import bench_loss, bench_profile, bench_train, loss_once
 from bench_use import bench_encode, bench_eval, bench_grow, bench_load, bench_start, load_once, recall_once
 
@@ -52,15 +53,18 @@ ONCE = {  # what a measurement starts in a process of its own -> its function, o
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names the defaults and leaves the lines of the examples as they are."""
+
+
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["once"]:
         print(json.dumps(ONCE[argv[1]](*argv[2:])))
         return
-    parser = argparse.ArgumentParser(
-        "bench.py", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("task", choices=(*TASKS, "all"))
+    what, examples, _ = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser("bench.py", description=what, epilog=examples, formatter_class=Help)
+    parser.add_argument("task", choices=(*TASKS, "all"), help="see the end")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="+", default=["ViT-B-16"], choices=model.MODELS, metavar="NAME",
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None):
                 f"{table(TASKS[task](args))}\n")
         print(text)
         if args.write:  # task by task: a later one may fail
-            with open("BENCHMARKS.md", "a", encoding="utf-8") as file:
+            with open(os.path.join(HERE, "BENCHMARKS.md"), "a", encoding="utf-8") as file:
                 file.write(text)
 
 

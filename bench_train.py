@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import model
 import train
 from bench_peers import (
-    CAPTION, gflop, in_turn, median_time, memory_now, peak_memory, peers_of, python, say)
+    CAPTION, gflop, in_turn, median_time, memory_now, memory_of, peak_memory, peers_of, python, say)
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
@@ -52,10 +52,10 @@ def our_step(clip, optimizer, pictures: torch.Tensor, frozen: bool, chunk: int =
 
     def step():
         train.set_train_mode(clip, frozen)
-        optimizer.zero_grad(set_to_none=True)
         parts = list(zip(pictures.split(chunk or len(ids)), ids.split(chunk or len(ids))))
         backward_in_chunks(forward, clip, parts, torch.manual_seed, contrastive_loss)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -75,13 +75,13 @@ def official_step(theirs, pictures: torch.Tensor, frozen: bool):
         theirs.train()
         if frozen:
             theirs.visual.eval()
-        optimizer.zero_grad(set_to_none=True)
         with model.autocast(device):
             image, text, scale = theirs(pictures, ids)
             logits = scale * image @ text.T
             loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -95,10 +95,10 @@ def open_clip_step(theirs, pictures: torch.Tensor, frozen: bool):
 
     def step():
         theirs.train()
-        optimizer.zero_grad(set_to_none=True)
         with model.autocast(pictures.device):
             loss_of(*theirs(pictures, ids)).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -112,7 +112,7 @@ def bench_train(
     """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside each,
     all in turn."""
     rows = [["model", "stage", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
-             "official, of 52", "ratio", "open_clip, of 77", "ratio"]]
+             "official, of 52", "ratio", "its GB", "open_clip, of 77", "ratio", "its GB"]]
     for name, stage in ((name, stage) for name in names for stage in stages):
         config, frozen = model.MODELS[name], stage == "1"
         clip, optimizer = our_model(config, device, frozen)
@@ -128,21 +128,21 @@ def bench_train(
         steps |= {peer: STEPS[peer](theirs, pictures, frozen)
                   for peer, theirs in peers.items() if not isinstance(theirs, str)}
         memory = {way: gigabytes(step, device) / batch for way, step in steps.items()}
-        seconds = in_turn({way: step for way, step in steps.items() if memory[way] < math.inf}, runs)
+        seconds = in_turn({way: step for way, step in steps.items() if memory[way] != math.inf}, runs)
         for way, (_, _, work) in ours.items():
             row = [name, way, "out of memory", "-", "-", "-"]
             if way in seconds:
                 teraflops = batch * work / seconds[way] / 1e3
-                row[2:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", "-", "-"]
-                if device == "cuda":
-                    row[4:] = [f"{teraflops / PEAK:.1%}", f"{memory[way]:.4f}"]
+                share = f"{teraflops / PEAK:.1%}" if device == "cuda" else "-"
+                row[2:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", share, f"{memory[way]:.4f}"]
             for peer, theirs in peers.items():
                 if isinstance(theirs, str):  # why there is none
-                    row += [theirs, "-"]
+                    row += [theirs, "-", "-"]
+                elif peer not in seconds:
+                    row += ["out of memory", "-", "-"]
                 else:
-                    row.append(f"{batch / seconds[peer]:,.2f}" if peer in seconds else "out of memory")
-                    both = peer in seconds and way in seconds
-                    row.append(f"{seconds[peer] / seconds[way]:.2f}" if both else "-")
+                    ratio = f"{seconds[peer] / seconds[way]:.2f}" if way in seconds else "-"
+                    row += [f"{batch / seconds[peer]:,.2f}", ratio, f"{memory[peer]:.4f}"]
             rows.append(row)
             say(row)
         del clip, optimizer, steps, peers
@@ -151,17 +151,13 @@ def bench_train(
 
 
 def gigabytes(step, device: str) -> float:
-    """What a step takes at its peak beyond weights, gradients and moments; inf if a GPU's memory does not
-    suffice, 0 on a CPU, where it is not measured."""
+    """What a step takes at its peak beyond weights and moments, gradients among it; inf if a GPU's memory
+    does not suffice."""
     try:
-        step()  # makes gradients and moments
-        if device == "cpu":
-            return 0.0
-        before = memory_now(device)
-        step()
+        step()  # makes moments
+        return memory_of(step, device) / 1e3
     except torch.OutOfMemoryError:
         return math.inf
-    return (peak_memory(device) - before) / 1e3
 
 
 def bench_profile(names: list[str], device: str, batch: int, runs: int) -> list[list[str]]:

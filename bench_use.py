@@ -17,7 +17,7 @@ import torch
 import convert
 import model
 from bench_peers import (
-    HERE, PAPER_SIZES, gflop, image_features, in_turn, installed, median_time, memory_now,
+    HERE, PAPER_SIZES, gflop, image_features, in_turn, installed, median_time, memory_now, memory_of,
     peak_memory, peers_of, python, say, seconds_of, text_features)
 from bench_train import our_model, our_step, random_pictures
 from data import tokenize
@@ -48,9 +48,10 @@ def bench_encode(names: list[str], device: str, batch: int, runs: int) -> list[l
     """Pictures and captions a second. Pictures are pixels already. Captions are 4 to 19 characters; ours
     start as text, peers' as ids, padded to 52 for the official code as its `tokenize` does, to the longest of
     a batch for transformers. Weights in float32 and, of ours, also in bfloat16; on a GPU all under
-    autocast."""
+    autocast. Memory is what a call takes at its peak, beyond the weights."""
     rows = [["model", "what", "weights", "ours, 1/s", "TFLOP/s", "official", "ratio", "transformers",
-             "ratio", "open_clip", "ratio", "least cosine to float32"]]
+             "ratio", "open_clip", "ratio", "ours, MB", "peers in this order, MB",
+             "least cosine to float32"]]
     for name in names:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
@@ -96,12 +97,14 @@ def rows_of(name, what, count, work, actions, ours, peers, device, runs) -> list
         return run
     actions = {key: under(action) for key, action in actions.items()}
     times, rows = in_turn(actions, runs), []
+    memory = {key: f"{memory_of(action, device):,.0f}" for key, action in actions.items()}
+    theirs = " / ".join(memory.get(peer, "-") for peer in peers)
     exact = model.normalise(actions["float32"]())
     for precision in ours:
         cosine = (exact * model.normalise(actions[precision]())).sum(dim=1).min().item()
         cells = beside(count, times, precision, peers)
         rows.append([name, what, precision, cells[0], f"{work / times[precision] / 1e3:.3f}", *cells[1:],
-                     "-" if precision != "bfloat16" else f"{cosine:.5f}"])
+                     memory[precision], theirs, "-" if precision != "bfloat16" else f"{cosine:.5f}"])
         say(rows[-1])
     return rows
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 
 import pytest
@@ -45,7 +46,7 @@ def in_process(monkeypatch):
 
 
 def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "HERE", str(tmp_path))
     argv = ["all", "--device", "cpu", "--models", "ViT-tiny", "--batch", "4", "--chunk", "2", "--runs", "1",
             "--batches", "32", "--width", "8", "--lines", "50", "--queries", "20", "--gallery", "40",
             "--squares", "30", "--write"]
@@ -61,11 +62,14 @@ def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
                           ("ViT-tiny", "captions, 384")):
         found = {row[2]: row for row in rows if row[:2] == [first, second]}
         assert set(found) == {"float32", "bfloat16"} and float(found["float32"][3].replace(",", "")) > 0
+        assert found["float32"][11:] == [found["float32"][11], "- / - / -", "-"]  # MB
+        assert float(found["float32"][11]) >= 0 or not os.path.exists("/proc/self/clear_refs")
         assert found["float32"][5:7] == ["absent", "-"] and float(found["bfloat16"][-1]) > 0.999
     files = ["ours", "official", "Hugging Face"]
     assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in files] == files
     steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
-    assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in steps] == steps
+    trained = [row for row in rows if row[0] == "ViT-tiny" and row[1] in steps]
+    assert [row[1] for row in trained] == steps and {len(row) for row in trained} == {12}
     for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs", "gallery of 20 queries",
                  "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
