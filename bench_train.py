@@ -111,7 +111,7 @@ def bench_train(
 ) -> list[list[str]]:
     """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside each,
     all in turn."""
-    rows = [["model", "stage", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
+    rows = [["model", "stage", "a step", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
              "official, of 52", "ratio", "its GB", "open_clip, of 77", "ratio", "its GB"]]
     for name, stage in ((name, stage) for name in names for stage in stages):
         config, frozen = model.MODELS[name], stage == "1"
@@ -130,11 +130,11 @@ def bench_train(
         memory = {way: gigabytes(step, device) / batch for way, step in steps.items()}
         seconds = in_turn({way: step for way, step in steps.items() if memory[way] != math.inf}, runs)
         for way, (_, _, work) in ours.items():
-            row = [name, way, "out of memory", "-", "-", "-"]
+            row = [name, way, f"{batch:,} pairs", "out of memory", "-", "-", "-"]
             if way in seconds:
                 teraflops = batch * work / seconds[way] / 1e3
                 share = f"{teraflops / PEAK:.1%}" if device == "cuda" else "-"
-                row[2:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", share, f"{memory[way]:.4f}"]
+                row[3:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", share, f"{memory[way]:.4f}"]
             for peer, theirs in peers.items():
                 if isinstance(theirs, str):  # why there is none
                     row += [theirs, "-", "-"]

@@ -69,7 +69,7 @@ def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
     assert [row[1] for row in rows if row[0] == "ViT-tiny" and row[1] in files] == files
     steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     trained = [row for row in rows if row[0] == "ViT-tiny" and row[1] in steps]
-    assert [row[1] for row in trained] == steps and {len(row) for row in trained} == {12}
+    assert [row[1] for row in trained] == steps and {len(row) for row in trained} == {13}
     for what in ("JPEG 500 x 375, squashed", "index of 50 pictures", "200 M pairs", "gallery of 20 queries",
                  "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
