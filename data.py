@@ -128,13 +128,14 @@ def squash(image: Image.Image, resolution: int) -> torch.Tensor:
     image = as_rgb(image)
     if image.size != (resolution, resolution):
         image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_pixels(picture: torch.Tensor) -> torch.FloatTensor:
     """Bytes [..., 3, S, S] -> pixels with CLIP's mean and std taken out, on the device where they are."""
     mean, std = pixel_statistics(picture.device)
-    return (picture.float() / 255 - mean) / std
+    # (x / 255 - mean) / std, in one piece of memory
+    return picture.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # made once: a copy to a GPU at every step would make the CPU wait for it
