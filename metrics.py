@@ -107,9 +107,10 @@ def cosines(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     products of its loss, moves a cosine by 1e-3, and some of equal features would be ahead of others."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    scores = (queries @ gallery.T).float()
-    torch.set_float32_matmul_precision(allowed)
-    return scores
+    try:
+        return (queries @ gallery.T).float()
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = TILE) -> torch.LongTensor:

@@ -150,7 +150,7 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
     A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
     download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one line, for
     anything else, ValueError for another dtype."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype!r}: expected torch.float32, torch.bfloat16 or torch.float16")
     part = ("no whole model, a tower to start training from: "
             "`train.py --image-init` (OpenAI's, LAION's) or `--text-init` (a BERT)")

@@ -74,19 +74,19 @@ def write_zeroshot(
 
 def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
     """How many percent are found among the K nearest, for K from 1 to all there are (one side's queries are
-    the other side's gallery), on a logarithmic axis: an SVG."""
+    the other side's gallery), on a roughly logarithmic axis: an SVG."""
     most = max(len(ranks) for ranks in ranks_of.values())
     ks = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
     ks = [1, *(k for k in ks[1:] if k < most), most]
-    width, height, step = 640, 300, 640 / (len(ks) - 1)
+    width, height, step = 64 * (len(ks) - 1), 300, 64
     drawn = [f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
              f'<text x="-8" y="{y + 4}" text-anchor="end">{100 - 100 * y // height}</text>'
              for y in range(0, height + 1, height // 5)]
-    drawn += [f'<text x="{step * i:.0f}" y="{height + 20}" text-anchor="middle">{k:,}</text>'
+    drawn += [f'<text x="{step * i}" y="{height + 20}" text-anchor="middle">{k:,}</text>'
               for i, k in enumerate(ks)]
     for line, (name, ranks) in enumerate(ranks_of.items()):
         shares = [(ranks[ranks >= 0] < k).float().mean().item() for k in ks]
-        points = " ".join(f"{step * i:.1f},{height * (1 - share):.1f}" for i, share in enumerate(shares))
+        points = " ".join(f"{step * i},{height * (1 - share):.1f}" for i, share in enumerate(shares))
         colour = ("#d64541", "#346dbd")[line]
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{width - 8}" y="{height - 30 + 18 * line}" text-anchor="end" fill="{colour}">'
