@@ -1,11 +1,11 @@
 """
 How fast data comes, on one core: pictures, captions, indices, the order of 200 million pairs. The task `data`
-of bench.py; the official code and transformers, where they are installed, do the same in turn.
+of bench.py; the official code and transformers, where they are installed, do the same in turn. That pixels
+and ids are the official ones is looked at first.
 """
 
 import base64
 import functools
-import importlib
 import io
 import json
 import math
@@ -38,9 +38,16 @@ def photo(width: int, height: int, seed: int) -> bytes:
 
 
 def bench_data(runs: int, lines: int) -> list[list[str]]:
-    """Pictures from base64 to what a loader hands over, at 224 pixels; the rest as the rows say."""
-    rows = [["what", "ours", "official", "ratio", "transformers", "ratio"]]
+    """Pictures of 224 pixels from base64: to what train.py's loader hands over, bytes, with augmentation and
+    without, and to the pixels of `preprocess`, of the picture in full. Captions that were not seen before.
+    The rest as the rows say."""
+    rows = [["what, on one core", "ours", "official", "ratio", "transformers", "ratio"]]
     processor = transformers_processor(224) if installed("transformers") else None
+    captions = [CAPTION + "%04d款 2024" % n for n in range(2000)]
+    if installed("official"):
+        picture, official_tokenize = opened(base64.b64encode(photo(500, 375, 0))), official_tokenizer()
+        assert torch.allclose(data.preprocess(picture), official_transform("none")(picture), atol=1e-6)
+        assert torch.equal(tokenize(captions), official_tokenize(captions))
 
     def add(what: str, count: int, ours, official, transformers=None):
         actions = {"ours": ours}
@@ -61,27 +68,28 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     torch.set_num_threads(1)
     for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
         encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
-        for how in ("auto", "none"):
-            def ours(encoded=encoded, how=how):
-                for n, line in enumerate(encoded):
-                    image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
-                    data.squash(augment(image, 224, how, random.Random(n)), 224)
+        def loaded(how: str, encoded=encoded):
+            for n, line in enumerate(encoded):
+                image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
+                data.squash(augment(image, 224, how, random.Random(n)), 224)
 
-            def theirs(encoded=encoded, how=how):
-                transform = official_transform(how)
-                for line in encoded:
-                    transform(Image.open(io.BytesIO(base64.urlsafe_b64decode(line))))
+        def transformed(transform, encoded=encoded):
+            for line in encoded:
+                transform(opened(line))
 
-            def processed(encoded=encoded):
-                for line in encoded:
-                    image = Image.open(io.BytesIO(base64.urlsafe_b64decode(line)))
-                    processor.image_processor(image, return_tensors="pt")
+        size = f"JPEG {width} x {height}"
+        for what, how in (("augmented", "auto"), ("not augmented", "none")):
+            add(f"{size}, for training, {what}, pictures/s", count, lambda how=how: loaded(how),
+                lambda how=how: transformed(official_transform(how)))
+        add(f"{size}, preprocess, pictures/s", count, lambda: transformed(data.preprocess),
+            lambda: transformed(official_transform("none")),
+            lambda: transformed(lambda image: processor.image_processor(image, return_tensors="pt")))
 
-            add(f"JPEG {width} x {height}, {'augmented' if how == 'auto' else 'squashed'}, pictures/s", count,
-                ours, theirs, None if how == "auto" else processed)
-    captions = [CAPTION + "%04d款 2024" % n for n in range(2000)]
-    add("tokenize, captions/s", len(captions), lambda: tokenize(captions),
-        lambda: importlib.import_module("cn_clip.clip").tokenize(captions),
+    def tokenized():
+        data.word_ids.cache_clear()
+        tokenize(captions)
+
+    add("tokenize, captions/s", len(captions), tokenized, lambda: official_tokenize(captions),
         lambda: processor.tokenizer(captions, padding="max_length", max_length=52, truncation=True,
                                     return_tensors="pt"))
 
@@ -123,6 +131,15 @@ class Numbers(pairs.Pairs):
 
     def __len__(self) -> int:
         return 200_000_000
+
+
+def opened(line: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(base64.urlsafe_b64decode(line)))
+
+
+def official_tokenizer():
+    from cn_clip.clip import tokenize as theirs
+    return theirs
 
 
 @functools.cache

@@ -7,12 +7,12 @@ English text tower. All have float32 weights, on a CPU without autocast, on a GP
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import math
 import os
 import platform
@@ -62,13 +62,14 @@ def transformers(clip: model.ChineseCLIP) -> torch.nn.Module:
 
 
 def transformers_processor(resolution: int):
-    """Its tokenizer and its picture transform, of the files that convert.py writes."""
+    """Its tokenizer and its picture transform, of the files that convert.py writes. It resizes by torchvision
+    if that is installed: faster than Pillow, and off by one grey level of 255."""
     from transformers import ChineseCLIPProcessor
     small = model.MODELS["ViT-tiny"]
     visual = dataclasses.replace(small.visual, resolution=resolution)
     with tempfile.TemporaryDirectory() as folder:
         convert.save_hugging_face(model.ChineseCLIP(dataclasses.replace(small, visual=visual)), folder)
-        return ChineseCLIPProcessor.from_pretrained(folder, backend="pil")
+        return ChineseCLIPProcessor.from_pretrained(folder)
 
 
 def open_clip(clip: model.ChineseCLIP) -> torch.nn.Module:
@@ -179,19 +180,25 @@ def python(*arguments: str) -> str:
 
 
 def memory_of(action, device: str) -> float:
-    """MB that one call takes at its peak beyond what is there before it."""
-    before = memory_now(device)
-    action()
-    return peak_memory(device) - before
+    """MB that one call holds at its peak, beyond what was there before it, as torch's allocator counts them
+    (not what Python and libraries take beside it). For a CPU it tells a profiler what it gives and takes."""
+    if device == "cuda":
+        before = memory_now(device)
+        action()
+        return peak_memory(device) - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        action()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0) / 1e6
 
 
 def memory_now(device: str) -> float:
-    """MB in use; from here on `peak_memory` begins anew. On a CPU of Linux alone: elsewhere nan."""
+    """MB that the process has; from here on `peak_memory` begins anew. On a CPU of Linux alone: elsewhere
+    nan."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc's: what was freed is not in use
-            ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
     return peak_memory(device)
@@ -204,7 +211,7 @@ def peak_memory(device: str) -> float:
     if not os.path.exists("/proc/self/status"):
         return math.nan
     with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e3
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def table(rows: list[list[str]]) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import model
 import train
 from bench_peers import (
-    CAPTION, gflop, in_turn, median_time, memory_now, memory_of, peak_memory, peers_of, python, say)
+    CAPTION, gflop, in_turn, median_time, memory_of, peers_of, python, say)
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
@@ -111,7 +111,7 @@ def bench_train(
 ) -> list[list[str]]:
     """A row each model and stage: ours plain, in chunks, with cached features; a peer's one way beside each,
     all in turn."""
-    rows = [["model", "stage", "a step", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB a pair",
+    rows = [["model", "stage", "a step", "pairs/s of 12 tokens", "TFLOP/s", f"share of {PEAK}", "GB",
              "official, of 52", "ratio", "its GB", "open_clip, of 77", "ratio", "its GB"]]
     for name, stage in ((name, stage) for name in names for stage in stages):
         config, frozen = model.MODELS[name], stage == "1"
@@ -127,14 +127,14 @@ def bench_train(
         peers = peers_of(clip, tuple(STEPS))
         steps |= {peer: STEPS[peer](theirs, pictures, frozen)
                   for peer, theirs in peers.items() if not isinstance(theirs, str)}
-        memory = {way: gigabytes(step, device) / batch for way, step in steps.items()}
+        memory = {way: gigabytes(step, device) for way, step in steps.items()}
         seconds = in_turn({way: step for way, step in steps.items() if memory[way] != math.inf}, runs)
         for way, (_, _, work) in ours.items():
             row = [name, way, f"{batch:,} pairs", "out of memory", "-", "-", "-"]
             if way in seconds:
                 teraflops = batch * work / seconds[way] / 1e3
                 share = f"{teraflops / PEAK:.1%}" if device == "cuda" else "-"
-                row[3:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", share, f"{memory[way]:.4f}"]
+                row[3:] = [f"{batch / seconds[way]:,.2f}", f"{teraflops:.3f}", share, f"{memory[way]:.2f}"]
             for peer, theirs in peers.items():
                 if isinstance(theirs, str):  # why there is none
                     row += [theirs, "-", "-"]
@@ -142,7 +142,7 @@ def bench_train(
                     row += ["out of memory", "-", "-"]
                 else:
                     ratio = f"{seconds[peer] / seconds[way]:.2f}" if way in seconds else "-"
-                    row += [f"{batch / seconds[peer]:,.2f}", ratio, f"{memory[peer]:.4f}"]
+                    row += [f"{batch / seconds[peer]:,.2f}", ratio, f"{memory[peer]:.2f}"]
             rows.append(row)
             say(row)
         del clip, optimizer, steps, peers
@@ -192,12 +192,10 @@ def loss_once(batch: int, width: int, dense: bool, device: str, runs: int) -> tu
     scale = torch.tensor(50.0, device=device, requires_grad=True)
 
     def step():
-        image.grad = text.grad = scale.grad = None
         contrastive_loss(image, text, scale, dense=dense).backward()
+        image.grad = text.grad = scale.grad = None
 
-    before = memory_now(device)
-    seconds = median_time(step, runs)
-    return seconds, peak_memory(device) - before
+    return median_time(step, runs), memory_of(step, device)
 
 
 def bench_loss(batches: list[int], width: int, device: str, runs: int) -> list[list[str]]:

@@ -7,6 +7,7 @@ What is measured by memory, or after a fresh start, runs in a process of its own
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def bench_encode(names: list[str], device: str, batch: int, runs: int) -> list[l
     """Pictures and captions a second. Pictures are pixels already. Captions are 4 to 19 characters; ours
     start as text, peers' as ids, padded to 52 for the official code as its `tokenize` does, to the longest of
     a batch for transformers. Weights in float32 and, of ours, also in bfloat16; on a GPU all under
-    autocast. Memory is what a call takes at its peak, beyond the weights."""
+    autocast. Weights and pixels are random. Memory is what a call takes at its peak, beyond the weights."""
     rows = [["model", "what", "weights", "ours, 1/s", "TFLOP/s", "official", "ratio", "transformers",
              "ratio", "open_clip", "ratio", "ours, MB", "peers in this order, MB",
              "least cosine to float32"]]
@@ -127,24 +128,25 @@ def bench_load(names: list[str], device: str, runs: int) -> list[list[str]]:
                 path = os.path.join(folder, file)
                 save(clip, path)
                 size = os.path.getsize(os.path.join(path, "model.safetensors") if form[0] == "H" else path)
-                ours = loaded("ours", name, path, device, runs)
+                there = peer and installed(peer) and name in PAPER_SIZES
+                ours, theirs = loaded(["ours", peer] if there else ["ours"], name, path, device, runs)
                 row = [name, form, f"{size / 1e6:,.0f}", f"{ours[0]:.2f}", f"{ours[1]:,.0f}"]
-                if not peer:
-                    row += ["-"] * 4
-                elif not installed(peer) or name not in PAPER_SIZES:
+                if there:
+                    row += [peer, f"{theirs[0]:.2f}", f"{theirs[1]:,.0f}", f"{theirs[0] / ours[0]:.1f}"]
+                elif peer:
                     row += [peer, "no such model" if installed(peer) else "absent", "-", "-"]
                 else:
-                    theirs = loaded(peer, name, path, device, runs)
-                    row += [peer, f"{theirs[0]:.2f}", f"{theirs[1]:,.0f}", f"{theirs[0] / ours[0]:.1f}"]
+                    row += ["-"] * 4
                 rows.append(row)
                 say(row)
     return rows
 
 
-def loaded(who: str, name: str, path: str, device: str, runs: int) -> tuple[float, float]:
-    """-> (seconds, MB) of the run that takes the median time."""
-    said = [python("bench.py", "once", "load", who, name, path, device) for _ in range(runs)]
-    return sorted(json.loads(lines.splitlines()[-1]) for lines in said)[runs // 2]
+def loaded(who: list[str], name: str, path: str, device: str, runs: int) -> list[tuple[float, float]]:
+    """-> (seconds, MB) of ours and of a peer, or None: each in turn, of each the run of the median time."""
+    said = [[json.loads(python("bench.py", "once", "load", one, name, path, device).splitlines()[-1])
+             for one in who] for _ in range(runs)]
+    return [*(sorted(of_one)[runs // 2] for of_one in zip(*said)), None][:2]
 
 
 def load_once(who: str, name: str, path: str, device: str) -> tuple[float, float]:
@@ -185,7 +187,7 @@ def pairs_of(queries: int, gallery: int, width: int) -> tuple[torch.Tensor, torc
 def bench_eval(device: str, runs: int, queries: int, gallery: int, squares: list[int], width: int
                ) -> list[list[str]]:
     """Recall of both directions, and the official script's one direction: its time for more queries less its
-    time for few of them, which takes reading and start-up out, for all queries."""
+    time for few of them, which takes reading and start-up out, for all queries. The squares are run once."""
     rows = [["what", "ours, s", "peak, MB over the features", "official, s", "ratio"]]
     texts, images, positives = (x.to(device) for x in pairs_of(queries, gallery, width))
     ours = median_time(lambda: recall_at_k(texts, images, positives), runs)
@@ -193,14 +195,16 @@ def bench_eval(device: str, runs: int, queries: int, gallery: int, squares: list
     if installed("official"):
         some, few = min(250, queries), min(50, queries // 2)
         with tempfile.TemporaryDirectory() as folder:
-            seconds = [seconds_of(lambda: official_predictions(folder, texts[:n], images))
-                       for n in (1, few, some)][1:]  # the first also writes the pictures' features
+            official_predictions(folder, texts[:1], images)  # also writes the pictures' features
+            more = [-seconds_of(lambda: official_predictions(folder, texts[:few], images))
+                    + seconds_of(lambda: official_predictions(folder, texts[:some], images))
+                    for _ in range(runs)]
             with open(os.path.join(folder, "out.jsonl"), encoding="utf-8") as file:
                 found = [json.loads(line) for line in file]
         for k in (1, 5, 10):
             theirs = 100 * sum(it["text_id"] in it["image_ids"][:k] for it in found) / some
             assert abs(theirs - recall_at_k(texts[:some], images, positives[:some])[0][f"R@{k}"]) < 1e-3
-        theirs = (seconds[1] - seconds[0]) / (some - few) * queries
+        theirs = statistics.median(more) / (some - few) * queries
         row[3:] = ["too few queries to tell", "-"]
         if theirs > 1:  # below, it is the noise of starting two processes
             row[3:] = [f"{theirs:,.0f} (text to image alone)", f"{theirs / ours:,.0f}"]
@@ -239,7 +243,7 @@ def recall_once(count: int, width: int, device: str) -> tuple[float, float]:
 
 
 def bench_start(runs: int) -> list[list[str]]:
-    """Until a command answers, and until train.py has made its first step."""
+    """Until a command answers, and, once, until train.py has made its first step."""
     rows = [["what", "seconds"]]
     starts = {"import torch, the floor": ["-c", "import torch"], "import model": ["-c", "import model"],
               "eval.py --help": ["eval.py", "--help"], "train.py --help": ["train.py", "--help"],
@@ -291,7 +295,7 @@ def bench_grow(name: str, device: str, runs: int, batch: int, queries: int, widt
         f"gallery of {queries:,} queries, both directions": (
             5 * queries, lambda n: lambda: recall_at_k(texts, images[:n], positives))}
     for what, (count, action) in grows.items():
-        seconds = [median_time(action(count * times), runs) for times in (1, 2, 4, 8)]
+        seconds = list(in_turn({times: action(count * times) for times in (1, 2, 4, 8)}, runs).values())
         rows.append([what, f"{count:,}", *(f"{s:.2f}" for s in seconds), f"{seconds[3] / seconds[0]:.2f}"])
         say(rows[-1])
     return rows
