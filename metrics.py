@@ -78,7 +78,7 @@ def best_right(queries, gallery, positives) -> tuple[torch.Tensor, torch.Tensor]
     one."""
     best = [torch.full((len(side),), -torch.inf, dtype=torch.float32, device=side.device)
             for side in (queries, gallery)]
-    for some in positives.split(1 << 16):
+    for some in positives.split(1 << 14):
         scores = (queries[some[:, 0]] * gallery[some[:, 1]]).sum(dim=1).float()  # [some]
         for column, best_of in enumerate(best):
             best_of.scatter_reduce_(0, some[:, column], scores, "amax")
