@@ -164,6 +164,10 @@ def in_turn(actions: dict, runs: int) -> dict[str, float]:
     """Name -> seconds of one call: the median of `runs` after one that warms up. One after the other in every
     round, so that a machine that is busy for a while is slow for all."""
     rounds = [[seconds_of(action) for action in actions.values()] for _ in range(runs + 1)][1:]
+    for name, seconds in zip(actions, zip(*rounds)):
+        if max(seconds) > 2 * min(seconds):
+            print(f"   {name or 'it'}: {min(seconds):.3f} to {max(seconds):.3f} s, no figure to trust; is "
+                  "anything else running? OMP_NUM_THREADS=1 is steadier then")
     return dict(zip(actions, map(statistics.median, zip(*rounds))))
 
 

@@ -112,8 +112,8 @@ def run_retrieval(args, clip) -> dict:
         raise DataError(f"--page: {args.data} {args.split} has no answers, so there is nothing to show")
     choices = pairs.image_count if args.direction == "text-to-image" else len(pairs.texts)
     if args.predictions and choices < 10:
-        raise DataError(f"--predictions: a submission names 10 items a query, {args.direction} there are "
-                        f"only {choices} to choose from")
+        raise DataError(f"--predictions: 10 items a query make a submission, but {args.direction} has only "
+                        f"{choices} to choose from")
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
         write_predictions(args.predictions, pairs, text_features, image_features, args.direction)
@@ -176,14 +176,14 @@ def run_prompts(args, clip) -> dict:
 
 def run_calibrate(args, clip) -> dict:
     pairs = open_pairs(args.data, args.split)
+    test = open_pairs(args.data, args.test) if args.test else None  # before anything is encoded
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
     result = calibrate(text_features, image_features, pairs.positives, args.precision, args.prior)
     print(calibration_table(result))
-    if args.test and result["threshold"] is not None:
-        pairs = open_pairs(args.data, args.test)
-        image_features, text_features = pair_features(clip, pairs, args.context_length)
+    if test and result["threshold"] is not None:
+        image_features, text_features = pair_features(clip, test, args.context_length)
         result["test"] = at_threshold(
-            text_features, image_features, pairs.positives, result["threshold"], result["prior"])
+            text_features, image_features, test.positives, result["threshold"], result["prior"])
         print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
             args.test, **result["test"]))
     print("\n" + WHY)

@@ -143,6 +143,7 @@ def open_features(folder: str, of: dict) -> tuple[torch.Tensor, torch.Tensor] | 
         with open(header, encoding="utf-8") as file:
             found = json.load(file)
         other = [key for key, value in of.items() if found.get(key) != value]
+        other = [key for key in other if key != "model" or "dtype" not in other]  # of which it is a digest
     except (ValueError, AttributeError):
         raise DataError(
             f"{header}: not the header of kept features; delete it, or name another folder") from None

@@ -84,6 +84,8 @@ class ChineseCLIP(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, 3, S, S] from `preprocess` -> [B, E], not normalised."""
+        if pixels.ndim != 4:
+            raise ValueError(f"pixels {list(pixels.shape)}: expected [B, 3, S, S]; one picture needs [None]")
         return self.visual(pixels.to(self.dtype))
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def write_retrieval(
     for text, images in zip(worst.tolist(), first):
         right = pairs.positives[pairs.positives[:, 0] == text, 1]  # [its pictures]
         best = int(right[(image_features[right] @ text_features[text]).argmax()])
-        place = f"<small>(place {text_ranks[text] + 1:,})</small>"
+        place = f"<small>(place {text_ranks[text] + 1:,} of {len(image_features):,})</small>"
         parts.append(f"<p>{html.escape(pairs.text(text))} {place}</p>")
         before = [image for image in images if image not in right][: int(text_ranks[text])]
         shown = [best, *before]
@@ -91,7 +91,7 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{width - 8}" y="{height - 30 + 18 * line}" text-anchor="end" fill="{colour}">'
                      f"{name}</text>")
-    return ("<h2>Found among the K nearest, percent</h2>"
+    return ("<h2>Found among the K nearest, percent; below: K</h2>"
             f'<svg viewBox="-50 -20 {width + 80} {height + 60}" width="{width + 80}">{"".join(drawn)}</svg>')
 
 

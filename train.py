@@ -25,6 +25,8 @@ import sys
 import time
 import zlib
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads wait without using up a core
+
 import torch
 import torch.distributed as dist
 
@@ -257,7 +259,8 @@ def train(act: str, cfg: Config) -> list[dict]:
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("   each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
-    if cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
+    starts_from = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
+    if starts_from and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
     shared, floor = data.repeats(stream, B, max(1, min(8, 8192 // B))) if rank == 0 else (0, 0)
     say(f"   loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "

@@ -279,6 +279,11 @@ def test_similarity_is_scaled_cosine_and_its_transpose():
     assert difference(per_image, clip.logit_scale.exp().detach() * cosine) < 1e-5
 
 
+def test_a_picture_without_a_batch_is_told_what_it_lacks():
+    with pytest.raises(ValueError, match=r"pixels \[3, 32, 32\]: .*\[None\]"):
+        built("ViT-tiny").encode_image(random_pixels(1, 32)[0])
+
+
 def test_half_precision_models_take_float32_pixels():
     clip = built("ViT-tiny").bfloat16()
     with torch.no_grad():

@@ -78,7 +78,7 @@ def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsy
     page.write_retrieval(str(path), "model & data", "a <table>", Seven(), texts, images, *ranks)
     text = whole(path)
     assert "model &amp; data" in text and "a &lt;table&gt;" in text
-    shown = re.findall(r"<p>(.*?) <small>\(place (\d+)\)", text)
+    shown = re.findall(r"<p>(.*?) <small>\(place (\d+) of 7\)", text)
     assert sorted(shown) == sorted([("第5张", "7"), ("&lt;script&gt;alert(1)&lt;/script&gt; &amp; 好", "7")])
     order = [2, 5] if "script" in shown[0][0] else [5, 2]  # both at the same place, so either may come first
     assert [near(pixel, COLOURS[row]) for pixel, row in zip(pictures(text, "right"), order)] == [True, True]

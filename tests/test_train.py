@@ -283,9 +283,12 @@ def test_the_log_is_json_lines(pairs, tmp_path):
 
 
 def test_a_rate_far_above_the_recipes_is_said(pairs, tmp_path, capsys):
-    for lr, warned in ((1e-2, True), (0.0, False)):
-        train.train("act", train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=1, lr=lr, workers=0,
-                                        out=str(tmp_path / str(lr)), device="cpu"))
+    start = str(tmp_path / "start.safetensors")
+    model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
+    for lr, init, warned in ((1e-2, start, True), (0.0, start, False), (1e-2, "", False)):  # last: from nothing
+        train.train("act", train.Config(
+            model="ViT-tiny", data=pairs, batch_size=8, steps=1, lr=lr, init=init, workers=0,
+            out=str(tmp_path / f"{lr}{bool(init)}"), device="cpu"))
         assert ("more than four times the recipe's rate" in capsys.readouterr().out) == warned
 
 
