@@ -68,19 +68,20 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     torch.set_num_threads(1)
     for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
         encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
-        def loaded(how: str, encoded=encoded):
+
+        def loaded(how: str):
             for n, line in enumerate(encoded):
                 image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
                 data.squash(augment(image, 224, how, random.Random(n)), 224)
 
-        def transformed(transform, encoded=encoded):
+        def transformed(transform):
             for line in encoded:
                 transform(opened(line))
 
         size = f"JPEG {width} x {height}"
         for what, how in (("augmented", "auto"), ("not augmented", "none")):
-            add(f"{size}, for training, {what}, pictures/s", count, lambda how=how: loaded(how),
-                lambda how=how: transformed(official_transform(how)))
+            add(f"{size}, for training, {what}, pictures/s", count, lambda: loaded(how),
+                lambda: transformed(official_transform(how)))
         add(f"{size}, preprocess, pictures/s", count, lambda: transformed(data.preprocess),
             lambda: transformed(official_transform("none")),
             lambda: transformed(lambda image: processor.image_processor(image, return_tensors="pt")))
