@@ -9,11 +9,14 @@ Captions to token ids, pictures to pixels, and the order in which pairs are seen
 Where pairs come from: sources.py.
 """
 
+import atexit
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import random
+import signal
 import unicodedata
 from typing import NamedTuple
 
@@ -138,6 +141,12 @@ def to_pixels(picture: torch.Tensor) -> torch.FloatTensor:
     return picture.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
+def on_device(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a loader gives -> pixels, or features of a frozen tower, on the device."""
+    pictures = pictures.to(device, non_blocking=True)
+    return to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
+
+
 @functools.cache  # made once: a copy to a GPU at every step would make the CPU wait for it
 def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """-> mean and standard deviation of the channels, [3, 1, 1] both."""
@@ -247,12 +256,12 @@ class Stream(torch.utils.data.Dataset):
         return squash(image, self.resolution), caption
 
     def __getitem__(self, position: int) -> Sample:
-        """A broken pair is replaced by the next one of its epoch; a hundred in a row mean that the data set
-        is broken, not a pair."""
-        count, problems = len(self.pairs), []
-        epoch, offset = divmod(position, count)
+        """A broken pair is replaced by one from anywhere in the set, by a hash of seed and position. Its
+        neighbour in the order would be the same batch's next pair: a twin there is a false negative. A
+        hundred broken ones mean that the data set is broken, not a pair."""
+        index, problems = self.index(position), []
+        others = random.Random(f"{self.seed} instead of {position}")
         while len(problems) < 100:
-            index = self.index(epoch * count + (offset + len(problems)) % count)
             try:
                 picture, caption = self.pair(index, position)
                 return Sample(picture, caption, self.keys(index, caption), problems)
@@ -260,7 +269,8 @@ class Stream(torch.utils.data.Dataset):
                 raise
             except DataError as error:
                 problems.append(str(error))
-        raise DataError(f"100 broken pairs in a row, the last: {problems[-1]}")
+                index = others.randrange(len(self.pairs))
+        raise DataError(f"100 broken pairs for one position, the last: {problems[-1]}")
 
 
 def collate(samples: list[Sample], context_length: int) -> Batch:
@@ -294,10 +304,28 @@ def batches(
     ranks."""
     share = batch_size // world_size
     chunk = chunk or share
+    if workers:
+        atexit.register(end_workers)
     return torch.utils.data.DataLoader(
         stream, num_workers=workers, batch_sampler=Chunks(batch_size, steps, rank, share, chunk),
         collate_fn=functools.partial(collate, context_length=context_length),
-        pin_memory=torch.cuda.is_available())
+        worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available())
+
+
+def leave_signals(worker: int):
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run, and are answered by the training process
+    alone: it needs its workers until the step is done, and ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At the end of a process, for workers whose loader an error left open: multiprocessing would end them by
+    a SIGTERM, which they ignore, and wait for ever."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch calls their end an error
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
