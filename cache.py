@@ -20,14 +20,13 @@ import shutil
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import model
 from augment import augment
 from data import DRAFT, preprocess
-from loss import rank, world_size
+from loss import rank, wait_for_all, world_size
 from pairs import DataError, Pairs, SourceChanged
 from weights import write_json
 
@@ -74,7 +73,7 @@ def description(clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, ho
         "image_tower": digest.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
         "views": views, "augment": how, "seed": seed, "visual": dataclasses.asdict(clip.config.visual),
         "embed_dim": clip.config.embed_dim, "block": BLOCK, "transform": transform(how),
-        "device": clip.logit_scale.device.type,  # which decides the precision
+        "precision": str(model.precision(clip.logit_scale.device)),
     }
 
 
@@ -98,8 +97,7 @@ def open_features(
     if rank() == 0:
         wanted = json.loads(json.dumps(description(clip, pairs, views, seed, how)))  # as it reads after JSON
         prepare(folder, wanted, count * row_bytes, len(blocks))
-    if world_size() > 1:
-        dist.barrier()
+    wait_for_all()
     with open(done_path, "rb") as file:
         done = file.read()
     if rank() == 0:
@@ -124,8 +122,7 @@ def open_features(
             ticks.write(b"\1")
             ticks.flush()
     clip.train(training)
-    if world_size() > 1:
-        dist.barrier()
+    wait_for_all()
     return Features(path, shape)
 
 

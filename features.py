@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import model
 from data import preprocess, squash, to_pixels, tokenize
-from loss import rank, world_size
+from loss import rank, wait_for_all, world_size
 from pairs import DataError, Pairs
 from weights import replace, write_json
 
@@ -42,6 +42,7 @@ def encode(function, items, batch_size: int, what: str, get=None) -> torch.Tenso
     for _ in tqdm(mine, desc=what, delay=2, leave=False, disable=None if rank() == 0 else True):
         parts[0].append(model.normalise(function(next(ready))).cpu())
     if world_size() > 1:
+        wait_for_all()
         own, parts = parts[0], [[]] * world_size()
         dist.all_gather_object(parts, own)
     features = torch.cat([parts[i % world_size()][i // world_size()] for i in range(len(batches))])
@@ -129,7 +130,7 @@ def description(clip, pairs: Pairs, texts: list[str], context_length: int) -> di
     return {"model": weights.hexdigest(), "pictures": pairs.fingerprint(),
             "captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "context_length": context_length, "preprocessing": hashlib.sha256(transformed).hexdigest(),
-            "device": clip.logit_scale.device.type, "dtype": str(clip.dtype),  # which decide the precision
+            "precision": str(model.precision(clip.logit_scale.device)), "dtype": str(clip.dtype),
             "shapes": [[pairs.image_count, clip.config.embed_dim], [len(texts), clip.config.embed_dim]]}
 
 

@@ -123,15 +123,16 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
 
 
 def autocast(device: torch.device):
-    """The precision of a forward pass: bfloat16 on a GPU that has it, else float16 (train.py adds a scaler),
-    float32 on a CPU. Parameters stay float32 everywhere."""
-    return torch.autocast(device.type, dtype=half_type(device), enabled=device.type == "cuda")
+    """A forward pass in the precision of the device; parameters stay as they are."""
+    return torch.autocast(device.type, dtype=precision(device), enabled=device.type == "cuda")
 
 
-def half_type(device: torch.device) -> torch.dtype:
-    """bfloat16 where the GPU computes in it, not where it only emulates it (V100, T4)."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+def precision(device: torch.device) -> torch.dtype:
+    """What a forward pass computes in: bfloat16 on a GPU that computes in it and does not only emulate it
+    (as V100 and T4 do), else float16 (train.py adds a scaler); float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 # ------------------------------------------------------------------------------------------------------------

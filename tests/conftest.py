@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 import download  # noqa: E402
 
@@ -44,12 +45,33 @@ def random_pixels(batch: int, resolution: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
 
 
-def whole_batch(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss):
-    """What `loss.backward_in_chunks` must equal: the same chunks, everything kept, one graph."""
-    features = []
+def features(seed: int, n: int, E: int = 6, dtype=torch.float64) -> torch.Tensor:
+    return F.normalize(torch.randn(n, E, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+def gradients(loss_of, *inputs) -> list:
+    """Value and gradients of a loss; None where an input needs none."""
+    leaves = [x.clone().requires_grad_(needs) for x, needs in inputs]
+    value = loss_of(*leaves)
+    (3 * value).backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def whole_batch(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss, ranks=1):
+    """What `chunks.backward_in_chunks` must equal: the same chunks, everything kept, one graph. BatchNorm's
+    running statistics are the mean of those that each of `ranks` processes gets from its share of the
+    chunks."""
+    features, start, ends = [], [buffer.clone() for buffer in towers.buffers()], []
     for k, part in enumerate(parts):
+        if k % (len(parts) // ranks) == 0:  # a process begins with what all had
+            for buffer, value in zip(towers.buffers(), start):
+                buffer.data.copy_(value)
         seed_chunk(k)
         features.append(forward(*part))
+        if (k + 1) % (len(parts) // ranks) == 0:
+            ends.append([buffer.clone() for buffer in towers.buffers()])
+    for buffer, *values in zip(towers.buffers(), *ends):
+        buffer.data.copy_(sum(values) / ranks)
     images, texts, scales = zip(*features)
     value = loss_of(torch.cat(images), torch.cat(texts), scales[0])
     scale_loss(value).backward()

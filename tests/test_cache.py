@@ -149,9 +149,19 @@ def test_broken_pictures_are_named_when_their_turn_comes(pairs, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "pairs" / "train3.png")  # readable again: still not a feature
     later = [stream[position] for position in range(10)]
     assert any("could not when its features were cached" in p for sample in later for p in sample.problems)
-    told = [problem for sample in samples for problem in sample.problems]
-    assert len(told) == 1 and "train3.png" in told[0]
+    told = {problem for sample in samples for problem in sample.problems}
+    assert len(told) == 1 and "train3.png" in told.pop()
     assert all(sample.picture.shape == (16,) and sample.picture.isfinite().all() for sample in samples)
+
+
+def test_the_header_names_the_precision(pairs, tmp_path, monkeypatch):
+    """Of two GPUs one may compute in bfloat16 and the other in float16: their features are not the same."""
+    opened(tmp_path, pairs)
+    header = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
+    assert header["precision"] == "torch.float32"
+    monkeypatch.setattr(cache.model, "precision", lambda device: torch.float16)
+    with pytest.raises(DataError, match="features of another precision"):
+        opened(tmp_path, pairs)
 
 
 def test_drawn_scenes_have_nothing_to_cache(tmp_path):

@@ -1,20 +1,19 @@
 """The loss against the formula, by hand and in several processes."""
 
+import datetime
 import math
+import time
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import whole_batch
+from conftest import features, gradients
 
 import loss
-from loss import backward_in_chunks, contrastive_loss, distillation_loss, gather, in_batch_accuracy
-
-
-def features(seed: int, n: int, E: int = 6, dtype=torch.float64) -> torch.Tensor:
-    return F.normalize(torch.randn(n, E, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+from loss import contrastive_loss, gather, in_batch_accuracy
 
 
 def test_two_orthogonal_pairs_by_hand():
@@ -94,15 +93,7 @@ def test_ranks_together_give_the_loss_and_gradient_of_the_whole_batch(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# repeated pairs, tiles, chunks
-
-
-def gradients(loss_of, *inputs) -> list:
-    """Value and gradients of a loss; None where an input needs none."""
-    leaves = [x.clone().requires_grad_(needs) for x, needs in inputs]
-    value = loss_of(*leaves)
-    (3 * value).backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
+# repeated pairs, tiles
 
 
 @pytest.mark.parametrize("tile", [1, 4, 7, 100])
@@ -161,97 +152,45 @@ def test_multi_targets_without_repeats_are_one_hot():
     torch.testing.assert_close(contrastive_loss(image, text, scale, keys), one_hot)
 
 
-def test_distillation_by_hand_and_its_gradient():
-    image, text, scale = features(0, 4), features(1, 4), torch.tensor(3.0).double()
-    teacher = features(2, 4, E=9), features(3, 4, E=9), torch.tensor(8.0).double()
-    expected = 0
-    for rows, columns, r, c in ((image, text, teacher[0], teacher[1]), (text, image, teacher[1], teacher[0])):
-        targets, logits = (8 * r @ c.T).softmax(1), 3 * rows @ columns.T
-        expected = expected - (targets * logits.log_softmax(1)).sum(1).mean() / 2
-    value, *grads = gradients(
-        lambda i, t, s: distillation_loss(i, t, s, teacher), (image, True), (text, True), (scale, True))
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
-    assert all(grad.abs().max() > 1e-3 for grad in grads)
-    # a student that says what the teacher says has the least loss: the teacher's entropy, no gradient
-    value, *grads = gradients(lambda *x: distillation_loss(*x, teacher), *((x, True) for x in teacher))
-    assert all(grad.abs().max() < 1e-12 for grad in grads)
+# ------------------------------------------------------------------------------------------------------------
+# which device a process has; no GPU is needed to ask
 
 
-class Towers(torch.nn.Module):
-    """Two small towers with dropout and BatchNorm, and the temperature."""
-
-    def __init__(self, frozen: bool = False):
-        super().__init__()
-        torch.manual_seed(0)
-        linear = torch.nn.Linear
-        self.visual = torch.nn.Sequential(linear(5, 8), torch.nn.BatchNorm1d(8), linear(8, 6))
-        self.text = torch.nn.Sequential(linear(3, 8), torch.nn.Dropout(0.5), linear(8, 6))
-        self.scale = torch.nn.Parameter(torch.tensor(2.0))
-        self.double().visual.requires_grad_(not frozen).train(not frozen)
-
-    def forward(self, pixels, ids):
-        images = self.visual(pixels) if pixels.shape[1] == 5 else pixels  # or features, of a frozen tower
-        return *(F.normalize(x, dim=1) for x in (images, self.text(ids))), self.scale.exp()
+def gpus(monkeypatch, count: int, local_rank: int) -> torch.device:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=device))
+    return loss.join_processes("cuda")
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("chunk", [1, 3, 4, 5])
-def test_chunks_equal_one_graph(chunk, frozen):
-    """With dropout on and BatchNorm training; against the same chunks in one graph that keeps everything."""
-    if chunk == 1 and not frozen:
-        pytest.skip("BatchNorm has no statistics of one row")
-    batch = torch.randn(12, 5).double(), torch.randn(12, 3).double()
-    if 12 % chunk == 1:
-        batch = tuple(x[:-1] for x in batch)
-    seed = torch.manual_seed
-    chunked, whole = Towers(frozen), Towers(frozen)
-    pieces = list(zip(*(x.split(chunk) for x in batch)))
-    value, image, _ = backward_in_chunks(chunked, chunked, pieces, seed, contrastive_loss)
-    expected, images, _ = whole_batch(whole, whole, pieces, seed, contrastive_loss)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(image, images, rtol=1e-12, atol=0)
-    for (name, p), q in zip(chunked.named_parameters(), whole.parameters()):
-        assert (p.grad is None) == (q.grad is None) == (frozen and name.startswith("visual.")), name
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-13)
-    for (name, one), other in zip(chunked.named_buffers(), whole.buffers()):  # moved once, not twice
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+def test_a_process_that_sees_one_gpu_alone_has_it(monkeypatch):
+    """SLURM may show each task its own GPU only, which is number 0 there whatever the task's number."""
+    assert gpus(monkeypatch, 1, 3) == torch.device("cuda", 0)
+    assert gpus(monkeypatch, 8, 3) == torch.device("cuda", 3)
+    with pytest.raises(SystemExit, match="more processes than the 2 GPUs here; --nproc-per-node 2"):
+        gpus(monkeypatch, 2, 3)
 
 
-def test_adding_up_small_batches_is_another_gradient():
-    """Why there is `backward_in_chunks`: accumulation never lets pairs of different chunks compete."""
-    batch = torch.randn(8, 5).double(), torch.randn(8, 3).double()
-    exact, added = Towers(), Towers()
-    exact.eval()
-    added.eval()
-    parts = list(zip(*(x.split(4) for x in batch)))
-    backward_in_chunks(exact, exact, parts, torch.manual_seed, contrastive_loss)
-    for part in parts:
-        (contrastive_loss(*added(*part)) / 2).backward()
-    assert (exact.text[0].weight.grad - added.text[0].weight.grad).abs().max() > 1e-3
+def waiter(rank: int, store: str, out: str):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=5))
+    loss.patient_group()
+    if rank == 0:
+        time.sleep(8)  # a long phase of one process, longer than a collective may take
+    loss.wait_for_all()
+    said = []
+    for name in ("the same", str(rank)):
+        try:
+            loss.one_process_a_device(name)
+        except SystemExit as error:
+            said.append(str(error))
+    torch.save(said, f"{out}{rank}")
+    dist.destroy_process_group()
 
 
-def test_bytes_that_a_forward_pass_keeps():
-    """Of gelu(x @ W1) @ W2: x and W1 for the first product, its result for gelu, gelu's and W2 for the
-    second."""
-    layers = torch.nn.Sequential(torch.nn.Linear(8, 32, bias=False), torch.nn.GELU(),
-                                 torch.nn.Linear(32, 4, bias=False))
-
-    def forward(x, ids):
-        return layers(x)
-
-    kept = [loss.activation_bytes(forward, torch.randn(n, 8, requires_grad=True), None) for n in (2, 4)]
-    assert kept[0] == 4 * (2 * 8 + 8 * 32 + 2 * 32 + 2 * 32 + 32 * 4) + 3 * 4 * 2 * 32
-    assert (kept[1] - kept[0]) / 2 == 4 * (8 + 32 + 32 + 3 * 32)
-
-
-def test_what_fits_leaves_batch_norm_as_it_was(monkeypatch):
-    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    monkeypatch.setattr(loss, "free_memory", lambda device: 12 * (3 * 4 * 9 + 4 + 8) + 100_000)
-    most = [loss.fitting_chunk(lambda x, ids: tower(x), tower, torch.randn(4, 3, 9, 9), torch.ones(4, 2), n)
-            for n in (5, 1000)]
-    assert most[0] == 5 and 5 < most[1] < 100
-    assert not tower[1].running_mean.any() and tower[1].num_batches_tracked == 0
-    monkeypatch.setattr(loss, "free_memory", lambda device: 0)  # too little for anything: then one by one
-    x = torch.randn(4, 3, 9, 9)
-    assert loss.fitting_chunk(lambda x, ids: tower(x), tower, x, torch.ones(4, 2), 5) == 1
+def test_processes_wait_for_a_long_phase_and_notice_a_shared_gpu(tmp_path):
+    mp.spawn(waiter, (str(tmp_path / "store"), str(tmp_path / "said")), nprocs=2)
+    for rank in (0, 1):
+        (said,) = torch.load(tmp_path / f"said{rank}", weights_only=True)
+        assert "2 processes have the GPU the same" in said

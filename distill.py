@@ -1,0 +1,56 @@
+"""
+Distillation: a student learns the similarities that a teacher sees in a batch (`train.py --teacher`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import data
+import loss
+import model
+
+
+@torch.no_grad()
+def teach(teacher: model.ChineseCLIP, parts, device: torch.device) -> tuple:
+    """What the teacher makes of a batch, at its own resolution: unit features of images and captions, its
+    scale."""
+    size = teacher.config.visual.resolution
+    features = []
+    for pictures, ids in parts:
+        pixels = data.on_device(pictures, device)
+        if pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+        with model.autocast(device):
+            features.append(teacher(pixels, ids))
+    images, texts, scales = zip(*features)
+    return torch.cat(images), torch.cat(texts), scales[0]
+
+
+def distillation_loss(image_features, text_features, logit_scale, teacher_features) -> torch.Tensor:
+    """How far the in-batch similarities are from a teacher's, this rank's share: for each image, the
+    cross-entropy of its distribution over the captions of the global batch under the teacher's, and for each
+    caption likewise. The widths of teacher and student need not agree. teacher_features: its (image_features
+    [b, E'], text_features [b, E'], logit_scale), of unit norm; they get no gradient.
+
+    The [b, B] matrices are taken a few rows at a time, loss.DENSE_LIMIT numbers, and computed again for the
+    gradient: as each row has a softmax of its own, the sum is the same."""
+    teacher_images, teacher_texts, teacher_scale = (x.detach() for x in teacher_features)
+    total = 0.0
+    for rows, columns, teacher_rows, teacher_columns in (
+            (image_features, text_features, teacher_images, teacher_texts),
+            (text_features, image_features, teacher_texts, teacher_images)):
+        columns, teacher_columns = loss.gather(columns), loss.gather(teacher_columns)  # [B, E], [B, E']
+        tile = max(1, loss.DENSE_LIMIT // len(columns))
+        for some, of_teacher in zip(rows.split(tile), teacher_rows.split(tile)):
+            total = total + checkpoint(
+                rows_loss, logit_scale * some, columns, teacher_scale * of_teacher, teacher_columns,
+                use_reentrant=False, preserve_rng_state=False)
+    return total / (2 * len(image_features))
+
+
+def rows_loss(rows, columns, teacher_rows, teacher_columns) -> torch.Tensor:
+    """Sum over rows [n, E], columns [B, E] of the cross-entropy between the student's distribution and the
+    teacher's."""
+    targets = (teacher_rows @ teacher_columns.T).softmax(dim=1)  # [n, B]
+    return F.cross_entropy(rows @ columns.T, targets.to(rows.dtype), reduction="sum")
