@@ -8,6 +8,7 @@ and 9, appendix A.2), named at each row, and any flag that is given wins.
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -58,15 +59,17 @@ class Config:
     lr: float = flag(0.0, "peak learning rate, used as it is; 0: the recipe's, scaled to the batch")
     recipe_lr: float = flag(5e-5, "the recipe's peak rate for batches of --lr-batch and more")
     lr_batch: int = flag(1024, "below this batch the recipe's rate falls in proportion")
-    warmup: int = flag(100, "steps of linear warm-up, at most a tenth of the run")
+    warmup: int = flag(100, "steps of linear warm-up; a tenth of a run of which that is more than half")
     weight_decay: float = flag(1e-3, "AdamW's, on matrices only (paper, table 8)")
     beta2: float = flag(0.0, "AdamW's second moment; 0: 0.999 for ResNet, 0.98 for ViT (paper, table 8)")
     eps: float = flag(0.0, "AdamW's eps; 0: 1e-8 for ResNet, 1e-6 for ViT (paper, table 8)")
-    patch_drop: float = flag(0.0, "share of image patches left out in training (FLIP); ViT only")
+    patch_drop: float = flag(
+        0.0, "share of image patches left out where the image tower trains (FLIP); ViT only")
     grad_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, more time")
     eval_every: int = flag(0, "steps between recall measurements; 0: every epoch, at least five a run")
     save_every: int = flag(0, "steps between checkpoints; 0: as often as recall is measured")
+    save_minutes: float = flag(20.0, "save after so many minutes too; SIGTERM and Ctrl-C save and stop")
     log_every: int = flag(10, "steps between log lines")
     workers: int = flag(-1, "processes that prepare pictures; -1: up to 8 with a GPU, 1 without")
     device: str = flag("", "cpu or cuda; empty: cuda if there is one")
@@ -94,11 +97,13 @@ def holds_from(lr: float) -> int:
 TABLE_8 = dict(context_length=52, warmup=5000, weight_decay=1e-3, augment="auto")
 STAGE_1 = TABLE_8 | dict(batch_size=32768, recipe_lr=1e-4, lr_batch=holds_from(1e-4))
 STAGE_2 = TABLE_8 | dict(recipe_lr=2e-5, lr_batch=holds_from(2e-5))
-# Appendix A.2: epochs of stage 1; batch and epochs of stage 2
+# Appendix A.2: epochs of stage 1; batch and epochs of stage 2. ViT-L-14-336 has no stage 1: it goes on from
+# ViT-L-14's weights for 2 epochs, of a batch that is not named, so ViT-L-14's.
 APPENDIX_A2 = {
     "RN50": (20, 16384, 44),
     "ViT-B-16": (44, 16384, 15),
     "ViT-L-14": (64, 4608, 7),
+    "ViT-L-14-336": (0, 4608, 2),
     "ViT-H-14": (26, 32768, 7),
 }
 # Table 9: batch, peak rate, epochs, warm-up steps
@@ -132,16 +137,48 @@ RECIPES = {
 }
 
 
+# What a recipe needs, one group or the other: flags that it makes no sense without
+BOTH_TOWERS = ("data", "image_init", "text_init"), ("data", "init")
+FINE_TUNING = (("data", "init"),)
+NEEDS = {"pretrain": BOTH_TOWERS, "stage1": BOTH_TOWERS, "stage2": BOTH_TOWERS, "direct": BOTH_TOWERS,
+         "scratch": (("data",),),
+         "muge": FINE_TUNING, "flickr30k-cn": FINE_TUNING, "coco-cn": FINE_TUNING, "icr": FINE_TUNING}
+
+
+def check_needs(recipe: str, given: dict):
+    """ConfigError, with the command that was meant, if a recipe lacks what it starts from, or if the demo,
+    which draws its own pairs, is given some."""
+    if recipe not in NEEDS:  # demo and compare
+        foreign = [name for name in ("data", "init", "image_init", "text_init") if given.get(name)]
+        if foreign:
+            raise ConfigError(
+                f"{as_flag(foreign[0])}: --recipe {recipe} draws its own pairs and starts from nothing; for your "
+                "own pairs --recipe muge --init ViT-B-16 (fine-tuning) or --recipe scratch (from nothing)")
+        return
+    lacking = [[name for name in group if not given.get(name)] for group in NEEDS[recipe]]
+    if all(lacking):
+        wanted = ", or ".join(" and ".join(map(as_flag, names)) for names in lacking)
+        raise ConfigError(f"--recipe {recipe} needs {wanted}; --recipe scratch trains from nothing, and "
+                          "--init ViT-B-16 is a released model")
+
+
+def as_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def acts_of(recipe: str, model_name: str) -> dict[str, dict]:
     """Name of a recipe -> {act: its flags}, in the order in which they run. "@act" is the best weights of an
     earlier act."""
+    if recipe in ("pretrain", "stage1") and model_name == "ViT-L-14-336":
+        raise ConfigError(f"--recipe {recipe}: ViT-L-14-336 has no stage 1 (appendix A.2); "
+                          "--recipe stage2 --init ViT-L-14, whose positions are interpolated")
     if recipe in ("pretrain", "stage1", "stage2", "scratch", "direct") and model_name not in APPENDIX_A2:
         print(f"--recipe {recipe}: the paper has no numbers for {model_name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(model_name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
         return {
             "english": DEMO | dict(data="scenes-en", steps=300),
-            "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150),
+            "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, warmup=15),
             "stage2": DEMO | dict(init="@stage1", steps=500),
         }
     if recipe == "compare":  # figure 2's ablation, in kind: every way sees the same number of Chinese pairs
@@ -161,7 +198,7 @@ def acts_of(recipe: str, model_name: str) -> dict[str, dict]:
         return {recipe: STAGE_2 | dict(batch_size=stage_2_batch, epochs=stage_2_epochs)}
     if recipe in ("scratch", "direct"):
         # section 3.1.3 names no numbers of their own; they differ in what you --init
-        return {recipe: STAGE_1 | dict(epochs=stage_1_epochs)}
+        return {recipe: STAGE_1 | dict(epochs=stage_1_epochs or APPENDIX_A2["ViT-L-14"][0])}
     if model_name not in TABLE_9:
         raise ConfigError(f"--recipe {recipe}: table 9 of the paper has rows for {', '.join(TABLE_9)}, "
                           f"not {model_name}")
@@ -192,12 +229,13 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    acts = {}
-    for act, flags in acts_of(given.pop("recipe"), given.get("model", Config.model)).items():
-        acts[act] = fill_in(act, flags, given)
-    if any(cfg.freeze_image for cfg in acts.values()):  # cached features are for the acts that can use them
-        acts = {act: cfg if cfg.freeze_image else dataclasses.replace(cfg, cache_features=0)
-                for act, cfg in acts.items()}
+    recipe = given.pop("recipe")
+    acts = {act: fill_in(act, flags, given)
+            for act, flags in acts_of(recipe, given.get("model", Config.model)).items()}
+    check_needs(recipe, given)
+    if len(acts) > 1:  # of several acts, flags are for those that can use them
+        acts = {act: dataclasses.replace(cfg, **dict(patch_drop=0.0) if cfg.freeze_image else
+                                         dict(cache_features=0)) for act, cfg in acts.items()}
     for cfg in acts.values():
         validate(cfg)
     return acts
@@ -206,15 +244,18 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
 def fill_in(act: str, flags: dict, given: dict) -> Config:
     """One act's Config from its recipe's flags and the given ones. An act that starts from an earlier one
     keeps doing so."""
-    out = given.get("out", Config.out)
-    chained = {k: os.path.join(out, v[1:], "best.safetensors")
-               for k, v in flags.items() if str(v).startswith("@")}
-    if chained:
+    if any(str(value).startswith("@") for value in flags.values()):
         given = {k: v for k, v in given.items() if k not in ("init", "image_init", "text_init")}
-    cfg = Config(**flags | given | chained | dict(out=os.path.join(out, act)))
+    cfg = Config(**flags | given | dict(out=os.path.join(given.get("out", Config.out), act)))
     if "epochs" in given and "steps" not in given:
         cfg = dataclasses.replace(cfg, steps=0)
     return cfg
+
+
+def chained(start: str, out: str) -> str:
+    """What an act starts from, as a name or path: "@act" is the best weights of the act in the folder beside
+    its own, wherever both have been moved."""
+    return os.path.join(os.path.dirname(out), start[1:], "best.safetensors") if start[:1] == "@" else start
 
 
 def validate(cfg: Config):
@@ -235,12 +276,23 @@ def validate(cfg: Config):
         (cfg.cache_features < 0, f"--cache-features {cfg.cache_features}: expected 0 or more"),
         (cfg.cache_features > 0 and not cfg.freeze_image,
          "--cache-features: only a frozen image tower has features to cache; --freeze-image"),
-        (cfg.distill < 0, f"--distill {cfg.distill}: expected 0 or more"),
+        (not 0 <= cfg.distill < math.inf, f"--distill {cfg.distill}: expected 0 or more"),
+        (not 0 <= cfg.lr < math.inf, f"--lr {cfg.lr}: expected 0, the recipe's, or more"),
+        (not 0 < cfg.recipe_lr < math.inf, f"--recipe-lr {cfg.recipe_lr}: expected more than 0"),
+        (cfg.lr_batch < 1, f"--lr-batch {cfg.lr_batch}: expected at least 1"),
+        (cfg.warmup < 0, f"--warmup {cfg.warmup}: expected 0 or more"),
+        (not 0 <= cfg.weight_decay < math.inf, f"--weight-decay {cfg.weight_decay}: expected 0 or more"),
+        (not 0 <= cfg.beta2 < 1, f"--beta2 {cfg.beta2}: expected 0, the paper's, to below 1"),
+        (not 0 <= cfg.eps < math.inf, f"--eps {cfg.eps}: expected 0, the paper's, or more"),
+        (not 0 < cfg.save_minutes, f"--save-minutes {cfg.save_minutes}: expected more than 0"),
         (cfg.cache_features > 0 and bool(cfg.teacher),
          "--cache-features: a --teacher looks at pictures, which cached features replace; drop one of them"),
         (not 0 <= cfg.patch_drop < 1, f"--patch-drop {cfg.patch_drop}: expected a share from 0 to below 1"),
         (cfg.patch_drop > 0 and not is_vit, f"--patch-drop: {cfg.model} has no patches to drop"),
-        (cfg.steps == 0 and cfg.epochs <= 0, f"--epochs {cfg.epochs}: expected more than 0, or --steps"),
+        (cfg.patch_drop > 0 and cfg.freeze_image,
+         "--patch-drop: a frozen image tower sees all patches; --cache-features saves its time"),
+        (cfg.steps == 0 and not 0 < cfg.epochs < math.inf,
+         f"--epochs {cfg.epochs}: expected more than 0, or --steps"),
         (not 0 <= cfg.seed < 2**16, f"--seed {cfg.seed}: expected 0 to 65535"),
         (cfg.device not in ("", "cpu", "cuda"), f"--device {cfg.device}: expected cpu or cuda"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 import model
 import scenes
 import weights
+from recipes import Config
 from sources import open_pairs
 from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
 
@@ -89,38 +90,34 @@ def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]
 # the end of a run
 
 
-def finish(
-    histories: dict[str, list[dict]], folders: dict[str, str], starts: dict[str, str], data_of: dict[str, str]
-):
-    """Print the table and write results.json and recall.png beside the acts' folders. By act: its history
-    (train.train), its folder, the weights it started from, its data."""
+def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
+    """Print the table and write results.json and recall.png beside the acts' folders. histories: by act, what
+    train.train returned."""
     rows = {}
     for act, history in histories.items():
-        if not starts[act]:  # an act that goes on from another starts where that one ended
+        if not acts[act].init:  # an act that goes on from another starts where that one ended
             rows[f"before {act}"] = history[0]
         rows[f"after {act}"] = max(history, key=lambda entry: entry["mean_recall"])
     print("\n" + recall_table(rows))
 
-    last = list(folders)[-1]
-    folder = os.path.dirname(folders[last])
+    last = list(acts.values())[-1]
+    folder, best = os.path.dirname(last.out), os.path.join(last.out, "best.safetensors")
     weights.write_json(os.path.join(folder, "results.json"), histories)
-    if data_of[last] == "scenes-zh":
-        look_at_scenes(folder, os.path.join(folders[last], "best.safetensors"))
+    if last.data == "scenes-zh":
+        look_at_scenes(folder, best)
     plot = os.path.join(folder, "recall.png")
-    same = [act for act in folders if data_of[act] == data_of[last]]
-    curve(plot, lines(histories, folders, starts, same), "mean recall (%) on validation captions")
-    print(
-        f"recall as a curve: {plot}\nas numbers: {os.path.join(folder, 'results.json')}\n"
-        f"the weights: {os.path.join(folders[last], 'best.safetensors')}"
-    )
+    starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
+    curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
+    print(f"recall as a curve: {plot}\nas numbers: {os.path.join(folder, 'results.json')}\n"
+          f"the weights: {best}")
 
 
-def lines(histories, folders, starts, acts: list[str]) -> dict[str, list[tuple[float, float]]]:
+def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
     """Mean recall against pairs seen, one line a way of training: an act that starts from another's weights
-    continues its line."""
+    ("@act") continues its line. starts: the acts to draw, and what each starts from."""
     way_of, result = {}, {}
-    for act in acts:
-        before = next((a for a in acts if starts[act] == os.path.join(folders[a], "best.safetensors")), "")
+    for act, start in starts.items():
+        before = start[1:] if start[:1] == "@" and start[1:] in way_of else ""
         way = f"{way_of[before]}, {act}" if before else act
         points = result.pop(way_of[before]) if before else []
         seen = points[-1][0] if points else 0

@@ -10,19 +10,23 @@ Stage 1 freezes the image tower and teaches the text tower to read it ("locked-i
 2022); stage 2 trains everything. recipes.py has the flags and the paper's numbers. The same command, repeated
 after a crash, a kill or a finished act, goes on where it was, bit for bit (same number of processes, CPU).
 
-Written per act, under final names only when complete: checkpoint.pt (to resume), best.safetensors (by mean
-recall on the validation split), last.safetensors, log.jsonl (its lines of numbers). Batches larger than
-memory: loss.py; features of the frozen tower, computed once: cache.py.
+Written per act, under final names only when complete: checkpoint.pt and the one before it (to resume,
+checkpoint.py), best.safetensors (by mean recall on the validation split), last.safetensors, log.jsonl (its
+lines of numbers). Batches larger than memory: chunks.py; features of the frozen tower, computed once:
+cache.py.
 """
 
-import dataclasses
+import contextlib
 import functools
+import gc
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import warnings
 import zlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads wait without using up a core
@@ -30,17 +34,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import data
 import model
 import report
 import weights
 from cache import open_features
+from checkpoint import Checkpoints, Requests, Stopped
+from chunks import backward_in_chunks, balanced, check_replay, fitting_chunk
+from data import on_device
+from distill import distillation_loss, teach
 from eval import retrieval
-from loss import (
-    DENSE_LIMIT, backward_in_chunks, contrastive_loss, distillation_loss, fitting_chunk, in_batch_accuracy,
-    join_processes, lost_process, mean_over_ranks)
+from loss import contrastive_loss, in_batch_accuracy, join_processes, lost_process, mean_over_ranks
 from pairs import DataError
-from recipes import Config, ConfigError, parse
+from recipes import Config, ConfigError, chained, parse
 from sources import open_pairs
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,12 +55,22 @@ from sources import open_pairs
 
 
 def get_lr(step: int, cfg: Config, total: int) -> float:
-    """Linear warm-up, then a cosine from the peak to 0 (paper, table 8). Warm-up is at most a tenth of a
-    short run."""
-    warmup = min(cfg.warmup, max(1, total // 10))
+    """Linear warm-up, then a cosine from the peak to 0 (paper, table 8)."""
+    warmup = warmup_steps(cfg, total)
     if step < warmup:
         return cfg.peak_lr * (step + 1) / warmup
     return cfg.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_steps(cfg: Config, total: int) -> int:
+    """The warm-up that was asked for; a tenth of a run of which that would be more than half."""
+    return cfg.warmup if cfg.warmup <= total / 2 else max(1, total // 10)
+
+
+def steps_of(cfg: Config, pairs: int) -> int:
+    """Steps of a run on so many pairs. An epoch is of whole batches, the last one filled with pairs of the
+    next epoch, as the official code counts (and table 9 with it)."""
+    return cfg.steps or math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size))
 
 
 def param_groups(clip: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -74,86 +91,6 @@ def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def save_checkpoint(cfg: Config, clip, optimizer, scaler, step: int, history: list[dict], pairs: int):
-    """Everything that the rest of the run depends on, in one file, atomically. Order, augmentation and
-    dropout are functions of (seed, step, rank), so the step is the position in the data and the state of all
-    random numbers."""
-    state = {
-        "model": clip.state_dict(),
-        "config": json.dumps(dataclasses.asdict(clip.config)),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "step": step,
-        "samples_seen": step * cfg.batch_size,
-        "history": history,
-        "flags": dataclasses.asdict(cfg),
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "pairs": pairs,
-    }
-    weights.replace(os.path.join(cfg.out, "checkpoint.pt"), lambda temporary: torch.save(state, temporary))
-
-
-def load_checkpoint(cfg: Config, clip, optimizer, scaler, pairs: int) -> tuple[int, list[dict], int]:
-    """-> (step, history, pairs a chunk) to go on from; (0, [], 0) if this run is new. ConfigError if the
-    checkpoint belongs to another command, or to another number of training pairs."""
-    path = os.path.join(cfg.out, "checkpoint.pt")
-    if not os.path.isfile(path):
-        return 0, [], 0
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        flags, world_size = saved["flags"], saved["world_size"]
-    except Exception as error:  # a damaged file makes the reader raise nearly anything
-        raise weights.WeightsError(
-            f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to start anew") from None
-    for f in dataclasses.fields(cfg):
-        before, now = flags.get(f.name, f.default), getattr(cfg, f.name)
-        if f.name in ("out", "device", "workers", "log_every") or before == now:
-            continue
-        if f.name == "chunk_size" and (now == 0 or before == min(now, cfg.batch_size // saved["world_size"])):
-            continue  # 0 would go by the memory that is free today
-        flag = f"--{f.name.replace('_', '-')}"
-        if f.name not in ("chunk_size", "grad_checkpointing", "compile"):
-            raise ConfigError(
-                f"{path} was made with {flag} {before}, this command says {now}; "
-                "repeat the first command to go on, or name another --out to start anew")
-        print(f"   {path} was made with {flag} {before}: goes on, but not bit for bit")
-    if saved.get("pairs", pairs) != pairs:
-        raise ConfigError(f"{path} was made on {saved['pairs']:,} training pairs, {cfg.data} has {pairs:,} "
-                          "now, in another order; put the data back, or name another --out to start anew")
-    if world_size != int(os.environ.get("WORLD_SIZE", 1)):
-        print(f"   {path} was made by {world_size} processes: goes on, but not bit for bit")
-    clip.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:  # empty where no scaler was needed
-        scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["history"], flags["chunk_size"]
-
-
-def open_log(cfg: Config, step: int, history: list[dict]):
-    """log.jsonl, a line for each measurement and each logged step, to go on with after `step`."""
-    path = os.path.join(cfg.out, "log.jsonl")
-    if os.path.isfile(path) and not history:  # killed before anything was saved: all is done again
-        os.remove(path)
-    if os.path.isfile(path):  # a run that was killed may have written further than it saved
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        weights.replace_text(path, "".join(kept))
-    return open(path, "a", encoding="utf-8")
-
-
-def check_same_step(step: int, device: torch.device):
-    """Every process must have found the same checkpoint, or they would train on different data and hang."""
-    if dist.is_initialized():
-        steps = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-        dist.all_gather(steps, torch.tensor([step], device=device))
-        if len({int(s) for s in steps}) > 1:
-            raise ConfigError("--out: the processes see different checkpoints; all nodes must share it")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # the loop
 
 
@@ -162,8 +99,8 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     --freeze-image says."""
     torch.manual_seed(cfg.seed)
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
-    if not os.path.isfile(os.path.join(cfg.out, "checkpoint.pt")):  # which would replace it all
-        model.initialise(clip, cfg.image_init, cfg.text_init, cfg.init)
+    if not checkpoint.paths(cfg.out):  # which would replace it all
+        model.initialise(clip, *(chained(start, cfg.out) for start in (cfg.image_init, cfg.text_init, cfg.init)))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
@@ -185,17 +122,14 @@ def train(act: str, cfg: Config) -> list[dict]:
     """Run one act to its end, from wherever its checkpoint stands. Returns its history, a list of
     {"step", "samples", "text_to_image", "image_to_text", "mean_recall"}, the same on every rank."""
     # 1. setup: alone, or one of the processes that torchrun started
+    gc.collect()  # an earlier act's model and optimizer, or the memory they stand in would count as used
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = join_processes(cfg.device)
     if device.type == "cuda":
         # TF32 for what autocast leaves in float32, the loss: that rounding (imitated on a CPU, batch 4,096)
         # moves its gradient by 5e-4, while the features' own, to bfloat16, moves it by 4e-3
         torch.set_float32_matmul_precision("high")
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    B = cfg.batch_size
-    if cfg.teacher and B * B // world_size > DENSE_LIMIT:
-        raise ConfigError(f"--teacher: its loss needs the whole matrix of similarities, too large for "
-                          f"--batch-size {B:,} on {world_size} processes")
+    say, B = functools.partial(print, flush=True), cfg.batch_size
     if B % world_size:
         raise ConfigError(f"--batch-size {B}: expected a multiple of the {world_size} processes")
     os.makedirs(cfg.out, exist_ok=True)
@@ -204,10 +138,9 @@ def train(act: str, cfg: Config) -> list[dict]:
     if re.search(r"\.tar\s*(,|$)", cfg.data) and not cfg.valid_data:
         raise ConfigError(f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data")
     pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
-    if len(pairs) < B:
-        raise DataError(
-            f"{cfg.data}: {len(pairs):,} training pairs are fewer than one batch; --batch-size is {B}")
-    total = cfg.steps or math.ceil(cfg.epochs * len(pairs) / B)
+    if not len(pairs):
+        raise DataError(f"{cfg.data}: no training pairs; `python curate.py check {cfg.data}` says why")
+    total = steps_of(cfg, len(pairs))
     eval_every = cfg.eval_every or max(1, min(len(pairs) // B, math.ceil(total / 5)))
     save_every = cfg.save_every or eval_every
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this process's share
@@ -217,10 +150,10 @@ def train(act: str, cfg: Config) -> list[dict]:
     say(f"\n== {act}: {cfg.model} on {cfg.data}, {device.type} x {world_size}")
     clip = build(cfg, device)
     optimizer = build_optimizer(cfg, clip)
-    needs_scaler = device.type == "cuda" and model.half_type(device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler)
-    step, history, chunk = load_checkpoint(cfg, clip, optimizer, scaler, len(pairs))
-    check_same_step(step, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.precision(device) == torch.float16)
+    checkpoints = Checkpoints(cfg, len(pairs))
+    step, history, chunk = checkpoints.load(clip, optimizer, scaler)
+    checkpoint.check_same_step(step, device)
     teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
     features = None
     if cfg.cache_features:
@@ -231,20 +164,28 @@ def train(act: str, cfg: Config) -> list[dict]:
         with model.autocast(device):
             return towers(on_device(pictures, device), ids)
 
-    size, chunk = clip.config.visual.resolution, cfg.chunk_size or chunk
+    size, share, small = clip.config.visual.resolution, B // world_size, False
+    like_pictures = (clip.config.embed_dim,) if features is not None else (3, size, size)
+    chunk = cfg.chunk_size or chunk
     if not chunk:
         set_train_mode(clip, cfg.freeze_image)
-        shape = (clip.config.embed_dim,) if features is not None else (3, size, size)
         ids = torch.ones(4, cfg.context_length, dtype=torch.long)  # the longest captions there are
-        chunk = fitting_chunk(forward, clip, torch.zeros(4, *shape, device=device), ids, B // world_size)
-    chunk = min(chunk, B // world_size)
-    chunks = math.ceil(B // world_size / chunk)
-    cfg = dataclasses.replace(cfg, chunk_size=chunk)  # for the checkpoint: after a restart it is the same
+        chunk = fitting_chunk(forward, clip, torch.zeros(4, *like_pictures, device=device), ids, share)
+        small = chunk < min(share, 64)
+    chunk = balanced(min(chunk, share), share)
+    chunks = math.ceil(share / chunk)
     if cfg.compile:
         clip.visual.compile()
         clip.bert.encoder.compile()
+    if cfg.compile and chunks > 1:
+        set_train_mode(clip, cfg.freeze_image)
+        ids = torch.ones(chunk, cfg.context_length, dtype=torch.long)
+        check_replay(forward, clip, torch.zeros(chunk, *like_pictures), ids)
     if world_size > 1:
-        towers = torch.nn.parallel.DistributedDataParallel(clip)
+        with warnings.catch_warnings():  # torch 2.13 has a new name for this flag, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            # BatchNorm's statistics are averaged below; broadcast, they would be those of rank 0 alone
+            towers = torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
     stream = data.Stream(pairs, cfg.seed, size, cfg.augment, features)
 
     # 4. what was derived
@@ -253,12 +194,21 @@ def train(act: str, cfg: Config) -> list[dict]:
         f"{decayed + free:,} train, {free:,} without decay")
     say(f"   {len(pairs):,} training pairs; "
         f"validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
-    say(f"   batch {B:,} = {world_size} x {B // world_size:,}"
+    say(f"   batch {B:,} = {world_size} x {share:,}"
         + (f" in {chunks} chunks of {chunk:,}" if chunks > 1 else "")
         + f"; {total:,} steps, {total * B:,} pairs, {total * B / len(pairs):.2f} epochs; from step {step:,}")
+    if small:
+        say(f"   no more than {chunk} pairs fit into the memory that is free, and many small chunks are slow: does "
+            "another program hold memory? --chunk-size N tries more")
+    if B > len(pairs):
+        say(f"   a batch is larger than the set: every pair stands in it {B // len(pairs):,} times or once more; "
+            "--targets multi tells them from negatives, a smaller --batch-size needs less time")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("   each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
+    warmup = warmup_steps(cfg, total)
+    say(f"   warm-up {warmup:,} steps"
+        + (f", a tenth of the run; {cfg.warmup:,} would be more than half of it" if warmup != cfg.warmup else ""))
     starts_from = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
     if starts_from and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
@@ -268,117 +218,112 @@ def train(act: str, cfg: Config) -> list[dict]:
            if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
 
     # 5. the loop
+    log = checkpoint.open_log(cfg, step, history) if rank == 0 else None
     steps = range(step, total)
-    log = open_log(cfg, step, history) if rank == 0 else None
-    loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size, chunk))
     skipped, clock, timed = {}, time.perf_counter(), step
-    while True:
-        # once in a while: measure, keep the best, save
-        due = step == total or step % eval_every == 0
-        if due and not (history and history[-1]["step"] == step):  # a resumed run has measured here already
+    save, stop = not history, False
+    with Requests(cfg.save_minutes) as requests:
+        loader = iter(data.batches(stream, B, steps, cfg.context_length, workers, rank, world_size, chunk))
+        while True:
+            # once in a while: measure, keep the best, save
+            due = step == total or step % eval_every == 0
+            if due and not stop and not (history and history[-1]["step"] == step):  # as a resumed run's may be
+                result = retrieval(clip.eval(), valid, cfg.context_length)  # each rank a share
+                history.append({"step": step, "samples": step * B} | result)
+                best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
+                say(measured_line(history[-1], best))
+                if rank == 0:
+                    print(json.dumps(history[-1]), file=log, flush=True)
+                    if best:
+                        model.save(clip, os.path.join(cfg.out, "best.safetensors"))
+                clock, timed = time.perf_counter(), step
+            if save:
+                checkpoints.save(clip, optimizer, scaler, step, history, chunk)
+                requests.saved = time.monotonic()
+            if stop:
+                checkpoints.finish()
+                raise Stopped(f"stopped at step {step:,} of {total:,}; the same command goes on from there")
+            if step == total:
+                break
+
+            # the step
+            batch = [next(loader) for _ in range(chunks)]
+            keys = None
+            if cfg.targets == "multi":
+                keys = torch.cat([part.keys for part in batch]).to(device, non_blocking=True)
+            parts = [(part.pictures, part.ids) for part in batch]
+            taught = None if teacher is None else teach(teacher, parts, device)
+            set_train_mode(clip, cfg.freeze_image)
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step, cfg, total)
+
+            def seed_chunk(k: int):  # dropout depends on these and nothing else
+                torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
+
+            def loss_of(image_features, text_features, logit_scale):
+                loss = contrastive_loss(image_features, text_features, logit_scale, keys)
+                if taught is None:
+                    return loss
+                return loss + cfg.distill * distillation_loss(
+                    image_features, text_features, logit_scale, taught)
+
+            optimizer.zero_grad(set_to_none=True)
+            loss, image_features, text_features = backward_in_chunks(
+                forward, towers, parts, seed_chunk, loss_of, scaler.scale)
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(0, math.log(100))  # paper, table 8: maximum temperature 100
             average_statistics(clip)
-            result = retrieval(clip.eval(), valid, cfg.context_length)  # each rank a share
-            history.append({"step": step, "samples": step * B} | result)
-            best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]
-            say(measured_line(history[-1], best))
-            if rank == 0:
-                print(json.dumps(history[-1]), file=log, flush=True)
-                if best:
-                    model.save(clip, os.path.join(cfg.out, "best.safetensors"))
-            clock, timed = time.perf_counter(), step
-        if step == total or step % save_every == 0:
-            average_statistics(clip)
-        if rank == 0 and (step == total or step % save_every == 0):
-            save_checkpoint(cfg, clip, optimizer, scaler, step, history, len(pairs))
-        if step == total:
-            break
+            step += 1
 
-        # the step
-        batch = [next(loader) for _ in range(chunks)]
-        keys = None
-        if cfg.targets == "multi":
-            keys = torch.cat([part.keys for part in batch]).to(device, non_blocking=True)
-        parts = [(part.pictures, part.ids) for part in batch]
-        taught = None if teacher is None else teach(teacher, parts, device)
-        set_train_mode(clip, cfg.freeze_image)
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, cfg, total)
-
-        def seed_chunk(k: int):  # dropout depends on these and nothing else
-            torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
-
-        def loss_of(image_features, text_features, logit_scale):
-            loss = contrastive_loss(image_features, text_features, logit_scale, keys)
-            if taught is None:
-                return loss
-            return loss + cfg.distill * distillation_loss(image_features, text_features, logit_scale, taught)
-
-        optimizer.zero_grad(set_to_none=True)
-        loss, image_features, text_features = backward_in_chunks(
-            forward, towers, parts, seed_chunk, loss_of, scaler.scale)
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(0, math.log(100))  # paper, table 8: maximum temperature 100
-        step += 1
-
-        # say how it goes; before anything is saved, so that no checkpoint holds a loss that is not a number
-        for problem in (problem for part in batch for problem in part.problems):
-            if problem not in skipped:  # named once, however many epochs meet it
-                print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}", flush=True)
-            skipped[problem] = skipped.get(problem, 0) + 1
-        if step == total or step % cfg.log_every == 0 or step % save_every == 0:
-            accuracies = in_batch_accuracy(image_features, text_features)
-            loss = mean_over_ranks(loss)
-            if not math.isfinite(loss.item()):
-                raise DataError(
-                    f"the loss is {loss.item()} at step {step}; try a lower --lr than {cfg.peak_lr:.1e}")
-            rate = (step - timed) * B / max(time.perf_counter() - clock, 1e-9)
-            scale, lr = clip.logit_scale.exp().item(), get_lr(step - 1, cfg, total)
-            say(step_line(step, total, loss.item(), B, accuracies, scale, lr, rate))
-            if rank == 0:
-                i2t, t2i = accuracies
-                entry = {"step": step, "loss": loss.item(), "in_batch_i2t": i2t, "in_batch_t2i": t2i,
-                         "logit_scale": scale, "lr": lr, "pairs_per_second": rate}
-                print(json.dumps(entry), file=log, flush=True)
+            # say how it goes; before anything is saved, so that no checkpoint holds what is not a number
+            for problem in (problem for part in batch for problem in part.problems):
+                if problem not in skipped:  # named once, however many epochs meet it
+                    print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}",
+                          file=sys.stderr, flush=True)
+                skipped[problem] = skipped.get(problem, 0) + 1
+            save, stop = requests.agreed()
+            scheduled = step == total or step % save_every == 0
+            save = save or scheduled
+            if save or step % cfg.log_every == 0:
+                loss = mean_over_ranks(loss)
+                advice = (f"try a lower --lr than {cfg.peak_lr:.1e} in another --out, perhaps "
+                          f"from --init {os.path.join(cfg.out, 'best.safetensors')}")
+                if not math.isfinite(loss.item()):
+                    raise DataError(f"the loss is {loss.item()} at step {step}; {advice}")
+            if save:
+                checkpoint.check_weights(clip, *parts[0], advice)
+            if scheduled or step % cfg.log_every == 0:
+                accuracies = in_batch_accuracy(image_features, text_features)
+                rate = (step - timed) * B / max(time.perf_counter() - clock, 1e-9)
+                scale, lr = clip.logit_scale.exp().item(), get_lr(step - 1, cfg, total)
+                say(step_line(step, total, loss.item(), B, accuracies, scale, lr, rate))
+                if rank == 0:
+                    i2t, t2i = accuracies
+                    entry = {"step": step, "loss": loss.item(), "in_batch_i2t": i2t, "in_batch_t2i": t2i,
+                             "logit_scale": scale, "lr": lr, "pairs_per_second": rate}
+                    print(json.dumps(entry), file=log, flush=True)
     if skipped:
-        print(f"   rank {rank} met {len(skipped)} broken pairs {sum(skipped.values())} times", flush=True)
+        print(f"   rank {rank} met {len(skipped)} broken pairs {sum(skipped.values())} times",
+              file=sys.stderr, flush=True)
     if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and total:
         say("   never better than at step 0: best.safetensors is the start itself; lower --lr, or more pairs")
+    checkpoints.finish()
     if rank == 0:
         log.close()
         model.save(clip, os.path.join(cfg.out, "last.safetensors"))
     return history
 
 
-def on_device(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a loader gives -> pixels, or features of a frozen tower, on the device."""
-    pictures = pictures.to(device, non_blocking=True)
-    return data.to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
-
-
 def average_statistics(clip: model.ChineseCLIP):
-    """BatchNorm's running statistics, where they move, are those of each process's own pairs: before a model
-    is measured or saved they become the mean over processes, the same everywhere."""
-    for buffer in clip.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mean_over_ranks(buffer.clone()))
-
-
-@torch.no_grad()
-def teach(teacher: model.ChineseCLIP, parts, device: torch.device) -> tuple:
-    """What the teacher makes of a batch, at its own resolution: unit features of images and captions, its
-    scale."""
-    size = teacher.config.visual.resolution
-    features = []
-    for pictures, ids in parts:
-        pixels = on_device(pictures, device)
-        if pixels.shape[-1] != size:
-            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        with model.autocast(device):
-            features.append(teacher(pixels, ids))
-    images, texts, scales = zip(*features)
-    return torch.cat(images), torch.cat(texts), scales[0]
+    """BatchNorm's running statistics, where they move, are those of each process's own pairs: after a step
+    they become the mean over processes, so that what is measured and saved is the same everywhere."""
+    moving = [buffer for buffer in clip.visual.buffers() if buffer.is_floating_point()]
+    if moving and clip.visual.training:
+        mean = mean_over_ranks(torch.cat([buffer.flatten() for buffer in moving]))  # one message for all
+        for buffer, part in zip(moving, mean.split([buffer.numel() for buffer in moving])):
+            buffer.copy_(part.view_as(buffer))
 
 
 def measured_line(entry: dict, best: bool) -> str:
@@ -402,20 +347,25 @@ def step_line(step, total, loss, B, accuracies, scale, lr, rate) -> str:
 
 def main(argv: list[str] | None = None):
     start = time.perf_counter()
-    acts = parse(argv)
-    histories = {act: train(act, cfg) for act, cfg in acts.items()}
-    if dist.is_initialized():
-        dist.destroy_process_group()  # what follows is rank 0's alone
-    if int(os.environ.get("RANK", 0)) == 0:
-        folders = {act: cfg.out for act, cfg in acts.items()}
-        starts = {act: cfg.init for act, cfg in acts.items()}
-        report.finish(histories, folders, starts, data_of={act: cfg.data for act, cfg in acts.items()})
-        print(f"{time.perf_counter() - start:.0f} s")
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):  # one voice for all processes
+        acts = parse(argv)
+        histories = {act: train(act, cfg) for act, cfg in acts.items()}
+        if dist.is_initialized():
+            dist.destroy_process_group()  # what follows is rank 0's alone
+        if rank == 0:
+            report.finish(histories, acts)
+            print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a scheduler; train() has an answer of its own
+        signal.signal(number, checkpoint.leave)
     try:
         main()
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stopped)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -434,4 +384,4 @@ if __name__ == "__main__":
     except OSError as error:
         sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        print("stopped; the same command goes on from the last checkpoint")

@@ -1,7 +1,9 @@
 """The recipe's formulas by hand, resume after kill -9, freezing, and what a wrong command gets."""
 
+import collections
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -10,21 +12,27 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
+import weakref
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
+import chunks
 import data
+import kills
 import loss
 import model
+import recipes
 import sources
 import train
 import weights
 from conftest import ROOT, write_folder
-from loss import distillation_loss
+from distill import distillation_loss
 from pairs import DataError
 
 TINY = ["--recipe", "scratch", "--model", "ViT-tiny", "--batch-size", "8", "--lr", "1e-3",
@@ -54,7 +62,7 @@ def test_lr_warms_up_and_falls_as_a_cosine():
     assert [train.get_lr(step, cfg, 110) for step in (0, 9)] == [0.1, 1.0]
     assert math.isclose(train.get_lr(60, cfg, 110), 0.5)  # half way down
     assert train.get_lr(109, cfg, 110) < 0.001
-    # warm-up is at most a tenth of the run
+    # a warm-up that would be more than half of the run is a tenth of it
     assert train.get_lr(0, train.Config(lr=1.0, warmup=5000), 20) == 0.5
 
 
@@ -69,22 +77,72 @@ def test_only_matrices_decay():
     assert len(decayed) + len(free) == len(names)
 
 
+TOWERS = ["--data", "x", "--image-init", "a", "--text-init", "b"]
+TUNED = ["--data", "x", "--init", "a"]
+
+
 def test_recipes_are_the_papers():
-    cfg = train.parse(["--recipe", "flickr30k-cn", "--model", "ViT-H-14", "--data", "x"])["flickr30k-cn"]
+    cfg = train.parse(["--recipe", "flickr30k-cn", "--model", "ViT-H-14", *TUNED])["flickr30k-cn"]
     assert (cfg.batch_size, cfg.peak_lr, cfg.epochs, cfg.warmup) == (4096, 6e-6, 18, 6)  # table 9, last row
-    cfg = train.parse(["--recipe", "icr", "--model", "ViT-L-14", "--data", "x"])["icr"]
+    cfg = train.parse(["--recipe", "icr", "--model", "ViT-L-14", *TUNED])["icr"]
     assert cfg.context_length == 128  # appendix A.4
-    argv = ["--recipe", "pretrain", "--model", "RN50", "--data", "x", "--image-init", "a", "--text-init", "b"]
-    acts = train.parse(argv)
+    acts = train.parse(["--recipe", "pretrain", "--model", "RN50", *TOWERS])
     one, two = acts["stage1"], acts["stage2"]
     assert (one.batch_size, one.peak_lr, one.epochs) == (32768, 1e-4, 20)
     assert (one.freeze_image, one.image_init) == (True, "a")
     assert (two.batch_size, two.peak_lr, two.epochs, two.freeze_image) == (16384, 2e-5, 44, False)
-    assert (two.init, two.image_init) == (os.path.join("out", "stage1", "best.safetensors"), "")
+    assert (two.init, two.image_init) == ("@stage1", "")
+    assert recipes.chained("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
+
+
+# steps an epoch at about these sizes (as remembered; MUGE's and Flickr30K-CN's texts a picture counted as pairs)
+PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915, "coco-cn": 20_065}
+
+
+@pytest.mark.parametrize("name", recipes.TABLE_9)
+@pytest.mark.parametrize("data_set", PAIRS)
+def test_warm_up_and_steps_are_table_9s(name, data_set):
+    """All fifteen: no warm-up is cut, and an epoch is of whole batches, as the official code counts."""
+    cfg = train.parse(["--recipe", data_set, "--model", name, *TUNED])[data_set]
+    total = train.steps_of(cfg, PAIRS[data_set])
+    assert total == cfg.epochs * math.ceil(PAIRS[data_set] / cfg.batch_size)
+    assert train.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][data_set][3]
+
+
+def test_stage_2_of_vit_h_keeps_its_warm_up():
+    cfg = train.parse(["--recipe", "stage2", "--model", "ViT-H-14", *TUNED])["stage2"]
+    assert train.warmup_steps(cfg, train.steps_of(cfg, 200_000_000)) == 5000
+
+
+def test_the_336_model_goes_on_from_the_224_one(capsys):
+    """Appendix A.2: two epochs from ViT-L-14's weights, and no stage 1."""
+    cfg = train.parse(["--recipe", "stage2", "--model", "ViT-L-14-336", *TUNED])["stage2"]
+    assert (cfg.epochs, cfg.peak_lr) == (2, 2e-5) and "no numbers" not in capsys.readouterr().out
+    with pytest.raises(train.ConfigError, match="no stage 1 .*--recipe stage2 --init ViT-L-14"):
+        train.parse(["--recipe", "pretrain", "--model", "ViT-L-14-336", *TOWERS])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--recipe", "muge", "--data", "x"], "--recipe muge needs --init"),
+    (["--recipe", "muge", "--init", "a"], "--recipe muge needs --data"),
+    (["--recipe", "coco-cn"], "needs --data and --init"),
+    (["--recipe", "icr", "--data", "x", "--image-init", "a"], "--recipe icr needs --init"),
+    (["--recipe", "stage1", "--data", "x", "--image-init", "a"], "needs --text-init, or --init"),
+    (["--recipe", "stage2", "--data", "x"], "needs --image-init and --text-init, or --init"),
+    (["--recipe", "pretrain", "--data", "x"], "--recipe scratch trains from nothing"),
+    (["--recipe", "direct", *TUNED[2:]], "--data"),
+    (["--recipe", "scratch"], "--recipe scratch needs --data"),
+    (["--data", "photos"], "--data: --recipe demo draws its own pairs"),
+    (["--recipe", "compare", "--init", "a"], "--init: --recipe compare"),
+    (["--image-init", "a"], "--image-init: --recipe demo"),
+])
+def test_a_recipe_asks_for_what_it_needs(argv, words):
+    with pytest.raises(train.ConfigError, match=words):
+        train.parse(argv)
 
 
 def test_rate_falls_with_the_batch_unless_it_was_given():
-    muge = ["--recipe", "muge", "--model", "ViT-B-16", "--data", "x"]
+    muge = ["--recipe", "muge", "--model", "ViT-B-16", *TUNED]
     assert train.parse([*muge])["muge"].peak_lr == 2e-5  # table 9
     scaled = train.parse([*muge, "--batch-size", "128"])["muge"].peak_lr
     assert math.isclose(scaled, 5e-5 * 128 / 1024, rel_tol=0.01)
@@ -140,81 +198,36 @@ def test_finished_run_is_not_run_again(pairs, tmp_path):
     assert (tmp_path / "best.safetensors").stat().st_mtime_ns == written
 
 
-KILLS = int(os.environ.get("KILLS", 0))  # KILLS=20 for a thorough look; else two, of torchrun one
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-
-
-def children(pid: int) -> list[int]:
-    """Processes that torchrun started: they outlive it."""
-    path = f"/proc/{pid}/task/{pid}/children"
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [int(child) for child in file.read().split()]
+MOMENTS = int(os.environ.get("MOMENTS", 2))  # of each kind of run; more by `python tests/kills.py 100`
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes of a run in /proc")
-@pytest.mark.parametrize("start, extra", [
-    (["train.py"], []), (["train.py"], ["--cache-features", "20", "--chunk-size", "3"]), (TORCHRUN, []),
-    (TORCHRUN, ["--cache-features", "20", "--chunk-size", "2", "--targets", "multi"])],
-    ids=["alone", "cached and chunked", "two processes", "two processes, cached and chunked"])
-def test_killed_runs_end_bit_identical(start, extra, pairs, tmp_path):
-    """kill -9 at random moments of a run with dropout and augmentation; the same command goes on. Without a
-    cache the run has both acts."""
-    recipe = ["--recipe", "stage1"] if extra else ["--recipe", "pretrain"]
-    command = [*recipe, *TINY[2:], "--data", pairs, "--steps", "40", "--save-every", "3",
-               "--eval-every", "20", "--log-every", "1", "--augment", "auto", *extra]
-
-    def begin(out: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-u", *start, *command, "--out", str(tmp_path / out)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-
-    whole = begin("whole")
-    said, _ = whole.communicate()
-    assert whole.returncode == 0, said
+@pytest.mark.parametrize("kind", [kind for kind in kills.KINDS if kind not in ("two ranks", "chunks")])
+def test_disturbed_runs_end_bit_identical(kind, tmp_path):
+    """kill -9, SIGTERM and a full disk at random moments; the same command goes on."""
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))  # other moments every time this test runs
-    for _ in range(KILLS or (2 if start[0] == "train.py" else 1)):
-        process = begin("killed")
-        for _ in range(rng.randrange(1, 30)):  # lines of its log, then a moment somewhere inside a step
-            process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.03))
-        for pid in (*children(process.pid), process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.stdout.read()  # until the last of them has let go of it
-        process.wait()
-        process.stdout.close()
-    again = begin("killed")
-    said, _ = again.communicate()
-    assert again.returncode == 0, said
-    for act in ("stage1",) if extra else ("stage1", "stage2"):
-        for name in ("last.safetensors", "best.safetensors") + (("features.f16",) if extra else ()):
-            one, other = ((tmp_path / out / act / name).read_bytes() for out in ("whole", "killed"))
-            assert one == other, (act, name)
-        logs = [(tmp_path / out / act / "log.jsonl").read_text().splitlines() for out in ("whole", "killed")]
-        steps = [[(entry["step"], entry.get("loss")) for entry in map(json.loads, log)] for log in logs]
-        assert steps[0] == steps[1]
-    results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "killed")]
-    assert results[0] == results[1]
+    kills.prepare(tmp_path)
+    kills.undisturbed(kind, tmp_path, "whole")
+    kills.disturbed(kind, tmp_path, "out", rng.choices(kills.HOW, k=MOMENTS), rng)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes of a run in /proc")
 def test_torchrun_restarts_after_a_process_died(pairs, tmp_path):
     command = ["--recipe", "scratch", *TINY[2:], "--data", pairs, "--steps", "30", "--save-every", "2",
                "--eval-every", "15", "--log-every", "1"]
-    restarting = [sys.executable, "-u", *TORCHRUN[:3], "--max-restarts", "3", *TORCHRUN[3:], *command]
+    restarting = [sys.executable, "-u", *kills.TWO[:3], "--max-restarts", "3", *kills.TWO[3:], *command]
     process = subprocess.Popen([*restarting, "--out", str(tmp_path / "died")], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in process.stdout:
         if "step     10/30" in line:
             break
-    os.kill(children(process.pid)[1], signal.SIGKILL)
+    os.kill(kills.children(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == 0, said
     # what the other process says of it, if torchrun does not stop it sooner
     assert "goes on from the last checkpoint" in said or "closing signal" in said
     assert re.search(r"from step \d*[1-9]", said)
-    alone = subprocess.run([sys.executable, *TORCHRUN, *command, "--out", str(tmp_path / "whole")], cwd=ROOT)
+    alone = subprocess.run([sys.executable, *kills.TWO, *command, "--out", str(tmp_path / "whole")], cwd=ROOT)
     assert alone.returncode == 0
     one, other = ((tmp_path / out / "scratch" / "last.safetensors").read_bytes() for out in ("whole", "died"))
     assert one == other
@@ -239,6 +252,200 @@ def test_a_disk_that_fills_up_during_a_checkpoint_loses_nothing(pairs, tmp_path,
     assert not (tmp_path / "checkpoint.pt.tmp").exists()
     monkeypatch.setattr(torch, "save", real)
     assert train.train("act", cfg)[-1]["step"] == 4  # goes on
+
+
+def flags(pairs: str, out, **more) -> train.Config:
+    """A small run on a CPU."""
+    return train.Config(**dict(model="ViT-tiny", data=pairs, batch_size=8, steps=6, lr=1e-3, workers=0,
+                               out=str(out), device="cpu") | more)
+
+
+def tensors(out) -> dict:
+    return load_file(out / "last.safetensors")
+
+
+def equal(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def signalled(monkeypatch, number: int, at: int):
+    """This process gets a signal in the middle of step `at`."""
+    real, steps = train.backward_in_chunks, []
+
+    def backward(*args):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), number)
+        return real(*args)
+    monkeypatch.setattr(train, "backward_in_chunks", backward)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, pairs, tmp_path, monkeypatch):
+    train.train("act", flags(pairs, tmp_path / "whole"))
+    before = signal.getsignal(number)
+    signalled(monkeypatch, number, at=4)
+    with pytest.raises(train.Stopped, match="stopped at step 4 of 6"):
+        train.train("act", flags(pairs, tmp_path / "cut"))
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 4
+    train.train("act", flags(pairs, tmp_path / "cut"))
+    assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+
+
+def test_a_clock_saves(pairs, tmp_path, monkeypatch):
+    """With --save-minutes the state is saved after every step that ends later than that."""
+    saved, real = [], train.Checkpoints.save
+    monkeypatch.setattr(train.Checkpoints, "save",
+                        lambda self, *args: saved.append(args[3]) or real(self, *args))
+    train.train("act", flags(pairs, tmp_path / "scheduled", save_every=4))
+    train.train("act", flags(pairs, tmp_path / "often", save_every=4, save_minutes=1e-9))
+    assert saved == [0, 4, 6] + list(range(7))
+    assert equal(tensors(tmp_path / "scheduled"), tensors(tmp_path / "often"))
+    logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("scheduled", "often")]
+    assert len(logs[0]) == len(logs[1])
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(pairs, tmp_path, monkeypatch):
+    """The file of step 1 is written when the second step has begun, or never: a slow disk stalls nobody."""
+    real, second = torch.save, threading.Event()
+    step_made = train.get_lr
+
+    def slow(content, path):
+        assert content["step"] != 1 or second.wait(60)
+        real(content, path)
+
+    def get_lr(step, cfg, total):
+        if step == 1:  # asked for when the second step begins
+            second.set()
+        return step_made(step, cfg, total)
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(train, "get_lr", get_lr)
+    train.train("act", flags(pairs, tmp_path, steps=3, save_every=1))
+    steps = [torch.load(path, weights_only=True)["step"] for path in checkpoint.paths(str(tmp_path))]
+    assert steps == [3, 2]  # the last two are kept
+
+
+def nan_in(path):
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["text_projection"][0, 0] = math.nan
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: os.truncate(path, 10_000), "not a checkpoint of ours"),
+    (nan_in, "text_projection is not finite"),
+    (os.remove, ""),
+])
+def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, words, pairs, tmp_path, capsys):
+    train.train("act", flags(pairs, tmp_path / "whole", save_every=2))
+    train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
+    newest, previous = checkpoint.paths(str(tmp_path / "cut"))
+    before = Path(previous).read_bytes()
+    damage(newest)
+    os.remove(tmp_path / "cut" / "last.safetensors")
+    capsys.readouterr()
+    train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
+    said = capsys.readouterr().out
+    assert words in said and (not words or f"going on from {previous}, step 4" in said)
+    assert "from step 4" in said and equal(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+    assert Path(previous).read_bytes() == before  # the unusable one did not take its place
+    for path in (newest, previous):
+        os.truncate(path, 10_000)
+    with pytest.raises(weights.WeightsError, match="checkpoint.pt: not a checkpoint of ours .*delete it"):
+        train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
+
+
+def test_weights_that_give_no_features_are_never_saved(pairs, tmp_path):
+    """At a rate of 1e30 the first step's loss is a number and its weights are too, but no feature of them."""
+    for _ in range(2):
+        with pytest.raises(DataError, match="too large to give features; try a lower --lr than 1.0e\\+30"):
+            train.train("act", flags(pairs, tmp_path, lr=1e30, warmup=0, save_every=1))
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert saved["step"] == 0
+        assert max(value.abs().max() for value in saved["model"].values()) < 100
+
+
+def test_moments_get_the_layout_of_their_parameters(tmp_path):
+    """A ResNet is channels_last on a GPU alone, and the fused AdamW goes by memory. Saved there, resumed here:
+    the next step is the one that the first model makes."""
+    def made(layout):
+        torch.manual_seed(0)
+        clip = model.ChineseCLIP(model.MODELS["RN-tiny"]).to(memory_format=layout)
+        return clip, train.build_optimizer(train.Config(lr=0.1), clip)
+
+    def step(clip, optimizer, seed: int):
+        g = torch.Generator().manual_seed(seed)
+        for p in clip.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g))
+        optimizer.step()
+
+    there, optimizer = made(torch.channels_last)
+    step(there, optimizer, 1)
+    torch.save((there.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+    here, resumed = made(torch.contiguous_format)
+    state, moments = torch.load(tmp_path / "state.pt", weights_only=True)
+    here.load_state_dict(state)
+    resumed.load_state_dict(moments)
+    checkpoint.own_layout(resumed)
+    step(there, optimizer, 2)
+    step(here, resumed, 2)
+    for (name, p), q in zip(there.named_parameters(), here.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks for the mapping in /proc")
+def test_a_checkpoint_is_mapped_not_copied(pairs, tmp_path):
+    train.train("act", flags(pairs, tmp_path, steps=1))
+    saved = checkpoint.read(str(tmp_path / "checkpoint.pt"))
+    assert str(tmp_path / "checkpoint.pt") in Path("/proc/self/maps").read_text()
+    assert saved["step"] == 1
+
+
+def test_out_may_move_with_its_acts(pairs, tmp_path):
+    """The acts of a chained run name each other by act, not by path."""
+    start = str(tmp_path / "start.safetensors")
+    model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
+    argv = ["--recipe", "pretrain", *TINY[2:], "--data", pairs, "--init", start, "--steps", "2"]
+    train.main([*argv, "--out", str(tmp_path / "here")])
+    os.rename(tmp_path / "here", tmp_path / "there")
+    written = (tmp_path / "there" / "stage2" / "best.safetensors").stat().st_mtime_ns
+    train.main([*argv, "--out", str(tmp_path / "there")])  # finished: nothing is run again
+    assert (tmp_path / "there" / "stage2" / "best.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_act_is_gone_when_the_next_measures_memory(pairs, tmp_path, monkeypatch):
+    """Its model and optimizer would count as used, and the second act would get chunks of a few pairs."""
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    models, alive, real = [], [], train.fitting_chunk
+
+    def measure(forward, clip, *args):
+        alive.append([there() is not None for there in models])
+        models.append(weakref.ref(clip))
+        return real(forward, clip, *args)
+    monkeypatch.setattr(train, "fitting_chunk", measure)
+    gc.disable()  # the collector comes when it likes
+    try:
+        for act in ("one", "two"):
+            train.train(act, flags(pairs, tmp_path / act, steps=2, compile=True))
+    finally:
+        gc.enable()
+    assert alive == [[], [False]]
+
+
+def test_processes_speak_with_one_voice(pairs, tmp_path):
+    start = str(tmp_path / "start.safetensors")
+    model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
+    argv = ["--recipe", "stage1", *TINY[2:], "--data", pairs, "--init", start, "--steps", "2"]
+    for line in ("tensors from", "loaded"):
+        done = subprocess.run([sys.executable, *kills.TWO, *argv, "--out", str(tmp_path / "out"), "--teacher", start],
+                              cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+    # the first command initialised, the second found the run finished; each loaded the teacher once
+        assert done.stdout.count(f"loaded {start}") == 1
+        assert done.stdout.count("tensors from") == (line == "tensors from")
+        assert done.stdout.count("== stage1") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,6 +477,19 @@ def test_a_teacher_teaches(pairs, tmp_path):
             away[weight] = distillation_loss(*student(small, ids), taught).item()
     itself = distillation_loss(*taught, taught).item()
     assert away[100.0] - itself < 0.2 * (away[0.0] - itself)
+
+
+def test_a_teacher_of_a_batch_too_large_for_the_matrix(pairs, tmp_path, monkeypatch):
+    """Above DENSE_LIMIT similarities the two losses are taken in tiles; the numbers stay."""
+    start, logs = str(tmp_path / "start.safetensors"), []
+    model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
+    for limit in (2**25, 24):
+        monkeypatch.setattr(loss, "DENSE_LIMIT", limit)
+        out = tmp_path / str(limit)
+        train.train("act", flags(pairs, out, steps=3, teacher=start, log_every=1))
+        logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
 def test_the_log_is_json_lines(pairs, tmp_path):
@@ -306,7 +526,8 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
     row = model.MODELS["ViT-tiny"]  # compiled dropout draws other numbers than eager dropout
     monkeypatch.setitem(model.MODELS, "dry", dataclasses.replace(
         row, text=dataclasses.replace(row.text, dropout=0.0)))
-    losses = []
+    losses, replays, real = [], [], train.check_replay
+    monkeypatch.setattr(train, "check_replay", lambda *args: replays.append(real(*args)))
     for compiled, chunk in ((False, 0), (True, 4)):  # chunks run with and without gradient
         out = tmp_path / f"{compiled} {chunk}"
         train.train("act", train.Config(
@@ -315,6 +536,7 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in log if "loss" in entry])
         assert not any("_orig_mod" in name for name in load_file(out / "last.safetensors"))
+    assert len(replays) == 1 and replays[0] < 1e-4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert abs(losses[0][0] - losses[0][-1]) > 1e-2  # it moved, so equal curves mean equal gradients
 
@@ -341,12 +563,13 @@ def test_chunks_are_what_fits_and_stay_so_after_a_restart(pairs, tmp_path, monke
     flags = dict(model="ViT-tiny", data=pairs, batch_size=8, lr=1e-3, workers=0, device="cpu", save_every=1)
     clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
     moments = 12 * sum(p.numel() for p in clip.parameters())
-    monkeypatch.setattr(loss, "free_memory", lambda device: moments + 3_000_000)
+    monkeypatch.setattr(chunks, "free_memory", lambda device: moments + 3_000_000)
     train.train("act", train.Config(**flags, steps=2, out=str(tmp_path / "auto")))
-    chunk = int(re.search(r"in \d chunks of (\d)", capsys.readouterr().out)[1])
-    assert 1 <= chunk < 8
+    said = capsys.readouterr().out
+    chunk = int(re.search(r"in \d chunks of (\d)", said)[1])
+    assert 1 <= chunk < 8 and f"no more than {chunk} pairs fit" in said
     train.train("act", train.Config(**flags, steps=2, chunk_size=chunk, out=str(tmp_path / "given")))
-    monkeypatch.setattr(loss, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(chunks, "free_memory", lambda device: 2**40)
     one, other = (load_file(tmp_path / out / "last.safetensors") for out in ("auto", "given"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     capsys.readouterr()
@@ -366,10 +589,10 @@ def test_out_of_memory_can_be_answered_with_chunks(pairs, tmp_path, capsys):
 
 
 def test_cached_features_are_for_the_acts_with_a_frozen_tower():
-    acts = train.parse(["--recipe", "pretrain", "--data", "x", "--cache-features", "3"])
+    acts = train.parse(["--recipe", "pretrain", *TOWERS, "--cache-features", "3"])
     assert [acts[act].cache_features for act in ("stage1", "stage2")] == [3, 0]
     with pytest.raises(train.ConfigError, match="only a frozen image tower"):
-        train.parse(["--recipe", "stage2", "--data", "x", "--cache-features", "3"])
+        train.parse(["--recipe", "stage2", *TUNED, "--cache-features", "3"])
 
 
 def test_every_seed_and_step_has_its_own_dropout():
@@ -422,13 +645,39 @@ def test_weights_of_another_model_are_refused(pairs, tmp_path):
         train.main([*TINY, "--data", pairs, "--init", path, "--out", str(tmp_path / "out")])
 
 
-def test_fewer_pairs_than_a_batch_is_refused(pairs, tmp_path):
-    message = "24 training pairs are fewer than one batch; --batch-size is 32"
-    with pytest.raises(DataError, match=message):
-        train.main([*TINY, "--data", pairs, "--batch-size", "32", "--out", str(tmp_path)])
+def test_a_batch_larger_than_the_set_repeats_pairs(pairs, tmp_path, capsys):
+    """Each as often as any other, which is said; with --targets multi they are no negatives of each other."""
+    losses = {}
+    for targets in ("one-hot", "multi"):
+        cfg = flags(pairs, tmp_path / targets, batch_size=64, steps=0, epochs=2, targets=targets, log_every=1)
+        train.train("act", cfg)
+        said = capsys.readouterr().out
+        assert "batch is larger than the set: every pair stands in it 2 times or once more" in said
+        assert "; 2 steps, 128 pairs" in said
+        log = map(json.loads, (tmp_path / targets / "log.jsonl").read_text().splitlines())
+        losses[targets] = next(entry["loss"] for entry in log if "loss" in entry)
+    assert losses["one-hot"] - losses["multi"] > 0.5  # ln 2 and more
+    stream = data.Stream(sources.open_pairs(pairs, "train"), 0, 32, "none")
+    counts = collections.Counter(stream.index(position) for position in range(64))
+    assert len(counts) == 24 and set(counts.values()) == {2, 3}
 
 
 def test_loss_that_is_no_number_stops_the_run(pairs, tmp_path):
     with pytest.raises(DataError, match="the loss is nan at step"):
         train.main([*TINY, "--data", pairs, "--steps", "20", "--lr", "1e30", "--log-every", "1",
                     "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("argv", [
+    ["--lr", "-1"], ["--lr", "nan"], ["--recipe-lr", "0"], ["--weight-decay", "-1"], ["--beta2", "1.5"],
+    ["--eps", "-1"], ["--epochs", "inf"], ["--epochs", "-1"], ["--warmup", "-1"], ["--lr-batch", "0"],
+    ["--distill", "inf"], ["--save-minutes", "0"], ["--patch-drop", "1"], ["--eval-every", "-1"],
+    ["--freeze-image", "--patch-drop", "0.5"]])
+def test_numbers_out_of_range_are_refused(argv):
+    with pytest.raises(train.ConfigError, match=argv[-2]):
+        train.parse([*TINY[:4], "--data", "x", *argv])
+
+
+def test_patches_are_dropped_where_the_image_tower_trains():
+    acts = train.parse(["--recipe", "pretrain", *TOWERS, "--patch-drop", "0.5"])
+    assert [acts[act].patch_drop for act in ("stage1", "stage2")] == [0, 0.5]
