@@ -77,9 +77,9 @@ def recall_table(rows: dict[str, dict]) -> str:
 
 def write_predictions(args, pairs: Pairs, ids: dict[str, list], features: dict[str, torch.Tensor]):
     """The --top-k nearest of every query as JSON lines, atomically, in one of two formats. "official" is what
-    the official evaluation.py and evaluation_tr.py read, {"text_id", "image_ids"} and {"image_id", "text_ids"},
-    ten of them; "muge" is what MUGE's task takes, {"query_id", "query_text", "item_ids"}, where a picture as
-    the query has no text."""
+    the official evaluation.py and evaluation_tr.py read: {"text_id", "image_ids"} and {"image_id",
+    "text_ids"}. "muge" is what MUGE's task takes: {"query_id", "query_text", "item_ids"}, where a query that
+    is a picture has no text."""
     query, _, item = args.direction.split("-")  # "text" and "image", or the other way round
     names = ("query_id", "item_ids") if args.format == "muge" else (f"{query}_id", f"{item}_ids")
     lines = []
