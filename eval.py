@@ -147,6 +147,9 @@ def run_retrieval(args, clip) -> dict:
 
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
+    if args.submission and not classes.numbered:
+        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} in another order; "
+                        f"expected {os.path.join(args.data, 'label.txt')}, an English class name a line, in it")
     cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
     line = classification_line(result)
@@ -213,7 +216,7 @@ def run_reproduce(args, clip) -> dict:
             result = retrieval(clip, pairs, 128 if table == "table10" else 52)
             measured = published.retrieval_columns(result, table)
         else:
-            classes, get_image, labels, templates = open_classification(folder, data, TEMPLATES)
+            classes, get_image, labels, templates = open_classification(folder, data)
             result = zero_shot(clip, classes.chinese, get_image, labels, templates, classes.metric)
             measured = {data: result[classes.metric]}
         rows += published.compare(measured, table, data, setup, ours)
@@ -238,11 +241,14 @@ def data_folders(table: str, items: list[str]) -> dict[str, str]:
     return folders
 
 
-def open_classification(data: str, labels: str, templates: str):
-    """-> (classes, get_image, labels, templates): the data set's own templates, then the general ones."""
+def open_classification(data: str, labels: str, templates: str = ""):
+    """-> (classes, get_image, labels, templates): those of the file `templates` if there is one, else the
+    data set's own, and where it is one of objects the general ones after them."""
     classes, paths, numbers = open_classes(data, labels)
-    both = list(dict.fromkeys([*classes.templates, *read_templates(templates)]))
-    return classes, functools.partial(open_row, paths), numbers, both
+    sentences = read_templates(templates) if templates else list(classes.templates)
+    if not templates and not classes.alone:
+        sentences = list(dict.fromkeys([*sentences, *read_templates(TEMPLATES)]))
+    return classes, functools.partial(open_row, paths), numbers, sentences
 
 
 def open_row(paths: list[str], row: int):
@@ -315,9 +321,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         p.add_argument("--data", required=task == "zeroshot", default="", help="a folder with test/000 ... "
                        "or test/NAME ..., or pictures listed in test.txt (see classes.py)")
         p.add_argument("--labels", default="", help="names, measure and templates: a file, or a data set of "
-                       "labels/ such as cifar-100; without it label_cn.txt in --data and accuracy")
-        p.add_argument("--templates", default=TEMPLATES,
-                       help="general sentences, one a line, {} for the class name")
+                       "labels/ such as cifar-100, in the order of label.txt or label_cn.txt in --data; "
+                       "without it the names of that label_cn.txt, and accuracy")
+        p.add_argument("--templates", default="", metavar="FILE", help="these sentences alone, one a line, "
+                       "{} for the class name; without it the data set's own, and after them those of "
+                       "labels/templates.txt, unless labels/ says `templates: alone`")
     for task in ("retrieval", "zeroshot"):
         add[task].add_argument("--page", default="", metavar="FILE", help="also write a page to look at: "
                                "curve or confusion matrix, the worst failures as pictures")

@@ -198,6 +198,55 @@ def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys)
     assert result["roc-auc"] == pytest.approx(metrics.roc_auc(shares[:, 1], torch.tensor([0, 0, 0, 1, 1, 1])))
 
 
+def test_elevaters_order_of_classes_in_table_12_and_in_its_file(weights, tmp_path):
+    """The same pictures in folders by name, in our order, and by number, in ELEVATER's: the measure is the
+    same, the columns are permuted. Without label.txt neither numbers nor a submission can be right."""
+    names, theirs = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"], [0, 1, 2, 3, 6, 4, 5]
+    folders = {"named": names, "numbered": [str(theirs.index(c)) for c in range(7)]}
+    for name, places in folders.items():
+        for c, place in enumerate(places):
+            os.makedirs(tmp_path / name / "test" / place)
+            for n in range(3):
+                picture(10 * c + n).save(tmp_path / name / "test" / place / f"{n}.png")
+    data = {name: str(tmp_path / name) for name in folders}
+
+    def run(*arguments, **options) -> dict:
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
+        measure.main([*arguments, *flags, "--model", weights, "--device", "cpu", "--out", str(tmp_path / "out")])
+        return json.loads((tmp_path / "out").read_text(encoding="utf-8"))
+
+    table = ("reproduce", "table12", "--row", "ViT-B-16", "--data")
+    for arguments in (("zeroshot", "--labels", "fer-2013", "--data", data["numbered"]),
+                      (*table, f"fer-2013={data['numbered']}"),
+                      ("zeroshot", "--labels", "fer-2013", "--data", data["named"], "--submission", "no")):
+        with pytest.raises(DataError, match="label.txt"):
+            run(*arguments)
+    assert not os.path.exists("no")
+    expected = run("zeroshot", "--labels", "fer-2013", "--data", data["named"])
+    assert expected["templates"] == 6  # its own alone: "a toy angry" says nothing
+    for name, order in (("named", range(7)), ("numbered", theirs)):
+        label_txt = "".join(names[c] + "\n" for c in order)
+        (tmp_path / name / "label.txt").write_text(label_txt, encoding="utf-8")
+        found = run("zeroshot", "--labels", "fer-2013", "--data", data[name], submission=f"{name}.json")
+        for key in ("accuracy", "accuracy_single_template", "templates"):
+            assert found[key] == expected[key]
+        assert run(*table, f"fer-2013={data[name]}")["rows"][0]["measured"] == expected["accuracy"]
+    named, numbered = (torch.tensor(json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["predictions"][0])
+                       for name in ("named", "numbered"))
+    rows = [3 * c + n for c in sorted(range(7), key=lambda c: names[c]) for n in range(3)]  # as folders are read
+    rows = [rows.index(3 * c + n) for c in theirs for n in range(3)]
+    torch.testing.assert_close(numbered, named[rows][:, theirs], rtol=0, atol=1e-5)
+
+
+def test_templates_of_ones_own_are_used_alone(weights, tmp_path):
+    data, mine = write_folders(tmp_path / "set", "negative", "positive"), tmp_path / "mine.txt"
+    mine.write_text("{}\n关于{}\n", encoding="utf-8")
+    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2", "--device", "cpu",
+                  "--templates", str(mine), "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["prompts"]
+    assert sorted(found) == sorted(["{}", "关于{}", "ensemble"])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # prompts and calibrate
 
@@ -208,7 +257,7 @@ def test_prompts_command(weights, tmp_path, capsys):
     measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2",
                   "--device", "cpu", "--out", str(out)])
     found, printed = json.loads(out.read_text(encoding="utf-8"))["prompts"], capsys.readouterr().out
-    assert "ensemble" in found and "一条{}" in found and "一张{}的图片" in found
+    assert "ensemble" in found and "一条{}" in found and "一张{}的图片" not in found  # a review is no thing
     assert all(f"{value:6.1f}  {template}" in printed for template, value in found.items())
     with pytest.raises(DataError, match="--negation"):
         measure.main(["prompts", "--model", weights, "--device", "cpu"])
