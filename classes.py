@@ -14,6 +14,7 @@ in one of three ways, told by what is there:
 Every class must have pictures and every folder a class, else the figure would be another than the paper's.
 """
 
+import json
 import os
 from typing import NamedTuple
 
@@ -185,6 +186,21 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
         raise DataError(f"{folder}: no pictures of {len(empty)} of {len(classes.chinese)} classes ({few}"
                         f"{' ...' if len(empty) > 5 else ''}); add them, or shorten the labels")
     return classes, paths, labels if classes.metric == "map-11" else labels.argmax(dim=1)
+
+
+def elevaters_pictures(folder: str, count: int) -> list[int]:
+    """The rows of `open_classes` as ELEVATER orders the pictures: the official layout's index.json, a list of
+    them, which some of its data sets have; the others are in that order already."""
+    path = os.path.join(folder, "index.json")
+    if not os.path.isfile(path):
+        return list(range(count))
+    try:
+        rows = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: no JSON ({error})") from None
+    if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
+        raise DataError(f"{path}: expected a list of the numbers 0 to {count - 1}, each once, for the pictures")
+    return rows
 
 
 def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:

@@ -30,7 +30,7 @@ import page
 import published
 import zeroshot
 from calibrate import WHY, at_threshold, calibrate, calibration_table
-from classes import TEMPLATES, open_classes, read_templates
+from classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
 from download import RELEASED
 from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
 from loss import join_processes, lost_process, rank, world_size
@@ -148,8 +148,9 @@ def run_retrieval(args, clip) -> dict:
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     if args.submission and not classes.numbered:
-        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} in another order; "
-                        f"expected {os.path.join(args.data, 'label.txt')}, an English class name a line, in it")
+        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} otherwise; expected "
+                        f"{os.path.join(args.data, 'label.txt')}, an English class name a line, in its order")
+    rows = elevaters_pictures(args.data, len(labels)) if args.submission else []
     cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
     line = classification_line(result)
@@ -159,7 +160,7 @@ def run_zeroshot(args, clip) -> dict:
             args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
     if args.submission and rank() == 0:
         data = args.labels or os.path.basename(os.path.abspath(args.data))
-        write_json(args.submission, zeroshot.submission(clip, data, cosines))
+        write_json(args.submission, zeroshot.submission(clip, data, cosines[rows]))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
     table, data, setup = paper_figures(args, args.labels or args.data, published.CLASSIFICATION)
     if table:

@@ -196,6 +196,10 @@ def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys)
     shares = torch.tensor(written["predictions"][0])
     assert written["dataset_name"] == "hateful-memes" and shares.shape == (6, 2)
     assert result["roc-auc"] == pytest.approx(metrics.roc_auc(shares[:, 1], torch.tensor([0, 0, 0, 1, 1, 1])))
+    (tmp_path / "memes" / "index.json").write_text("[5, 4, 3, 2, 1, 0]", encoding="utf-8")
+    measure.main([*command, "--submission", str(tmp_path / "s.json")])
+    written = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert torch.equal(torch.tensor(written["predictions"][0]), shares.flip(0))
 
 
 def test_elevaters_order_of_classes_in_table_12_and_in_its_file(weights, tmp_path):
