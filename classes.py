@@ -199,7 +199,7 @@ def elevaters_pictures(folder: str, count: int) -> list[int]:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: no JSON ({error})") from None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
-        raise DataError(f"{path}: expected a list of the numbers 0 to {count - 1}, each once, for the pictures")
+        raise DataError(f"{path}: expected a list of the pictures' numbers, 0 to {count - 1}, each once")
     return rows
 
 
