@@ -79,6 +79,8 @@ def read_classes(name_or_path: str) -> Classes:
                             f"one of {', '.join(METRICS)}")
     if not metric or not english:
         raise DataError(f"{path}: no {'line `metric: NAME`' if english else 'class'} in it")
+    if "templates" in marks and not templates:
+        raise DataError(f"{path}: `templates: alone`, but no line `template: ` with {{}} in it")
     if metric == "roc-auc" and len(english) != 2:
         raise DataError(f"{path}: roc-auc is of two classes, there are {len(english)}")
     return Classes(english, chinese, metric, tuple(templates), "templates" in marks, "order" not in marks)

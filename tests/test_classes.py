@@ -192,6 +192,7 @@ def test_several_classes_a_picture_need_a_list(tmp_path):
     ("template: 猫\n", ("line 1", "template")), ("cat\t猫\n", ("metric",)), ("metric: accuracy\n", ("class",)),
     ("metric: accuracy\ncat\t猫\ndog\t猫\n", ("line 3", "猫 again")),
     ("metric: accuracy\ncat\t\t猫", ("line 2",)), ("metric: accuracy\ntemplates: none\n", ("line 2", "alone")),
+    ("metric: accuracy\ntemplates: alone\ncat\t猫\n", ("templates: alone", "{}")),
     ("metric: accuracy\ncat|puss\t猫\nPuss\t狗\n", ("line 3", "Puss again")),
     ("metric: roc-auc\na\t猫\nb\t狗\nc\t船\n", ("two classes", "3"))])
 def test_label_files_that_are_wrong(tmp_path, text, parts):
