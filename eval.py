@@ -32,13 +32,13 @@ import zeroshot
 from calibrate import WHY, at_threshold, calibrate, calibration_table
 from classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
 from download import RELEASED
-from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
+from features import encode_images, encode_texts, pair_features  # the first two also for curate.py, report.py
 from loss import join_processes, lost_process, rank, world_size
-from metrics import KS, nearest, ranks, recall, recall_at_k  # noqa: F401
+from metrics import KS, nearest, ranks, recall
 from pairs import DataError, Pairs, open_image
 from sources import FolderPairs, open_pairs
 from weights import WeightsError, replace_text, write_json
-from zeroshot import zero_shot  # noqa: F401  (for report.py)
+from zeroshot import zero_shot  # also for report.py
 
 
 # ------------------------------------------------------------------------------------------------------------

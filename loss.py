@@ -17,8 +17,8 @@ mean over ranks of the gradients (what DistributedDataParallel computes) is exac
 process that holds the whole batch, `logit_scale` included. The official default gathers without gradient: its
 towers get 1/N of the gradient and its temperature all of it.
 
-Three sections below are for batches as large as the paper's 32,768: repeated pairs (`positives`), a matrix
-that is never held (`TiledLoss`), and activations that are never held (`backward_in_chunks`).
+For batches as large as the paper's 32,768 there are also `positives`, for pairs that repeat, `TiledLoss`, by
+which the matrix is never held, and `backward_in_chunks`, by which the activations are never held.
 
 Shapes: B global batch, b = B / world_size local batch, E joint width.
 """

@@ -1,5 +1,5 @@
 """
-Two towers, one space: the whole model on one screen. The only file that knows both towers.
+Two towers, one space: the model, the table of its sizes, load and save. The only file that knows both towers.
 
     pixels [B, 3, S, S] -> vit.py or resnet.py -> image_features [B, E] -.
                                                                          |-> cosine * exp(logit_scale)
@@ -124,7 +124,7 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
 
 def autocast(device: torch.device):
     """The precision of a forward pass: bfloat16 on a GPU that has it, else float16 (train.py adds a scaler),
-    float32 on a CPU. Parameters stay float32 everywhere."""
+    float32 on a CPU. Parameters that train are float32 under it."""
     return torch.autocast(device.type, dtype=half_type(device), enabled=device.type == "cuda")
 
 
