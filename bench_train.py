@@ -21,7 +21,8 @@ from bench_peers import (
 from data import tokenize
 from loss import backward_in_chunks, contrastive_loss
 
-PEAK = 790  # bf16 TFLOP/s of an H200, measured there with an 8192-cube matrix product
+# bf16 TFLOP/s of an 8192-cube matrix product on an H200: a figure from elsewhere, no code of ours ran on one
+PEAK = 790
 
 
 def optimizer_of(parameters) -> torch.optim.Optimizer:

@@ -40,10 +40,10 @@ VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")  #
 
 
 class CharacterTable(dict):
-    """For str.translate, filled as characters turn up: what BERT's basic tokenizer does with each. `after`
-    False: before lower-casing (controls vanish, white space becomes a space, a Chinese character stands
-    alone); True: after it (accents vanish, a punctuation mark stands alone). Rules of Google's BERT
-    tokenizer, as the official code uses it."""
+    """For str.translate, filled as characters turn up: what BERT's basic tokenizer does with each character
+    of a text in lower case. `after` False: before accents are split off (controls vanish, white space becomes
+    a space, a Chinese character stands alone); True: after it (accents vanish, a punctuation mark stands
+    alone). Rules of Google's BERT tokenizer, as the official code uses it."""
 
     CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
            (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))

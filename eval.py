@@ -14,6 +14,7 @@ JSON. The formulas are in metrics.py; then read features.py, classes.py, zerosho
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import json
@@ -29,15 +30,15 @@ import page
 import published
 import zeroshot
 from calibrate import WHY, at_threshold, calibrate, calibration_table
-from classes import TEMPLATES, open_classes, read_templates
+from classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
 from download import RELEASED
-from features import encode_images, encode_texts, pair_features  # noqa: F401  (also for train.py and others)
+from features import encode_images, encode_texts, pair_features  # the first two also for curate.py, report.py
 from loss import join_processes, lost_process, rank, world_size
-from metrics import KS, nearest, ranks, recall, recall_at_k  # noqa: F401
+from metrics import KS, nearest, ranks, recall
 from pairs import DataError, Pairs, open_image
 from sources import FolderPairs, open_pairs
 from weights import WeightsError, replace_text, write_json
-from zeroshot import zero_shot  # noqa: F401  (for report.py)
+from zeroshot import zero_shot  # also for report.py
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,30 +75,42 @@ def recall_table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def write_predictions(path: str, pairs: Pairs, text_features, image_features, direction: str):
-    """The ten nearest of every query as JSON lines, atomically, as MUGE's retrieval task takes them:
-    {"query_id", "query_text", "item_ids"}; from image to text a query is a picture and has no text."""
-    text_ids, image_ids = ids_of(pairs)
-    to_image = direction == "text-to-image"
-    queries, gallery = (text_features, image_features) if to_image else (image_features, text_features)
-    query_ids, item_ids = (text_ids, image_ids) if to_image else (image_ids, text_ids)
+def write_predictions(args, pairs: Pairs, ids: dict[str, list], features: dict[str, torch.Tensor]):
+    """The --top-k nearest of every query as JSON lines, atomically, in one of two formats. "official" is what
+    the official evaluation.py and evaluation_tr.py read: {"text_id", "image_ids"} and {"image_id",
+    "text_ids"}. "muge" is what MUGE's task takes: {"query_id", "query_text", "item_ids"}, where a query that
+    is a picture has no text."""
+    query, _, item = args.direction.split("-")  # "text" and "image", or the other way round
+    names = ("query_id", "item_ids") if args.format == "muge" else (f"{query}_id", f"{item}_ids")
     lines = []
-    for row, items in enumerate(nearest(queries, gallery, 10).tolist()):
-        line = {"query_id": query_ids[row]} | ({"query_text": pairs.text(row)} if to_image else {})
-        line["item_ids"] = [item_ids[item] for item in items]
+    for row, items in enumerate(nearest(features[query], features[item], args.top_k).tolist()):
+        line = {names[0]: ids[query][row]}
+        if args.format == "muge" and query == "text":
+            line["query_text"] = pairs.text(row)
+        line[names[1]] = [ids[item][number] for number in items]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    replace_text(path, "".join(lines))
-    print(f"{path}: the 10 nearest of {len(lines):,} queries, {direction}")
+    replace_text(args.predictions, "".join(lines))
+    print(f"{args.predictions}: the {args.top_k} nearest of {len(lines):,} queries, {args.direction}")
 
 
-def ids_of(pairs: Pairs) -> tuple[list, list]:
-    """-> ids of the captions and of the pictures: those of the official layout, as numbers where they are
-    such, which the official script wants; a folder's file names; otherwise rows, from 0."""
-    texts = [pairs.text_id(row) for row in range(len(pairs.texts))]
-    if isinstance(pairs, FolderPairs):
-        return texts, pairs.names
-    images = [str(pairs.image_id(row)) for row in range(pairs.image_count)]
-    return texts, [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]
+def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
+    """{"text": ids of the captions, "image": of the pictures}: those of the official layout, as numbers where
+    they are such, which the official scripts want; a folder's file names; otherwise rows, from 0. DataError,
+    before anything is encoded, if the set is too small for --top-k or an id stands for two."""
+    images = pairs.names if isinstance(pairs, FolderPairs) else [
+        str(pairs.image_id(row)) for row in range(pairs.image_count)]
+    ids = {"text": [pairs.text_id(row) for row in range(len(pairs.texts))],
+           "image": [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]}
+    choices = len(ids[args.direction.split("-")[2]])
+    if choices < args.top_k:
+        raise DataError(f"--top-k {args.top_k}: every query of --predictions gets so many answers, but "
+                        f"{args.direction} has only {choices} to choose from")
+    for what, some in ids.items():
+        twice = [i for i, times in collections.Counter(map(str, some)).items() if times > 1]
+        if twice:
+            raise DataError(f"{args.data} {args.split}: the {what} id {twice[0]} stands there twice; "
+                            "--predictions names by ids, so each must be another")
+    return ids
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,13 +123,10 @@ def run_retrieval(args, clip) -> dict:
           f"{len(pairs.positives):,} pairs")
     if args.page and not len(pairs.positives):
         raise DataError(f"--page: {args.data} {args.split} has no answers, so there is nothing to show")
-    choices = pairs.image_count if args.direction == "text-to-image" else len(pairs.texts)
-    if args.predictions and choices < 10:
-        raise DataError(f"--predictions: 10 items a query make a submission, but {args.direction} has only "
-                        f"{choices} to choose from")
+    ids = ids_to_predict(args, pairs) if args.predictions else {}
     image_features, text_features = pair_features(clip, pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
-        write_predictions(args.predictions, pairs, text_features, image_features, args.direction)
+        write_predictions(args, pairs, ids, {"text": text_features, "image": image_features})
     if not len(pairs.positives):
         print(f"{args.data} {args.split}: no answers in it, so nothing to measure")
         return {}
@@ -137,6 +147,10 @@ def run_retrieval(args, clip) -> dict:
 
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
+    if args.submission and not classes.numbered:
+        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} otherwise; expected "
+                        f"{os.path.join(args.data, 'label.txt')}, an English class name a line, in its order")
+    rows = elevaters_pictures(args.data, len(labels)) if args.submission else []
     cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
     line = classification_line(result)
@@ -146,7 +160,7 @@ def run_zeroshot(args, clip) -> dict:
             args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
     if args.submission and rank() == 0:
         data = args.labels or os.path.basename(os.path.abspath(args.data))
-        write_json(args.submission, zeroshot.submission(clip, data, cosines))
+        write_json(args.submission, zeroshot.submission(clip, data, cosines[rows]))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
     table, data, setup = paper_figures(args, args.labels or args.data, published.CLASSIFICATION)
     if table:
@@ -203,7 +217,7 @@ def run_reproduce(args, clip) -> dict:
             result = retrieval(clip, pairs, 128 if table == "table10" else 52)
             measured = published.retrieval_columns(result, table)
         else:
-            classes, get_image, labels, templates = open_classification(folder, data, TEMPLATES)
+            classes, get_image, labels, templates = open_classification(folder, data)
             result = zero_shot(clip, classes.chinese, get_image, labels, templates, classes.metric)
             measured = {data: result[classes.metric]}
         rows += published.compare(measured, table, data, setup, ours)
@@ -228,11 +242,14 @@ def data_folders(table: str, items: list[str]) -> dict[str, str]:
     return folders
 
 
-def open_classification(data: str, labels: str, templates: str):
-    """-> (classes, get_image, labels, templates): the data set's own templates, then the general ones."""
+def open_classification(data: str, labels: str, templates: str = ""):
+    """-> (classes, get_image, labels, templates): those of the file `templates` if there is one, else the
+    data set's own, and where it is one of objects the general ones after them."""
     classes, paths, numbers = open_classes(data, labels)
-    both = list(dict.fromkeys([*classes.templates, *read_templates(templates)]))
-    return classes, functools.partial(open_row, paths), numbers, both
+    sentences = read_templates(templates) if templates else list(classes.templates)
+    if not templates and not classes.alone:
+        sentences = list(dict.fromkeys([*sentences, *read_templates(TEMPLATES)]))
+    return classes, functools.partial(open_row, paths), numbers, sentences
 
 
 def open_row(paths: list[str], row: int):
@@ -305,9 +322,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         p.add_argument("--data", required=task == "zeroshot", default="", help="a folder with test/000 ... "
                        "or test/NAME ..., or pictures listed in test.txt (see classes.py)")
         p.add_argument("--labels", default="", help="names, measure and templates: a file, or a data set of "
-                       "labels/ such as cifar-100; without it label_cn.txt in --data and accuracy")
-        p.add_argument("--templates", default=TEMPLATES,
-                       help="general sentences, one a line, {} for the class name")
+                       "labels/ such as cifar-100, in the order of label.txt or label_cn.txt in --data; "
+                       "without it the names of that label_cn.txt, and accuracy")
+        p.add_argument("--templates", default="", metavar="FILE", help="these sentences alone, one a line, "
+                       "{} for the class name; without it the data set's own, and after them those of "
+                       "labels/templates.txt, unless labels/ says `templates: alone`")
     for task in ("retrieval", "zeroshot"):
         add[task].add_argument("--page", default="", metavar="FILE", help="also write a page to look at: "
                                "curve or confusion matrix, the worst failures as pictures")
@@ -315,10 +334,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
             "--published", default="", metavar="'DATA SETUP'", help="compare with the paper's figures, as "
             "'MUGE finetune'; a released model on data of the paper's name is compared anyway")
     p = add["retrieval"]
-    p.add_argument("--predictions", default="", metavar="FILE", help="write the 10 nearest of each query as "
-                   "MUGE takes them; the split may then come without answers")
+    p.add_argument("--predictions", default="", metavar="FILE", help="write the nearest of each query to "
+                   "this file; the split may then come without answers")
     p.add_argument("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
                    help="of --predictions")
+    p.add_argument("--format", default="official", choices=("official", "muge"), help="of --predictions: for "
+                   "the official evaluation.py and evaluation_tr.py, or as MUGE's server takes them")
+    p.add_argument("--top-k", type=int, default=10, help="answers a query in --predictions; the official "
+                   "scripts and MUGE want 10")
     add["zeroshot"].add_argument("--submission", default="", metavar="FILE",
                                  help="write the predictions as ELEVATER's server takes them")
     add["prompts"].add_argument("--negation", action="store_true",
@@ -346,6 +369,8 @@ def main(argv: list[str] | None = None):
         parser.error(f"--device {args.device}: expected cpu, or cuda on a machine where torch finds a GPU")
     if not 2 <= getattr(args, "context_length", 52) <= 512:
         parser.error(f"--context-length {args.context_length}: expected 2 to 512")
+    if getattr(args, "top_k", 1) < 1:
+        parser.error(f"--top-k {args.top_k}: expected at least 1")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error("--precision and --prior are shares: expected 0 to 1")
     for flag in ("out", "page", "predictions", "submission"):  # before anything is computed

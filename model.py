@@ -1,5 +1,5 @@
 """
-Two towers, one space: the whole model on one screen. The only file that knows both towers.
+Two towers, one space: the model, the table of its sizes, load and save. The only file that knows both towers.
 
     pixels [B, 3, S, S] -> vit.py or resnet.py -> image_features [B, E] -.
                                                                          |-> cosine * exp(logit_scale)
@@ -123,7 +123,7 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
 
 
 def autocast(device: torch.device):
-    """A forward pass in the precision of the device; parameters stay as they are."""
+    """A forward pass in the precision of the device. Parameters that train are float32 under it."""
     return torch.autocast(device.type, dtype=precision(device), enabled=device.type == "cuda")
 
 

@@ -1,5 +1,6 @@
 """
-The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3), for one CPU, one GPU or many.
+The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3), for one CPU, one GPU or many
+(on GPUs it has not been run yet).
 
     python train.py                                                    # a laptop: the demo, in minutes
     python train.py --recipe muge --init ViT-B-16 --data path/to/MUGE  # one GPU: fine-tune the released model

@@ -29,7 +29,7 @@ class ViTConfig:
     patch_size: int
     width: int  # D
     layers: int
-    head_width: int = 64  # H = width / head_width; only ViT-H-14 differs (80)
+    head_width: int = 64  # H = width / head_width; 80 in ViT-H-14, less in our small models
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def report(clip, cosines, single, labels, templates, metric: str) -> dict:
 def submission(clip, data: str, cosines: torch.Tensor) -> dict:
     """One data set's predictions as ELEVATER's server takes them (submission_file_readme.md, "zero-shot"):
     sizes, and the probability of every class for every picture [1, N, C], with six digits as in cn_clip. The
-    pictures are in the order of test.txt or of the folders; the server expects ELEVATER's.
+    order of classes and pictures is that of `cosines`, which for the server must be ELEVATER's: classes.py
+    takes it from the official layout's label.txt and index.json.
 
     data: a name of labels/, or another."""
     count = sum(p.numel() for p in clip.parameters())

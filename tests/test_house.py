@@ -83,6 +83,20 @@ def test_imports_run_downward(name):
     assert imported(name) - mine - set(sys.stdlib_module_names) <= PACKAGES[name]
 
 
+def test_the_one_arrow_that_no_import_shows():
+    """README names it: `python weights.py` starts convert.py by name."""
+    hidden = set()
+    for name in FILES:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+                    "run_module", "run_path", "import_module", "__import__"):
+                hidden.add((name, ast.unparse(node.args[0])))
+    assert hidden == {("weights", "'convert'")}
+    for language, words in (("README.md", "One arrow points upward"), ("README_zh.md", "只有一处朝上")):
+        sentence = (ROOT / language).read_text(encoding="utf-8").partition(words)[2][:100]
+        assert "`python weights.py`" in sentence and "`convert.py`" in sentence
+
+
 def test_the_allowed_arrows_have_no_circle():
     def reach(name):
         return ARROWS[name].union(*(reach(other) for other in ARROWS[name]))

@@ -1,17 +1,23 @@
-"""Beside the official code: fifty steps from the same weights and batches; the parts of augmentation."""
+"""Beside the official code: fifty steps from the same weights and batches; its scripts read our predictions;
+the parts of augmentation."""
 
 import argparse
 import json
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_folder
+from conftest import ROOT, shake, write_folder
 from PIL import Image
+from test_reproduce import lines_of, write_official
 
 import data
+import eval as measure  # `eval` alone would hide Python's own
 import model
 import sources
 import train
@@ -83,6 +89,34 @@ def test_fifty_steps_give_the_official_curve(tmp_path, monkeypatch):
     worst = max(abs(a - b) for a, b in zip(ours, theirs))
     print(f"worst difference of {STEPS} losses: {worst:.1e}, from {theirs[0]:.3f} to {theirs[-1]:.3f}")
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("direction, script", [
+    ("text-to-image", "evaluation.py"), ("image-to-text", "evaluation_tr.py")])
+def test_the_official_scripts_score_our_predictions_as_we_do(direction, script, tmp_path):
+    """They run as programs on the files as they are written, from image to text on the answers that the
+    official transform_ir_annotation_to_tr.py makes. Every caption has two pictures."""
+    folder, weights = write_official(tmp_path / "MUGE", "valid", 20), str(tmp_path / "tiny.safetensors")
+    lines = [line | {"image_ids": [100 + n, 100 + (n + 7) % 20]}
+             for n, line in enumerate(lines_of(tmp_path / "MUGE" / "valid_texts.jsonl"))]
+    answers = tmp_path / "MUGE" / "valid_texts.jsonl"
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    model.save(shake(model.ChineseCLIP(model.MODELS["ViT-tiny"])), weights)
+    measure.main(["retrieval", "--model", weights, "--data", folder, "--device", "cpu", "--direction", direction,
+                  "--predictions", str(tmp_path / "ours.jsonl"), "--out", str(tmp_path / "out.json")])
+    scripts = Path(official.__file__).parents[1] / "eval"
+    if script == "evaluation_tr.py":
+        command = [sys.executable, scripts / "transform_ir_annotation_to_tr.py", "--input", answers]
+        subprocess.run(command, check=True, capture_output=True)
+        answers = answers.with_suffix(".tr.jsonl")
+    command = [sys.executable, scripts / script, answers, tmp_path / "ours.jsonl", tmp_path / "theirs.json"]
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = json.loads((tmp_path / "theirs.json").read_text(encoding="utf-8"))
+    assert theirs["success"], theirs
+    ours = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))[direction.replace("-", "_")]
+    score = theirs["scoreJson"]
+    assert list(ours.values()) == pytest.approx([score[key] for key in ("r1", "r5", "r10", "mean_recall")])
+    assert 0 < ours["R@1"] < ours["R@10"] < 100
 
 
 SCALES = {  # of an operation at magnitude m in direction s, as torchvision takes it

@@ -128,37 +128,41 @@ def test_published_figures_beside_a_retrieval_that_asks_for_them(weights, tmp_pa
 # submissions
 
 
-def test_predictions_are_the_ten_nearest_in_muges_format(clip, weights, tmp_path):
+@pytest.mark.parametrize("flags, count, shapes", [
+    ([], 10, (["text_id", "image_ids"], ["image_id", "text_ids"])),
+    (["--top-k", "3"], 3, (["text_id", "image_ids"], ["image_id", "text_ids"])),
+    (["--format", "muge"], 10, (["query_id", "query_text", "item_ids"], ["query_id", "item_ids"]))])
+def test_predictions_are_the_nearest_in_the_official_format_or_muges(clip, weights, tmp_path, flags, count, shapes):
+    """A line a query, in the order of the split; its ids are numbers, the nearest comes first."""
     data = write_official(tmp_path / "MUGE", "valid")
-    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", "--features",
-               str(tmp_path / "kept"), "--predictions"]
+    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", *flags, "--predictions"]
     measure.main([*command, str(tmp_path / "t2i.jsonl")])
     measure.main([*command, str(tmp_path / "i2t.jsonl"), "--direction", "image-to-text"])
     images, texts = measure.pair_features(clip, sources.open_pairs(data, "valid"))
     scores = texts @ images.T
-    for row, line in enumerate(lines_of(tmp_path / "t2i.jsonl")):
-        assert list(line) == ["query_id", "query_text", "item_ids"] and line["query_id"] == 7 * row
-        assert line["query_text"] == TEXTS[row % len(TEXTS)] * (1 + row // len(TEXTS))
-        ids = [i - 100 for i in line["item_ids"]]
-        assert len(set(ids)) == 10 and scores[row, ids].tolist() == sorted(scores[row].tolist())[:-11:-1]
-    for row, line in enumerate(lines_of(tmp_path / "i2t.jsonl")):
-        assert list(line) == ["query_id", "item_ids"] and line["query_id"] == 100 + row
-        assert all(i % 7 == 0 for i in line["item_ids"])
+    for name, keys, ids, found, some in (
+            ("t2i", shapes[0], [7 * n for n in range(12)], scores, [100 + n for n in range(12)]),
+            ("i2t", shapes[1], [100 + n for n in range(12)], scores.T, [7 * n for n in range(12)])):
+        lines = lines_of(tmp_path / f"{name}.jsonl")
+        assert [line[keys[0]] for line in lines] == ids
+        for row, line in enumerate(lines):
+            assert list(line) == keys
+            best = found[row].topk(count).indices.tolist()
+            assert line[keys[-1]] == [some[item] for item in best]
+            if "query_text" in line:
+                assert line["query_text"] == TEXTS[row % len(TEXTS)] * (1 + row // len(TEXTS))
 
 
-def test_predictions_score_with_the_official_script_what_we_measure(clip, weights, tmp_path):
-    official_script = pytest.importorskip(
-        "cn_clip.eval.evaluation", reason="the official code, cn_clip, is not installed")
-    data = write_official(tmp_path / "MUGE", "valid", 20)
-    measure.main(["retrieval", "--model", weights, "--data", data, "--device", "cpu",
-                  "--predictions", str(tmp_path / "ours.jsonl"), "--out", str(tmp_path / "out.json")])
-    theirs = [{"text_id": line["query_id"], "image_ids": line["item_ids"]}
-              for line in lines_of(tmp_path / "ours.jsonl")]
-    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, theirs)) + "\n", encoding="utf-8")
-    mean, *recalls = official_script.compute_score(
-        os.path.join(data, "valid_texts.jsonl"), str(tmp_path / "theirs.jsonl"))
-    ours = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["text_to_image"]
-    assert list(ours.values()) == pytest.approx([*recalls, mean])
+def test_an_id_that_stands_twice_is_refused(weights, tmp_path):
+    """The official scripts would read one of the two lines, or refuse an answer that is there twice."""
+    data, out = write_official(tmp_path / "MUGE", "valid"), tmp_path / "out.jsonl"
+    path = tmp_path / "MUGE" / "valid_texts.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"text_id": 14,', '"text_id": 21,'), encoding="utf-8")
+    for direction in ("text-to-image", "image-to-text"):
+        with pytest.raises(DataError, match="valid: the text id 21 stands there twice") as caught:
+            measure.main(["retrieval", "--model", weights, "--data", data, "--device", "cpu",
+                          "--predictions", str(out), "--direction", direction])
+        assert "\n" not in str(caught.value) and not out.exists()
 
 
 def test_predictions_of_a_split_without_answers(weights, tmp_path, capsys):
@@ -170,12 +174,14 @@ def test_predictions_of_a_split_without_answers(weights, tmp_path, capsys):
         measure.main(command)
 
 
-def test_a_gallery_with_fewer_than_ten_items_is_refused(weights, tmp_path):
+def test_a_gallery_with_fewer_items_than_are_wanted_is_refused(weights, tmp_path):
     data, out = write_official(tmp_path / "MUGE", "valid", 9), tmp_path / "out.jsonl"
-    with pytest.raises(DataError, match="only 9 to choose from"):
-        measure.main(["retrieval", "--model", weights, "--data", data, "--device", "cpu",
-                      "--predictions", str(out)])
+    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", "--predictions", str(out)]
+    with pytest.raises(DataError, match="--top-k 10: .* only 9 to choose from"):
+        measure.main(command)
     assert not out.exists()
+    measure.main([*command, "--top-k", "9"])
+    assert all(sorted(line["image_ids"]) == list(range(100, 109)) for line in lines_of(out))
 
 
 def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys):
@@ -190,6 +196,59 @@ def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys)
     shares = torch.tensor(written["predictions"][0])
     assert written["dataset_name"] == "hateful-memes" and shares.shape == (6, 2)
     assert result["roc-auc"] == pytest.approx(metrics.roc_auc(shares[:, 1], torch.tensor([0, 0, 0, 1, 1, 1])))
+    (tmp_path / "memes" / "index.json").write_text("[5, 4, 3, 2, 1, 0]", encoding="utf-8")
+    measure.main([*command, "--submission", str(tmp_path / "s.json")])
+    written = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert torch.equal(torch.tensor(written["predictions"][0]), shares.flip(0))
+
+
+def test_elevaters_order_of_classes_in_table_12_and_in_its_file(weights, tmp_path):
+    """The same pictures in folders by name, in our order, and by number, in ELEVATER's: the measure is the
+    same, the columns are permuted. Without label.txt neither numbers nor a submission can be right."""
+    names, theirs = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"], [0, 1, 2, 3, 6, 4, 5]
+    folders = {"named": names, "numbered": [str(theirs.index(c)) for c in range(7)]}
+    for name, places in folders.items():
+        for c, place in enumerate(places):
+            os.makedirs(tmp_path / name / "test" / place)
+            for n in range(3):
+                picture(10 * c + n).save(tmp_path / name / "test" / place / f"{n}.png")
+    data = {name: str(tmp_path / name) for name in folders}
+
+    def run(*arguments, **options) -> dict:
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
+        measure.main([*arguments, *flags, "--model", weights, "--device", "cpu", "--out", str(tmp_path / "out")])
+        return json.loads((tmp_path / "out").read_text(encoding="utf-8"))
+
+    table = ("reproduce", "table12", "--row", "ViT-B-16", "--data")
+    for arguments in (("zeroshot", "--labels", "fer-2013", "--data", data["numbered"]),
+                      (*table, f"fer-2013={data['numbered']}"),
+                      ("zeroshot", "--labels", "fer-2013", "--data", data["named"], "--submission", "no")):
+        with pytest.raises(DataError, match="label.txt"):
+            run(*arguments)
+    assert not os.path.exists("no")
+    expected = run("zeroshot", "--labels", "fer-2013", "--data", data["named"])
+    assert expected["templates"] == 6  # its own alone: "a toy angry" says nothing
+    for name, order in (("named", range(7)), ("numbered", theirs)):
+        label_txt = "".join(names[c] + "\n" for c in order)
+        (tmp_path / name / "label.txt").write_text(label_txt, encoding="utf-8")
+        found = run("zeroshot", "--labels", "fer-2013", "--data", data[name], submission=f"{name}.json")
+        for key in ("accuracy", "accuracy_single_template", "templates"):
+            assert found[key] == expected[key]
+        assert run(*table, f"fer-2013={data[name]}")["rows"][0]["measured"] == expected["accuracy"]
+    named, numbered = (torch.tensor(json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["predictions"][0])
+                       for name in ("named", "numbered"))
+    rows = [3 * c + n for c in sorted(range(7), key=lambda c: names[c]) for n in range(3)]  # as folders are read
+    rows = [rows.index(3 * c + n) for c in theirs for n in range(3)]
+    torch.testing.assert_close(numbered, named[rows][:, theirs], rtol=0, atol=1e-5)
+
+
+def test_templates_of_ones_own_are_used_alone(weights, tmp_path):
+    data, mine = write_folders(tmp_path / "set", "negative", "positive"), tmp_path / "mine.txt"
+    mine.write_text("{}\n关于{}\n", encoding="utf-8")
+    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2", "--device", "cpu",
+                  "--templates", str(mine), "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["prompts"]
+    assert sorted(found) == sorted(["{}", "关于{}", "ensemble"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +261,7 @@ def test_prompts_command(weights, tmp_path, capsys):
     measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2",
                   "--device", "cpu", "--out", str(out)])
     found, printed = json.loads(out.read_text(encoding="utf-8"))["prompts"], capsys.readouterr().out
-    assert "ensemble" in found and "一条{}" in found and "一张{}的图片" in found
+    assert "ensemble" in found and "一条{}" in found and "一张{}的图片" not in found  # a review is no thing
     assert all(f"{value:6.1f}  {template}" in printed for template, value in found.items())
     with pytest.raises(DataError, match="--negation"):
         measure.main(["prompts", "--model", weights, "--device", "cpu"])
@@ -230,7 +289,7 @@ def test_calibrate_command(weights, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", (
     ("reproduce", "table9"), ("calibrate", "--data", "x", "--precision", "90"), ("retrieval", "--data"),
-    ("zeroshot",), ("calibrate", "--data", "x", "--prior", "1")))
+    ("zeroshot",), ("calibrate", "--data", "x", "--prior", "1"), ("retrieval", "--data", "x", "--top-k", "0")))
 def test_wrong_command_lines_end_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         measure.main([*arguments, "--model", "x", "--device", "cpu"])
