@@ -18,8 +18,9 @@ import model
 import train
 from bench_peers import (
     CAPTION, gflop, in_turn, median_time, memory_of, peers_of, python, say)
+from chunks import backward_in_chunks
 from data import tokenize
-from loss import backward_in_chunks, contrastive_loss
+from loss import contrastive_loss
 
 # bf16 TFLOP/s of an 8192-cube matrix product on an H200: a figure from elsewhere, no code of ours ran on one
 PEAK = 790

@@ -31,15 +31,19 @@ ARROWS = {
     "check": {"faults", "pieces", "pairs", "weights"},
     "curate": {"check", "faults", "augment", "model", "eval", "pairs", "sources", "weights"},
     "cache": {"model", "data", "pairs", "loss", "augment", "weights"},
+    "chunks": {"loss"},
+    "distill": {"data", "loss", "model"},
+    "checkpoint": {"chunks", "data", "loss", "model", "pairs", "recipes", "weights"},
     "convert": {"model", "data", "weights", "download"},
-    "report": {"eval", "model", "sources", "weights", "scenes"},
+    "report": {"eval", "model", "recipes", "sources", "weights", "scenes"},
     "recipes": {"model"},
     "bench": {"bench_data", "bench_peers", "bench_train", "bench_use", "model"},
     "bench_peers": {"convert", "data", "model"},
     "bench_data": {"augment", "bench_peers", "data", "pairs", "shards", "sources"},
-    "bench_train": {"bench_peers", "data", "loss", "model", "train"},
+    "bench_train": {"bench_peers", "chunks", "data", "loss", "model", "train"},
     "bench_use": {"bench_peers", "bench_train", "convert", "data", "features", "metrics", "model", "scenes"},
-    "train": {"recipes", "report", "eval", "cache", "model", "data", "pairs", "sources", "loss", "weights"},
+    "train": {"recipes", "report", "eval", "cache", "checkpoint", "chunks", "distill", "model", "data", "pairs",
+              "sources", "loss", "weights"},
 }
 # file -> packages that it may import beside the standard library 
 PACKAGES = {
@@ -59,7 +63,7 @@ PACKAGES = {
     "faults": {"PIL"}, "pieces": {"numpy"}, "check": {"numpy", "tqdm"},
     "curate": {"torch", "numpy", "PIL", "tqdm"},
     "cache": {"torch", "numpy", "PIL", "tqdm"}, "eval": {"torch"}, "report": {"torch", "PIL"},
-    "recipes": {"torch"}, "train": {"torch"},
+    "chunks": {"torch"}, "distill": {"torch"}, "checkpoint": {"torch"}, "recipes": {"torch"}, "train": {"torch"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 
