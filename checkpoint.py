@@ -98,8 +98,8 @@ class Checkpoints:
             print(f"   {path} was made by {saved['world_size']} processes: goes on, but not bit for bit")
 
     def save(self, clip, optimizer, scaler, step: int, history: list[dict], chunk: int):
-        """Everything that the rest of the run depends on, from rank 0. The run goes on as soon as a copy is in
-        the host's memory; a thread writes it. OSError if the one before could not be written."""
+        """Everything that the rest of the run depends on, from rank 0. The run goes on as soon as a copy is
+        in the host's memory; a thread writes it. OSError if the one before could not be written."""
         if rank() != 0:
             return
         self.finish()
@@ -176,8 +176,8 @@ def check_weights(clip: model.ChineseCLIP, pictures: torch.Tensor, ids: torch.Te
 
 
 def leave(number: int, frame):
-    """Answer to a signal outside of the loop: the process ends at once, as by a kill, which harms nothing that
-    was saved. An exception instead could come up where Python drops it, such as in a fork."""
+    """Answer to a signal outside of the loop: the process ends at once, as by a kill, which harms nothing
+    that was saved. An exception instead could come up where Python drops it, such as in a fork."""
     if int(os.environ.get("RANK", 0)) == 0:
         os.write(1, b"stopped; the same command goes on from the last checkpoint\n")
     os._exit(0)

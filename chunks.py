@@ -102,8 +102,8 @@ def check_replay(forward, towers, pictures: torch.Tensor, ids: torch.Tensor) -> 
                 passes.append(torch.cat(forward(pictures, ids)[:2]).detach().float())
     distance = (passes[0] - passes[1]).norm(dim=1).max().item()
     if not distance < 0.05:  # another dropout moves a feature by 0.3 and more
-        raise RuntimeError(f"features with and without gradient are {distance:.2f} apart: compiled, the towers "
-                           "draw other dropout in the two passes of a chunk; leave out --compile")
+        raise RuntimeError(f"features with and without gradient are {distance:.2f} apart: compiled, the "
+                           "towers draw other dropout in the two passes of a chunk; leave out --compile")
     return distance
 
 

@@ -68,8 +68,8 @@ def one_process_a_device(device: str):
         devices = [None] * dist.get_world_size()
         dist.all_gather_object(devices, device)
         if devices.count(device) > 1:
-            raise SystemExit(f"error: {devices.count(device)} processes have the GPU {device}; start as many as "
-                             "there are GPUs, --nproc-per-node")
+            raise SystemExit(f"error: {devices.count(device)} processes have the GPU {device}; start as many "
+                             "as there are GPUs, --nproc-per-node")
 
 
 @functools.cache

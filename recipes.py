@@ -152,8 +152,8 @@ def check_needs(recipe: str, given: dict):
         foreign = [name for name in ("data", "init", "image_init", "text_init") if given.get(name)]
         if foreign:
             raise ConfigError(
-                f"{as_flag(foreign[0])}: --recipe {recipe} draws its own pairs and starts from nothing; for your "
-                "own pairs --recipe muge --init ViT-B-16 (fine-tuning) or --recipe scratch (from nothing)")
+                f"{as_flag(foreign[0])}: --recipe {recipe} draws its own pairs and starts from nothing; for "
+                "your pairs --recipe muge --init ViT-B-16 (fine-tuning) or --recipe scratch (from nothing)")
         return
     lacking = [[name for name in group if not given.get(name)] for group in NEEDS[recipe]]
     if all(lacking):

@@ -101,7 +101,8 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     torch.manual_seed(cfg.seed)
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
     if not checkpoint.paths(cfg.out):  # which would replace it all
-        model.initialise(clip, *(chained(start, cfg.out) for start in (cfg.image_init, cfg.text_init, cfg.init)))
+        starts = cfg.image_init, cfg.text_init, cfg.init
+        model.initialise(clip, *(chained(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
@@ -199,17 +200,17 @@ def train(act: str, cfg: Config) -> list[dict]:
         + (f" in {chunks} chunks of {chunk:,}" if chunks > 1 else "")
         + f"; {total:,} steps, {total * B:,} pairs, {total * B / len(pairs):.2f} epochs; from step {step:,}")
     if small:
-        say(f"   no more than {chunk} pairs fit into the memory that is free, and many small chunks are slow: does "
+        say(f"   only {chunk} pairs fit into the memory that is free, and many small chunks are slow: does "
             "another program hold memory? --chunk-size N tries more")
     if B > len(pairs):
-        say(f"   a batch is larger than the set: every pair stands in it {B // len(pairs):,} times or once more; "
-            "--targets multi tells them from negatives, a smaller --batch-size needs less time")
+        say(f"   a batch is larger than the set: every pair stands in it {B // len(pairs):,} times or once "
+            "more; --targets multi tells them from negatives, a smaller --batch-size needs less time")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("   each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
     warmup = warmup_steps(cfg, total)
     say(f"   warm-up {warmup:,} steps"
-        + (f", a tenth of the run; {cfg.warmup:,} would be more than half of it" if warmup != cfg.warmup else ""))
+        + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
     starts_from = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
     if starts_from and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
@@ -228,7 +229,8 @@ def train(act: str, cfg: Config) -> list[dict]:
         while True:
             # once in a while: measure, keep the best, save
             due = step == total or step % eval_every == 0
-            if due and not stop and not (history and history[-1]["step"] == step):  # as a resumed run's may be
+            measured = bool(history) and history[-1]["step"] == step  # by the run that was interrupted here
+            if due and not measured and not stop:
                 result = retrieval(clip.eval(), valid, cfg.context_length)  # each rank a share
                 history.append({"step": step, "samples": step * B} | result)
                 best = max(history, key=lambda entry: entry["mean_recall"]) is history[-1]

@@ -49,7 +49,8 @@ def begin(kind: str, folder: Path, out: str) -> subprocess.Popen:
     start, flags = KINDS[kind]
     start_from = ["--init", str(folder / f"{flags[3]}.safetensors")]
     common = ["--data", str(folder / "pairs"), "--batch-size", "8", "--lr", "1e-3", "--steps", "40",
-              "--save-every", "3", "--eval-every", "20", "--log-every", "1", "--augment", "auto", "--device", "cpu"]
+              "--save-every", "3", "--eval-every", "20", "--log-every", "1", "--augment", "auto",
+              "--device", "cpu"]
     workers = [] if "--workers" in flags else ["--workers", "0"]
     return subprocess.Popen(
         [sys.executable, "-u", *start, *flags, *common, *workers, *start_from, "--out", str(folder / out)],
@@ -128,7 +129,7 @@ def main(moments: int = 100, *kinds: str):
     rng, start = random.Random(seed), time.perf_counter()
     kinds = list(kinds or KINDS)
     for n, kind in enumerate(kinds):
-        share = [HOW[i % len(HOW)] for i in range(n, moments, len(kinds))]
+        share = [HOW[(i + n) % len(HOW)] for i in range(len(range(n, moments, len(kinds))))]
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
             undisturbed(kind, Path(folder), "whole")
