@@ -208,12 +208,12 @@ def train(act: str, cfg: Config) -> list[dict]:
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("   each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"   peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
-    warmup = warmup_steps(cfg, total)
-    say(f"   warm-up {warmup:,} steps"
-        + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
     starts_from = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
     if starts_from and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("   that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
+    warmup = warmup_steps(cfg, total)
+    say(f"   warm-up {warmup:,} steps"
+        + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
     shared, floor = data.repeats(stream, B, max(1, min(8, 8192 // B))) if rank == 0 else (0, 0)
     say(f"   loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
         + (f"with another and keep the loss above {floor:.3f}: --targets multi"
