@@ -208,7 +208,7 @@ def test_disturbed_runs_end_bit_identical(kind, tmp_path):
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))  # other moments every time this test runs
     kills.prepare(tmp_path)
     kills.undisturbed(kind, tmp_path, "whole")
-    kills.disturbed(kind, tmp_path, "out", rng.choices(kills.HOW, k=MOMENTS), rng)
+    kills.disturbed(kind, tmp_path, "out", rng.choices(kills.hows(kind), k=MOMENTS), rng)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes of a run in /proc")
