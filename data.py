@@ -304,26 +304,31 @@ def batches(
     ranks."""
     share = batch_size // world_size
     chunk = chunk or share
-    if workers:
-        atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
+    return Loader(
         stream, num_workers=workers, batch_sampler=Chunks(batch_size, steps, rank, share, chunk),
         collate_fn=functools.partial(collate, context_length=context_length),
-        worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available())
+        pin_memory=torch.cuda.is_available())
 
 
-def leave_signals(worker: int):
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a run, and are answered by the training process
-    alone: it needs its workers until the step is done, and ends them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class Loader(torch.utils.data.DataLoader):
+    """One whose workers hear neither Ctrl-C nor a scheduler's SIGTERM, which reach every process of a run: the
+    training process answers them alone. It needs its workers until the step is done, and ends them itself."""
+
+    def __iter__(self):
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows has no such mask
+            return super().__iter__()
+        atexit.register(end_workers)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # inherited
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_workers():
     """At the end of a process, for workers whose loader an error left open: multiprocessing would end them by
-    a SIGTERM, which they ignore, and wait for ever."""
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch calls their end an error
+    a SIGTERM, which they do not hear, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch calls their end an error
     for child in multiprocessing.active_children():
         child.kill()
 
