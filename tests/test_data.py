@@ -6,10 +6,13 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import augment
@@ -655,3 +658,23 @@ def test_drawn_scenes_have_keys_too():
     sample, index = it[5], it.index(5)
     assert sample.keys == it.keys(index, sample.caption) and sample.keys[0] == index
     assert sample.caption == it.pairs.pair(index)[1] == it.pairs.caption(index)
+
+
+class Counting(torch.utils.data.Dataset):
+    """Numbers, of which number 5 is broken."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        return 1 / (i - 5)
+
+
+def test_a_process_that_fails_does_not_wait_for_workers_that_hear_no_signal():
+    """multiprocessing would send them a SIGTERM and wait for ever."""
+    code = ("import data, test_data\n"
+            "loader = iter(data.Loader(test_data.Counting(), num_workers=1))\n"
+            "for _ in loader: pass")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
