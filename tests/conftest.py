@@ -1,7 +1,9 @@
-"""What all tests share: the project root on the path, at most two threads, and a few helpers."""
+"""What all tests share: the project root on the path, at most two threads unless OMP_NUM_THREADS says how many,
+and a few helpers."""
 
 import io
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import nn  # noqa: E402
 
 import download  # noqa: E402
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer if OMP_NUM_THREADS says so
+if "OMP_NUM_THREADS" not in os.environ:  # many threads only wait for each other in models as small as these
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
