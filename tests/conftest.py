@@ -1,5 +1,5 @@
-"""What all tests share: the project root on the path, at most two threads unless OMP_NUM_THREADS says how many,
-and a few helpers."""
+"""What all tests share: the project root on the path, two threads at most unless OMP_NUM_THREADS is set, and
+a few helpers."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py: threads that wait leave the core to others
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
