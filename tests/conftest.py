@@ -1,12 +1,15 @@
 """What all tests share: the project root on the path, two threads at most unless OMP_NUM_THREADS is set, and
 a few helpers."""
 
+import contextlib
 import io
 import json
 import os
+import runpy
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,6 +75,17 @@ def write_folder(folder: Path, count: int):
             lines.append({"image": f"{split}{i}.png", "text": f"第{i}张图片，颜色是{colour}"})
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def typed(program: str, *argv: str) -> tuple[int, str]:
+    """Exit code and last words of a command that ends before any work: in this process, for a new one takes
+    seconds to import torch."""
+    said = io.StringIO()
+    with (mock.patch.object(sys, "argv", [program, *argv]), contextlib.redirect_stderr(said),
+          pytest.raises(SystemExit) as caught):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    code = caught.value.code
+    return (1, said.getvalue() + code) if isinstance(code, str) else (code, said.getvalue())
 
 
 @pytest.fixture

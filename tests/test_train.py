@@ -23,7 +23,7 @@ import model
 import sources
 import train
 import weights
-from conftest import ROOT, write_folder
+from conftest import ROOT, typed, write_folder
 from loss import distillation_loss
 from pairs import DataError
 
@@ -37,12 +37,6 @@ def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "pairs"
     write_folder(folder, 24)
     return str(folder)
-
-
-def run(*argv: str) -> subprocess.CompletedProcess:
-    """The command as a user types it."""
-    return subprocess.run(
-        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,11 +388,10 @@ def test_every_seed_and_step_has_its_own_dropout():
     (["--recipe", "scratch", "--model", "ViT-tiny", "--data", "no-such"], 1, ["no-such", "scenes-zh"]),
 ])
 def test_wrong_command_is_one_line(argv, code, words, tmp_path):
-    done = run(*argv, "--out", str(tmp_path))
-    assert done.returncode == code
-    last = done.stderr.strip().splitlines()[-1]
-    assert all(word in last for word in words), last
-    assert "Traceback" not in done.stderr
+    found, said = typed("train.py", *argv, "--out", str(tmp_path))
+    last = said.strip().splitlines()[-1]
+    assert found == code and all(word in last for word in words), said
+    assert "Traceback" not in said
 
 
 def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
