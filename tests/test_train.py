@@ -258,8 +258,8 @@ def test_a_teacher_teaches(pairs, tmp_path):
     for weight in (0.0, 100.0):
         out = str(tmp_path / str(weight))
         train.train("act", train.Config(
-            model="ViT-tiny", data=pairs, batch_size=24, chunk_size=12, steps=100, lr=1e-3, workers=0,
-            eval_every=100, device="cpu", teacher=str(tmp_path / "teacher"), distill=weight, out=out))
+            model="ViT-tiny", data=pairs, batch_size=24, chunk_size=12, steps=40, lr=3e-3, workers=0,
+            eval_every=40, device="cpu", teacher=str(tmp_path / "teacher"), distill=weight, out=out))
         student, _ = model.load(out + "/last.safetensors")
         with torch.no_grad():
             away[weight] = distillation_loss(*student(small, ids), taught).item()
