@@ -96,7 +96,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # whatever this machine has
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 2))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(download, "CHUNK", 1000)
     yield server
