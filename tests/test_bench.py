@@ -46,6 +46,7 @@ def in_process(monkeypatch):
 
 def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "HERE", str(tmp_path))
+    monkeypatch.setattr(bench_data, "PHOTOS", [(*size, 2) for *size, _ in bench_data.PHOTOS])
     argv = ["all", "--device", "cpu", "--models", "ViT-tiny", "--batch", "4", "--chunk", "2", "--runs", "1",
             "--batches", "32", "--width", "8", "--lines", "50", "--queries", "20", "--gallery", "40",
             "--squares", "30", "--write"]
