@@ -27,6 +27,8 @@ from pairs import decode
 from shards import TarPairs
 from sources import from_base64, open_pairs
 
+PHOTOS = ((1440, 1080, 32), (500, 375, 200), (224, 224, 400))  # width, height, how many
+
 
 def photo(width: int, height: int, seed: int) -> bytes:
     """A JPEG with edges and noise, about as large as a photograph's."""
@@ -66,7 +68,7 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
 
     threads, kept = torch.get_num_threads(), pairs.CACHE
     torch.set_num_threads(1)
-    for width, height, count in ((1440, 1080, 32), (500, 375, 200), (224, 224, 400)):
+    for width, height, count in PHOTOS:
         encoded = [base64.b64encode(photo(width, height, seed)) for seed in range(count)]
 
         def loaded(how: str):

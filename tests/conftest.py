@@ -1,13 +1,20 @@
-"""What all tests share: the project root on the path, at most two threads, and a few helpers."""
+"""What all tests share: the project root on the path, two threads at most unless OMP_NUM_THREADS is set, and
+a few helpers."""
 
+import contextlib
 import io
 import json
+import os
+import runpy
+import signal
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py: threads that wait leave the core to others
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,7 +24,8 @@ from torch.nn import functional as F  # noqa: E402
 
 import download  # noqa: E402
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer if OMP_NUM_THREADS says so
+if "OMP_NUM_THREADS" not in os.environ:  # many threads only wait for each other in models as small as these
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -92,6 +100,20 @@ def write_folder(folder: Path, count: int):
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
+def typed(program: str, *argv: str) -> tuple[int, str]:
+    """Exit code and last words of a command that ends before any work: in this process, for a new one takes
+    seconds to import torch."""
+    said, signals = io.StringIO(), (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in signals]
+    with (mock.patch.object(sys, "argv", [program, *argv]), contextlib.redirect_stderr(said),
+          pytest.raises(SystemExit) as caught):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    for number, handler in zip(signals, handlers):  # train.py has its own, which end a process with 0
+        signal.signal(number, handler)
+    code = caught.value.code
+    return (1, said.getvalue() + code) if isinstance(code, str) else (code, said.getvalue())
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A local server in the place of Hugging Face, for download.py."""
@@ -100,7 +122,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # whatever this machine has
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 2))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(download, "CHUNK", 1000)
     yield server

@@ -46,6 +46,7 @@ def in_process(monkeypatch):
 
 def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "HERE", str(tmp_path))
+    monkeypatch.setattr(bench_data, "PHOTOS", [(*size, 2) for *size, _ in bench_data.PHOTOS])
     argv = ["all", "--device", "cpu", "--models", "ViT-tiny", "--batch", "4", "--chunk", "2", "--runs", "1",
             "--batches", "32", "--width", "8", "--lines", "50", "--queries", "20", "--gallery", "40",
             "--squares", "30", "--write"]
@@ -73,7 +74,8 @@ def test_tables_of_small_shapes(in_process, tmp_path, monkeypatch, capsys):
                  "20 x 40, both directions", "30 x 30, both directions", "ViT-tiny: captions, encode_texts"):
         assert f"| {what}" in text
     profile = [row for row in rows if row[0] == "ViT-tiny" and len(row) == 5]
-    assert len(profile) == 10 and 40 < sum(float(row[2].rstrip("%")) for row in profile) <= 100.5
+    shares = [float(row[2].rstrip("%")) for row in profile]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5
     assert "| 32 | 8 |" in text and sys.executable not in text
 
 
@@ -107,7 +109,7 @@ def test_beside_a_peer():
 
 
 def test_time_to_the_first_step_is_taken():
-    assert 0.5 < bench_use.first_step() < 120
+    assert bench_use.first_step() > 0  # or RuntimeError, if train.py no longer prints the line of step 1
 
 
 def test_commands_of_start_exist(monkeypatch):

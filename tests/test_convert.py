@@ -236,12 +236,12 @@ def test_image_tower_from_hugging_faces_clip(container, tmp_path, capsys):
         torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
         os.remove(tmp_path / "model.safetensors")
     clip = built(VIT)
-    before = clip.encode_text(data.tokenize(TEXTS))
+    before = {k: v.clone() for k, v in clip.state_dict().items() if k.startswith(("bert.", "text_"))}
     model.initialise(clip, image_init=str(tmp_path))
     pixels = random_pixels(3, 32)
     with torch.no_grad():
         agree([clip.encode_image(pixels)], [hf.visual_projection(hf.vision_model(pixels).pooler_output)])
-    assert torch.equal(before, clip.encode_text(data.tokenize(TEXTS)))
+    assert same({k: v for k, v in clip.state_dict().items() if k in before}, before)
     assert clip.logit_scale == hf.logit_scale and "of its text side" in capsys.readouterr().out
 
 
@@ -281,7 +281,7 @@ def test_transformers_opens_what_we_write(name, tmp_path):
     hf, problems = transformers.ChineseCLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(problems.values())
     agree(features(clip), theirs(hf.eval(), clip.config.visual.resolution))
-    agree(features(model.load(str(tmp_path))[0]), features(clip), 1e-7)
+    agree(features(model.load(str(tmp_path))[0]), features(clip))
 
 
 def test_the_written_processor_gives_the_same_ids_and_pixels(tmp_path):

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from PIL import Image
 import curate
 import model
 import pairs as pairs_module
-from conftest import ROOT
+from conftest import typed
 from pairs import DataError
 from sources import layout_of, open_pairs
 
@@ -234,8 +232,8 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path):
     (["check", "nowhere"], 1, "nowhere"), (["pack", "nowhere", "no-out"], 1, "nowhere"),
     (["filter", "x"], 2, "OUT"), ([], 2, "COMMAND")))
 def test_wrong_commands_are_one_line(argv, code, words):
-    done = subprocess.run([sys.executable, "curate.py", *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    found, said = typed("curate.py", *argv)
+    assert found == code and words in said and "Traceback" not in said
 
 
 def test_check_is_a_command(tmp_path, capsys):

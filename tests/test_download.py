@@ -38,7 +38,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.wrong_range = False
         self.content_type = "application/octet-stream"
         self.stall = 0  # seconds without a byte, once
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()  # sees in 10 ms that it shall end
 
     @property
     def endpoint(self) -> str:
