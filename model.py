@@ -280,8 +280,9 @@ def check_config(config: str, mine: ModelConfig, parts: str, path: str):
         raise weights.WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
     for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
         if tower.startswith(parts) and found.get(tower, wanted) != wanted:
-            raise weights.WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]} heads, "
-                                       f"this model's has {wanted}; the features would differ")
+            raise weights.WeightsError(
+                f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, "
+                f"this model's has {wanted}; the features would differ")
 
 
 def activation(raw: dict, path: str) -> str:
@@ -377,12 +378,14 @@ def sensible(config: ModelConfig) -> ModelConfig:
     sizes = {f"visual {k}": n for k, n in vars(v).items()} | {f"text {k}": n for k, n in vars(t).items()}
     sizes["embed_dim"], dropout = config.embed_dim, sizes.pop("text dropout")
     for name, size in sizes.items():
-        limit = 1000 if name.endswith(("layers", "blocks")) else 2**20
+        limit = 100 if name.endswith(("layers", "blocks")) else 2**20
         for number in size if isinstance(size, tuple) else [size]:
             if type(number) is not int or not 0 < number <= limit:
                 raise ValueError(f"{name} is {number!r}, expected 1 to {limit}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}, expected 0 to below 1")
+    if isinstance(v, ResNetConfig) and len(v.blocks) != 4:
+        raise ValueError(f"{len(v.blocks)} stages of blocks, expected 4")
     cut = v.head_width * heads(v) == v.width if isinstance(v, ViTConfig) else 32 * v.width % v.heads == 0
     if not cut or t.width % t.heads:
         raise ValueError("heads that do not divide the width")

@@ -232,6 +232,8 @@ def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
     tree, keys = description.load(), Description(pickles).load()
     places, start = {}, len(LEGACY) + pickles.tell()
     for key in keys:
+        if type(key) is not str or key not in description.storages:
+            raise Refused("lists a storage that no tensor has")
         storage = description.storages[key]
         file.seek(start)
         if file.read(8) != storage.numel.to_bytes(8, "little"):

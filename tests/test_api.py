@@ -1,4 +1,4 @@
-"""The interfaces of cn_clip.clip and OpenAI's clip: every call of their examples, and what has no answer here."""
+"""The interfaces of cn_clip.clip and OpenAI's clip: every call of their examples, and what is refused."""
 
 import os
 
@@ -14,7 +14,7 @@ import model
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, with a small model in the place of the released ViT-B-16, where cn_clip puts it."""
+    """A folder to work in, with a small model in the place of the ViT-B-16 that cn_clip puts there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "nowhere"))
     saved(tmp_path, official(built(VIT).state_dict()), "clip_cn_vit-b-16.pt")
@@ -23,7 +23,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_example_of_cn_clip(here):
-    """Each call of the example in the README of cn_clip 1.6.0, with its arguments; only the import is another."""
+    """Each call of the example in the README of cn_clip 1.6.0, with its arguments and another import."""
     import model as clip
     from model import available_models, load_from_name
     assert "ViT-B-16" in available_models()
@@ -82,7 +82,7 @@ def test_a_name_that_was_never_released():
 
 
 def test_a_file_with_the_names_of_its_towers(tmp_path, monkeypatch):
-    """As cn_clip wants them of a path. Ours reads what it is from its tensors, and says if they say otherwise."""
+    """As cn_clip wants them of a path. Here the tensors say what it is, and what they do not is refused."""
     path = saved(tmp_path, official(built(VIT).state_dict()))
     monkeypatch.setitem(model.TEXT_TOWERS, "tiny-chinese", model.MODELS[VIT].text)
     right = dict(vision_model_name=VIT, text_model_name="tiny-chinese", input_resolution=32)
@@ -98,7 +98,8 @@ def test_the_text_towers_have_cn_clips_names():
     assert towers == {
         "RN50": model.TEXT_TOWERS["RBT3-chinese"],
         "ViT-H-14": model.TEXT_TOWERS["RoBERTa-wwm-ext-large-chinese"],
-        **dict.fromkeys(("ViT-B-16", "ViT-L-14", "ViT-L-14-336"), model.TEXT_TOWERS["RoBERTa-wwm-ext-base-chinese"])}
+        **{name: model.TEXT_TOWERS["RoBERTa-wwm-ext-base-chinese"]
+           for name in ("ViT-B-16", "ViT-L-14", "ViT-L-14-336")}}
 
 
 def test_what_cannot_be_done_is_not_passed_over(tmp_path):
@@ -116,5 +117,6 @@ def test_what_cannot_be_done_is_not_passed_over(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_type_may_be_a_word(dtype, tmp_path):
     path = saved(tmp_path, official(built(VIT).state_dict()))
-    by_word, by_type = (model.load(path, dtype=d)[0].state_dict() for d in (str(dtype).removeprefix("torch."), dtype))
+    word = str(dtype).removeprefix("torch.")
+    by_word, by_type = (model.load(path, dtype=d)[0].state_dict() for d in (word, dtype))
     assert by_word["text_projection"].dtype == dtype and same(by_word, by_type)

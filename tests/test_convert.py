@@ -471,6 +471,14 @@ def test_configs_that_no_model_can_be_built_of(path, value, tmp_path):
     assert "describes no model of ours" in refusal(model.load, str(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("blocks", [[], [1], [1] * 5, [1] * 10_000, [101, 1, 1, 1], 5, [[1]] * 4])
+def test_resnets_that_no_model_can_be_built_of(blocks, tmp_path):
+    config = dataclasses.asdict(MODELS[RN])
+    config["visual"]["blocks"] = blocks
+    weights.write(str(tmp_path / "a"), built(RN).state_dict(), {"config": json.dumps(config)})
+    assert "describes no model of ours" in refusal(model.load, str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("content", [
     b"{}", b"\xff\xfe", b"[" * 100_000, b'{"vision_config": null, "text_config": {}}',
     b'{"vision_config": [], "text_config": {}}',
@@ -520,12 +528,13 @@ def test_names_are_fetched_to_where_one_says(tmp_path, monkeypatch):
     ("laion-ViT-H-14/a.bin", {}, "'gelu'"), ("openai-ViT-B-16/a.pt", {}, ""), ("a.pt", {}, ""),
     ("a.bin", {"open_clip_config.json": {"model_cfg": {"embed_dim": 16}}}, "'gelu'"),
     ("a.bin", {"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, ""),
-    ("hf/a.bin", {"config.json": {"vision_config": {"num_attention_heads": 2, "hidden_act": "gelu"}}}, "'gelu'"),
+    ("hf/a.bin", {"config.json": {"vision_config": {"num_attention_heads": 2, "hidden_act": "gelu"}}},
+     "'gelu'"),
     ("hf/a.bin", {"config.json": {"vision_config": {"num_attention_heads": 2}}}, ""),
     ("hf/a.bin", {"config.json": {"vision_config": {}, "vision_config_dict": {
         "num_attention_heads": 2, "hidden_act": "gelu_new"}}}, "'gelu_new'")])
-def test_an_image_tower_that_was_trained_with_another_activation_is_named(where, beside, said, tmp_path, capsys):
-    state = {key: value for key, value in built(VIT, seed=1).state_dict().items() if not key.startswith("bert.")}
+def test_another_activation_of_an_image_tower_is_said(where, beside, said, tmp_path, capsys):
+    state = {key: value for key, value in built(VIT, seed=1).state_dict().items() if key[:5] != "bert."}
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     torch.save(weights.to_hugging_face(state) if where.startswith("hf/") else state, path)
@@ -542,7 +551,8 @@ def test_the_only_clip_here_with_the_exact_gelu_is_laions():
     assert download.EXACT_GELU == tuple(name for name in download.SOURCES if name.startswith("laion"))
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"model_cfg": []}', '{"model_cfg": 3}', "x" * 2**21])
+@pytest.mark.parametrize("content", [
+    "[" * 100_000, "[]", "{}", '{"model_cfg": []}', '{"model_cfg": 3}', "x" * 2**21])
 def test_configs_of_open_clip_that_are_none(content, tmp_path):
     path = saved(tmp_path, built(VIT).state_dict())
     (tmp_path / "open_clip_config.json").write_text(content)
