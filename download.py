@@ -50,6 +50,7 @@ SOURCES = {
     "rbt3": "hfl/rbt3/pytorch_model.bin",
 }
 RELEASED = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14")
+EXACT_GELU = ("laion-ViT-H-14",)  # trained with it, where the other CLIPs have OpenAI's QuickGELU
 
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte
 TRIES = 5  # in a row that bring nothing
@@ -75,13 +76,15 @@ def address(name: str) -> str:
 
 
 def fetch(name: str, root: str = "") -> str:
-    """Path of a published file, root/name/file (root: CACHE); fetched if it is not there. DownloadError if it
-    can't be."""
+    """Path of a published file, root/name/file (root: CACHE), or of a released model root/file, where cn_clip
+    puts it; fetched to the first if it is at neither. DownloadError if it can't be."""
     url = address(name)
-    folder = os.path.join(root or CACHE, name)
-    path = os.path.join(folder, url.rsplit("/", 1)[-1])
+    folder, file_name = os.path.join(root or CACHE, name), url.rsplit("/", 1)[-1]
+    path, official = os.path.join(folder, file_name), os.path.join(root or CACHE, file_name)
     if os.path.isfile(path):
         return path
+    if name in RELEASED and os.path.isfile(official):
+        return official
     try:
         os.makedirs(folder, exist_ok=True)
         with filelock.FileLock(path + ".lock"):  # let go by the system if its holder is killed

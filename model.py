@@ -13,13 +13,15 @@ Chinese CLIP (Yang et al., 2022) is OpenAI's CLIP with a Chinese BERT as its tex
     image_features = clip.encode_image(preprocess(image)[None])      # [1, E]
     text_features = clip.encode_text(model.tokenize(["一只猫"]))      # [1, E]
 
-`load`, `available_models` and `tokenize` are used as in `cn_clip.clip` and OpenAI's `clip`.
+`available_models`, `load_from_name` and `tokenize` are called as in `cn_clip.clip`, `load` as in OpenAI's
+`clip`.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +62,9 @@ MODELS: dict[str, ModelConfig] = {
     "RN-tiny": ModelConfig(16, ResNetConfig(32, width=4, blocks=(1, 1, 1, 1), heads=4), BertConfig(2, 32, 2)),
     "ViT-tiny": ModelConfig(16, ViTConfig(32, 8, width=32, layers=2, head_width=16), BertConfig(2, 32, 2)),
 }
+TEXT_TOWERS = {"RBT3-chinese": RBT3, "RoBERTa-wwm-ext-base-chinese": BASE,
+               "RoBERTa-wwm-ext-large-chinese": LARGE}  # as cn_clip calls them
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ChineseCLIP(nn.Module):
@@ -140,26 +145,34 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def available_models() -> list[str]:
-    """Names of `train.py --model`; `load` understands those with released weights, download.RELEASED."""
-    return list(MODELS)
+    """Names that `load` and `load_from_name` understand; `train.py --model` has more, MODELS."""
+    return list(download.RELEASED)
 
 
-def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+def load(name: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32,
+         jit: bool = False, download_root: str | None = None):
     """-> (model in eval mode, preprocess for its resolution). Prints one line that says what was loaded.
 
-    dtype=torch.bfloat16 halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), about
+    dtype="bfloat16" halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), about
     the time of ViT-B-16 and RN50, with features at a cosine above 0.999 to those in float32 (BENCHMARKS.md).
 
     A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
-    download.RELEASED, such as "ViT-B-16", is fetched once. Raises weights.WeightsError, one line, for
-    anything else, ValueError for another dtype."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={dtype!r}: expected torch.float32, torch.bfloat16 or torch.float16")
+    `available_models`, such as "ViT-B-16" or, as OpenAI spells it, "ViT-B/16", is fetched once, into
+    `download_root` if that is said. Raises weights.WeightsError, one line, for anything else, ValueError for
+    another dtype and for jit=True, as there is nothing to compile."""
+    name, dtype = os.fspath(name), DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}, as a word or torch's own")
+    if jit:
+        raise ValueError("jit=True: this model is not compiled; leave jit out")
+    spelled = name.replace("/", "-").replace("@336px", "-336")
+    if spelled in download.RELEASED and not os.path.exists(name):
+        name = spelled
     part = ("no whole model, a tower to start training from: "
             "`train.py --image-init` (OpenAI's, LAION's) or `--text-init` (a BERT)")
-    if name_or_path in download.SOURCES and name_or_path not in download.RELEASED:
-        raise weights.WeightsError(f"{name_or_path}: {part}")
-    path = weights.find(name_or_path)
+    if name in download.SOURCES and name not in download.RELEASED:
+        raise weights.WeightsError(f"{name}: {part}")
+    path = weights.find(name, download_root or "")
     state, config, layout = weights.read(path)
     state, dropped = weights.whole_model(state)
     if len({key.split(".")[0] for key in state} & {"visual", "bert"}) == 1:
@@ -179,6 +192,25 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
           + (f" in {dtype}".replace("torch.", "") if dtype != torch.float32 else "")
           + (f"; left out {dropped}" if dropped else ""))
     return clip, functools.partial(preprocess, resolution=config.visual.resolution)
+
+
+def load_from_name(name: str, device: str | torch.device | None = None, download_root: str | None = None,
+                   vision_model_name: str | None = None, text_model_name: str | None = None,
+                   input_resolution: int | None = None):
+    """`load`, called as in cn_clip.clip, onto a GPU if there is one and no other device is said. What a file
+    is stands in its tensors: the last three arguments may be left out, and WeightsError is raised if they say
+    something else."""
+    clip, preprocess = load(name, device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                            download_root=download_root)
+    v, t = clip.config.visual, clip.config.text
+    for argument, said, right in (
+            ("vision_model_name", vision_model_name, [n for n, row in MODELS.items() if row.visual == v]),
+            ("text_model_name", text_model_name, [n for n, row in TEXT_TOWERS.items() if row == t]),
+            ("input_resolution", input_resolution, [v.resolution])):
+        if said is not None and said not in right:
+            raise weights.WeightsError(f"{name}: {argument}={said!r}, but its tensors say "
+                                       f"{' or '.join(map(str, right)) or 'none that has a name'}")
+    return clip, preprocess
 
 
 def save(clip: ChineseCLIP, path: str):
@@ -205,7 +237,7 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
             continue
         path = weights.find(source)
         state, config, _ = weights.read(path)
-        check_heads(config, clip.config, parts, path)
+        check_config(config, clip.config, parts, path)
         if parts:
             state, dropped = (weights.image_tower if parts == "visual." else weights.text_tower)(state, path)
         else:
@@ -225,9 +257,10 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
         print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
 
 
-def check_heads(config: str, mine: ModelConfig, parts: str, path: str):
-    """WeightsError if the file says that its tensors are to be cut into other heads than ours: no shape would
-    show it, and every feature would be wrong."""
+def check_config(config: str, mine: ModelConfig, parts: str, path: str):
+    """What no shape shows. WeightsError if the file says that its tensors are to be cut into other heads than
+    ours, as every feature would be wrong; a line if its image tower was trained with another activation."""
+    found: dict[str, int] = {}
     try:
         raw = json.loads(config or "{}")
         if "vision_config" in raw:
@@ -240,14 +273,31 @@ def check_heads(config: str, mine: ModelConfig, parts: str, path: str):
             if type(ours.visual) is not type(mine.visual):
                 return  # another model altogether, which `weights.check` will say better
             found = {"visual.": heads(ours.visual), "bert.": ours.text.heads}
-        else:
-            return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise weights.WeightsError(f"{path}: its config cannot be read ({error!r})") from None
+        theirs = activation(raw, path)
+        if parts == "visual." and isinstance(mine.visual, ViTConfig) and theirs != "quick_gelu":
+            print(f"{path}: trained with {theirs!r:.99}, and this image tower computes QuickGELU, as the "
+                  "official code does: the features differ until training has made up for it")
+    except NOT_A_CONFIG as error:
+        raise weights.WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
     for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
         if tower.startswith(parts) and found.get(tower, wanted) != wanted:
-            raise weights.WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]} heads, "
-                                       f"this model's has {wanted}; the features would differ")
+            raise weights.WeightsError(
+                f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, "
+                f"this model's has {wanted}; the features would differ")
+
+
+def activation(raw: dict, path: str) -> str:
+    """Hugging Face's word for the activation of a CLIP's image tower. It stands in the file's config (`raw`,
+    {} if there is none) or in open_clip's beside it, or is known of the name under which it was fetched."""
+    if "vision_config" in raw:
+        return (raw.get("vision_config_dict") or raw["vision_config"]).get("hidden_act", "quick_gelu")
+    folder = os.path.dirname(path)
+    beside = os.path.join(folder, "open_clip_config.json")
+    if os.path.isfile(beside):
+        exact = not json.loads(weights.read_description(beside))["model_cfg"].get("quick_gelu", False)
+    else:
+        exact = os.path.basename(folder) in download.EXACT_GELU
+    return "gelu" if exact else "quick_gelu"
 
 
 def heads(visual: ViTConfig | ResNetConfig) -> int:
@@ -300,6 +350,10 @@ def guess(state: dict[str, torch.Tensor]) -> str:
     return best if share[best] >= 0.5 else ""
 
 
+# what reading a config of something else raises
+NOT_A_CONFIG = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 def config_from_json(text: str, path: str) -> ModelConfig:
     """Config of the file at `path`: ours, the inverse of `json.dumps(dataclasses.asdict(config))`, or
     Hugging Face's config.json beside it."""
@@ -313,10 +367,10 @@ def config_from_json(text: str, path: str) -> ModelConfig:
         else:
             visual = ViTConfig(**visual)
         return sensible(ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"])))
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except NOT_A_CONFIG as error:
         raise weights.WeightsError(
             f"{path}: the config in it, or in config.json beside it, describes no model of ours "
-            f"({error!r})") from None
+            f"({error!r:.200})") from None
 
 
 def sensible(config: ModelConfig) -> ModelConfig:
@@ -325,12 +379,14 @@ def sensible(config: ModelConfig) -> ModelConfig:
     sizes = {f"visual {k}": n for k, n in vars(v).items()} | {f"text {k}": n for k, n in vars(t).items()}
     sizes["embed_dim"], dropout = config.embed_dim, sizes.pop("text dropout")
     for name, size in sizes.items():
-        limit = 1000 if name.endswith(("layers", "blocks")) else 2**20
+        limit = 100 if name.endswith(("layers", "blocks")) else 2**20
         for number in size if isinstance(size, tuple) else [size]:
             if type(number) is not int or not 0 < number <= limit:
                 raise ValueError(f"{name} is {number!r}, expected 1 to {limit}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}, expected 0 to below 1")
+    if isinstance(v, ResNetConfig) and len(v.blocks) != 4:
+        raise ValueError(f"{len(v.blocks)} stages of blocks, expected 4")
     cut = v.head_width * heads(v) == v.width if isinstance(v, ViTConfig) else 32 * v.width % v.heads == 0
     if not cut or t.width % t.heads:
         raise ValueError("heads that do not divide the width")

@@ -23,9 +23,7 @@ models and so stands above model.py, in convert.py:
 
 import json
 import os
-import pickle
 import runpy
-import zipfile
 from typing import NamedTuple
 
 import safetensors
@@ -33,9 +31,10 @@ import safetensors.torch
 import torch
 
 import download
+import torchfile
 
 # In a folder, the first of these that is there is the model
-IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+IN_A_FOLDER = ("best.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -54,9 +53,9 @@ class Checkpoint(NamedTuple):
 # reading
 
 
-def find(name_or_path: str) -> str:
-    """A path as it is; a folder's weight file; a published name's file, fetched if it must be. WeightsError
-    if there is none."""
+def find(name_or_path: str, root: str = "") -> str:
+    """A path as it is; a folder's weight file; a published name's file, in `root` or fetched to there.
+    WeightsError if there is none."""
     if os.path.isfile(name_or_path):
         return name_or_path
     if os.path.isdir(name_or_path):
@@ -67,7 +66,7 @@ def find(name_or_path: str) -> str:
                 return os.path.join(name_or_path, name)
     if name_or_path in download.SOURCES:
         try:
-            return download.fetch(name_or_path)
+            return download.fetch(name_or_path, root)
         except download.DownloadError as error:
             raise WeightsError(str(error)) from None
     if os.path.isdir(name_or_path):
@@ -88,185 +87,112 @@ def read(path: str) -> Checkpoint:
     if any(key.startswith("vision_model.") for key in state):
         beside = os.path.join(os.path.dirname(path), "config.json")
         if os.path.isfile(beside):
-            with open(beside, encoding="utf-8", errors="replace") as file:
-                config = file.read()
+            config = read_description(beside)
         state, layout = from_hugging_face(state), layout + ", Hugging Face's names"
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in state.items():  # one by one, so that what was converted can go
+        if value.is_floating_point():
+            state[key] = value.float()
     return Checkpoint(state, config, layout)
 
 
 def read_file(path: str) -> Checkpoint:
     """The tensors as they are in the file, or in the shards that an index names."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(200)
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}") from None
+    head = first_bytes(path)
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a Git LFS pointer, not the file itself; get it with `git lfs pull`, "
                            "or with `python weights.py download NAME`")
     try:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
+            if int.from_bytes(head[:8], "little") > torchfile.LONGEST:
+                raise torchfile.Refused(f"has a header of more than {torchfile.LONGEST:,} bytes")
             with safetensors.safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 config = (file.metadata() or {}).get("config", "")
                 return Checkpoint(plain(state, path), config, "safetensors")
-        if head.lstrip().startswith(b"{"):
+        if is_index(head):
             return read_shards(path)
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
-            names = check_archive(path)
-            if any(name.split("/")[1:] == ["constants.pkl"] for name in names):
-                return Checkpoint(plain(read_torchscript(path, names), path), "", "TorchScript archive")
-        # memory-mapped, except files older than torch 1.6 and names that torch.load would mistake
-        mapped = zipped and not path.endswith(".safetensors")
-        with open(path, "rb") as file:
-            source = path if mapped else file
-            saved = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
-        state, config = unwrap(saved, path)
-        return Checkpoint(plain(state, path), config, "PyTorch file")
+        content, places, layout = torchfile.describe(path)
+        windows, config = unwrap(content, path)
+        return Checkpoint(plain(torchfile.read(path, windows, places), path), config, layout)
     except WeightsError:
         raise
-    except pickle.UnpicklingError:  # torch's message would advise to trust the file
-        raise WeightsError(
-            f"{path}: not a readable checkpoint: no PyTorch or safetensors file, "
-            "or one that holds more than tensors and plain containers; refused") from None
     except Exception as error:  # a damaged or hostile file makes the readers raise nearly anything
+        kind = "it" if isinstance(error, torchfile.Refused) else f"{type(error).__name__}:"
         reason = str(error).split("\n")[0][:200]
-        raise WeightsError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}); "
-            "is it complete, and a PyTorch or safetensors file?") from None
+        raise WeightsError(f"{path}: not a readable checkpoint ({kind} {reason}); "
+                           "is it complete, and a PyTorch or safetensors file?") from None
+
+
+def first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(200)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}") from None
+
+
+def is_index(head: bytes) -> bool:
+    return head.lstrip().startswith(b"{") and head[8:9] != b"{"
+
+
+def read_description(path: str) -> str:
+    """The text of a JSON file about tensors, which is never long."""
+    if os.path.getsize(path) > torchfile.LONGEST:
+        raise WeightsError(f"{path}: {os.path.getsize(path):,} bytes; "
+                           f"expected at most {torchfile.LONGEST:,} in such a file")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def read_shards(path: str) -> Checkpoint:
     """model.safetensors.index.json: {"weight_map": {key: the file beside it that holds it}}."""
-    with open(path, encoding="utf-8") as file:
-        weight_map = json.load(file)["weight_map"]
+    weight_map = json.loads(read_description(path))["weight_map"]
     state, layouts = {}, set()
     for name in sorted(set(weight_map.values())):
         shard = os.path.join(os.path.dirname(path), name)
         if os.path.basename(name) != name or not os.path.isfile(shard):
-            raise WeightsError(f"{path}: names the shard {name}, which is not beside it; get all of them")
+            raise WeightsError(f"{path}: names the shard {name!r:.99}, which is not beside it; "
+                               "get all of them")
+        if is_index(first_bytes(shard)):
+            raise WeightsError(f"{path}: its shard {name!r:.99} is an index itself; refused")
         tensors, _, layout = read_file(shard)
-        if "shards" in layout:
-            raise WeightsError(f"{path}: its shard {name} is an index itself; refused")
         state |= {key: tensors[key] for key in tensors if weight_map.get(key) == name}
         layouts.add(layout)
     lost = [key for key in weight_map if key not in state]
     if lost:
-        raise WeightsError(f"{path}: {len(lost)} tensors are not in their shards ({lost[0]} ...); "
+        raise WeightsError(f"{path}: {len(lost)} tensors are not in their shards ({lost[0]!r:.99} ...); "
                            "the shards belong to another index")
     return Checkpoint(state, "", " and ".join(sorted(layouts)) + " in shards")
 
 
-def check_archive(path: str) -> list[str]:
-    """Names in a zip file, refused if its tensors would unpack to more than the file is: PyTorch stores them
-    as they are, and compresses only TorchScript's folder code, which nobody reads here."""
-    with zipfile.ZipFile(path) as archive:
-        files = [(file, file.filename.split("/")) for file in archive.infolist()]
-    files = [file for file, parts in files if parts[1:2] != ["code"] or ".." in parts]
-    unpacked = sum(file.file_size for file in files)
-    if any(file.compress_type != zipfile.ZIP_STORED for file in files) or unpacked > os.path.getsize(path):
-        raise WeightsError(f"{path}: a compressed zip file, {unpacked:,} bytes unpacked; PyTorch never "
-                           "writes one; refused; if you packed it yourself, unpack it")
-    return [file.filename for file in files]
-
-
 def plain(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """The state as it is, if it is ordinary tensors under names, as large as the file says and no larger: a
-    tensor that repeats one number needs no bytes in a file and any number of them once it is converted."""
+    """The state as it is, if it is ordinary tensors under names, no larger in float32 than its file can make
+    them: twice the file, if that is in half precision, and a table of words, which BERT files name twice."""
     total = 0
     for key, value in state.items():
-        ordinary = value.layout == torch.strided and value.device.type == "cpu"
-        if not isinstance(key, str) or not ordinary or value.is_quantized or value.is_complex():
-            raise WeightsError(f"{path}: {key} is no ordinary tensor; expected real numbers under a name")
-        size = value.numel() * value.element_size()
-        total += size
-        if size > value.untyped_storage().nbytes():
-            raise WeightsError(f"{path}: {key} claims {size:,} bytes, the file holds "
-                               f"{value.untyped_storage().nbytes():,} of them; refused")
-    if total > 2 * os.path.getsize(path) + 2**20:  # twice: BERT files share one table between two names
+        named = isinstance(key, str) and key.isprintable() and len(key) < 1000
+        if not named or value.dtype not in torchfile.DTYPES.values() or value.ndim > 8:
+            raise WeightsError(f"{path}: {key!r:.99} is no ordinary tensor; "
+                               "expected real numbers under a name")
+        total += value.numel() * (4 if value.is_floating_point() else value.element_size())
+    if total > 2 * os.path.getsize(path) + 4 * 21128 * 1024:
         raise WeightsError(f"{path}: its tensors claim {total:,} bytes, more than the file holds; refused")
     return state
 
 
-def unwrap(saved, path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """What torch.load returned -> (state dict, config): the state dict itself, or the wrapper that holds
+def unwrap(saved, path: str) -> tuple[dict[str, torchfile.Window], str]:
+    """What a PyTorch file holds -> (state dict, config): the state dict itself, or the wrapper that holds
     it."""
     if not isinstance(saved, dict):
         raise WeightsError(f"{path}: holds a {type(saved).__name__}, expected a dictionary of tensors")
     config = saved.get("config", "") if "model" in saved else ""  # only our own checkpoint carries both
     state = saved.get("state_dict", saved.get("model", saved))
     if not isinstance(state, dict) or not state:
-        raise WeightsError(f"{path}: holds no state dict; its keys are {list(saved)[:5]}")
+        raise WeightsError(f"{path}: holds no state dict; its keys are {str(list(saved)[:5]):.200}")
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise WeightsError(f"{path}: {key} is a {type(value).__name__}, expected a tensor")
+        if not isinstance(value, torchfile.Window):
+            raise WeightsError(f"{path}: {key!r:.99} is a {type(value).__name__}, expected a tensor")
     return state, config if isinstance(config, str) else ""
-
-
-def read_torchscript(path: str, names: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a TorchScript archive (OpenAI's ViT-B-16.pt), without compiling or running its code:
-    data.pkl is read by an unpickler that knows tensors, dictionaries and inert nodes in the place of modules,
-    and refuses everything else."""
-    (root,) = (name.removesuffix("data.pkl") for name in names if name.split("/")[1:] == ["data.pkl"])
-    with zipfile.ZipFile(path) as archive:
-        with archive.open(root + "data.pkl") as file:
-            tree = TensorUnpickler(file, lambda key: archive.read(f"{root}data/{key}")).load()
-    state: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-
-    def walk(node: "Node", prefix: str):
-        seen.add(id(node))  # a module is in one place; a file that says otherwise could keep us busy for ever
-        for name, value in node.__dict__.items():
-            if isinstance(value, Node) and id(value) not in seen:
-                walk(value, f"{prefix}{name}.")
-            elif isinstance(value, torch.Tensor):
-                state[prefix + name] = value
-
-    walk(tree, "")
-    return state
-
-
-class Node:
-    """Stands for a module of the archive: attributes, no behaviour."""
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """Resolves exactly the names a TorchScript data.pkl needs. `read_storage` maps a storage key to its
-    bytes."""
-
-    DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64,
-              "IntStorage": torch.int32, "DoubleStorage": torch.float64, "BFloat16Storage": torch.bfloat16,
-              "BoolStorage": torch.bool}
-
-    def __init__(self, file, read_storage):
-        super().__init__(file)
-        self.read_storage = read_storage
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("__torch__"):
-            return Node
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch.jit._pickle":  # typed lists
-            return lambda data, *_: data
-        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no checkpoint needs")
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid
-        if not key.isalnum():
-            raise pickle.UnpicklingError(f"a storage called {key!r}")
-        if numel == 0:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(bytearray(self.read_storage(key)), dtype=dtype, count=numel)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -430,8 +429,8 @@ def test_folders_that_hold_one_official_file(tmp_path, monkeypatch):
 def test_a_folder_does_not_hide_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-B-16").mkdir()
-    monkeypatch.setattr(download, "fetch", lambda name: f"fetched {name}")
-    assert weights.find("ViT-B-16") == "fetched ViT-B-16"
+    monkeypatch.setattr(download, "fetch", lambda name, root: f"fetched {name} to {root}")
+    assert weights.find("ViT-B-16", "there") == "fetched ViT-B-16 to there"
 
 
 @pytest.mark.parametrize("name", ["openai-ViT-B-16", "rbt3"])
@@ -472,6 +471,14 @@ def test_configs_that_no_model_can_be_built_of(path, value, tmp_path):
     assert "describes no model of ours" in refusal(model.load, str(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("blocks", [[], [1], [1] * 5, [1] * 10_000, [101, 1, 1, 1], 5, [[1]] * 4])
+def test_resnets_that_no_model_can_be_built_of(blocks, tmp_path):
+    config = dataclasses.asdict(MODELS[RN])
+    config["visual"]["blocks"] = blocks
+    weights.write(str(tmp_path / "a"), built(RN).state_dict(), {"config": json.dumps(config)})
+    assert "describes no model of ours" in refusal(model.load, str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("content", [
     b"{}", b"\xff\xfe", b"[" * 100_000, b'{"vision_config": null, "text_config": {}}',
     b'{"vision_config": [], "text_config": {}}',
@@ -488,10 +495,77 @@ def test_names_are_fetched_and_loaded(tmp_path, monkeypatch):
     saved(tmp_path / "ViT-B-16", official(built(VIT).state_dict()), "clip_cn_vit-b-16.pt")
     assert model.load("ViT-B-16")[0].config == MODELS[VIT]
 
-    def offline(name):
+    def offline(name, root):
         raise download.DownloadError("no way there")
     monkeypatch.setattr(download, "fetch", offline)
     assert refusal(model.load, "RN50") == "no way there"
+
+
+@pytest.mark.parametrize("where", ["ViT-B-16/clip_cn_vit-b-16.pt", "clip_cn_vit-b-16.pt"])
+def test_names_are_looked_for_where_one_says(where, tmp_path, monkeypatch):
+    """In the folder of the name, where they are fetched to, or where cn_clip puts them."""
+    monkeypatch.setattr(download, "fetch_part", lambda url, path: pytest.fail(f"fetched {path}"))
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    path = saved((tmp_path / where).parent, official(built(VIT).state_dict()), "clip_cn_vit-b-16.pt")
+    assert weights.find("ViT-B-16", str(tmp_path)) == path
+
+
+def test_names_are_fetched_to_where_one_says(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(download, "fetch_part", lambda url, path: fetched.append(path))
+    monkeypatch.setattr(download, "CACHE", str(tmp_path / "nowhere"))
+    # a BERT's file name says nothing, so it is not looked for outside its folder
+    saved(tmp_path, {}, "pytorch_model.bin")
+    for name, file in (("ViT-B-16", "clip_cn_vit-b-16.pt"), ("rbt3", "pytorch_model.bin")):
+        assert weights.find(name, str(tmp_path)) == str(tmp_path / name / file) == fetched.pop()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CLIPs that were trained with another activation
+
+
+@pytest.mark.parametrize("where, beside, said", [
+    ("laion-ViT-H-14/a.bin", {}, "'gelu'"), ("openai-ViT-B-16/a.pt", {}, ""), ("a.pt", {}, ""),
+    ("a.bin", {"open_clip_config.json": {"model_cfg": {"embed_dim": 16}}}, "'gelu'"),
+    ("a.bin", {"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, ""),
+    ("hf/a.bin", {"config.json": {"vision_config": {"num_attention_heads": 2, "hidden_act": "gelu"}}},
+     "'gelu'"),
+    ("hf/a.bin", {"config.json": {"vision_config": {"num_attention_heads": 2}}}, ""),
+    ("hf/a.bin", {"config.json": {"vision_config": {}, "vision_config_dict": {
+        "num_attention_heads": 2, "hidden_act": "gelu_new"}}}, "'gelu_new'")])
+def test_another_activation_of_an_image_tower_is_said(where, beside, said, tmp_path, capsys):
+    state = {key: value for key, value in built(VIT, seed=1).state_dict().items() if key[:5] != "bert."}
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    torch.save(weights.to_hugging_face(state) if where.startswith("hf/") else state, path)
+    for name, content in beside.items():
+        (path.parent / name).write_text(json.dumps(content))
+    clip = built(VIT)
+    model.initialise(clip, image_init=str(path))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "QuickGELU" in line]
+    assert len(lines) == bool(said) and said in "".join(lines)
+    assert torch.equal(clip.visual.conv1.weight, built(VIT, seed=1).visual.conv1.weight)
+
+
+def test_the_only_clip_here_with_the_exact_gelu_is_laions():
+    assert download.EXACT_GELU == tuple(name for name in download.SOURCES if name.startswith("laion"))
+
+
+@pytest.mark.parametrize("content", [
+    "[" * 100_000, "[]", "{}", '{"model_cfg": []}', '{"model_cfg": 3}', "x" * 2**21])
+def test_configs_of_open_clip_that_are_none(content, tmp_path):
+    path = saved(tmp_path, built(VIT).state_dict())
+    (tmp_path / "open_clip_config.json").write_text(content)
+    assert "config" in refusal(model.initialise, built(VIT), image_init=path)
+
+
+@pytest.mark.parametrize("content", [
+    "[" * 100_000, '{"vision_config": {"num_attention_heads": 0, "hidden_size": 0}, "text_config": []}'])
+def test_configs_that_only_initialise_reads(content, tmp_path):
+    convert.save_hugging_face(built(VIT), str(tmp_path / "hf"))
+    (tmp_path / "hf" / "config.json").write_text(content)
+    for which in ("init", "image_init", "text_init"):
+        assert refusal(model.initialise, built(VIT), **{which: str(tmp_path / "hf")})
 
 
 def test_released_models_are_models():
@@ -527,17 +601,11 @@ def test_bombs_in_the_folder_of_torchscripts_code(inside, where, name, tmp_path)
     refusal(model.load, str(tmp_path / name))
 
 
-def test_storages_of_an_archive_are_not_looked_up_elsewhere():
-    with pytest.raises(pickle.UnpicklingError, match="storage"):
-        storage = ("storage", torch.float32, "../code/0", "cpu", 1)
-        weights.TensorUnpickler(io.BytesIO(), None).persistent_load(storage)
-
-
 @pytest.mark.parametrize("value, hint", [
     (torch.zeros(1).half().expand(10**13), "claims"),
-    (torch.zeros(2, 2).to_sparse(), "no ordinary tensor"),
-    (torch.zeros(3, dtype=torch.complex64), "no ordinary tensor"),
-    (torch.zeros(3, device="meta"), "no ordinary tensor")])
+    (torch.zeros(2, 2).to_sparse(), "_rebuild_sparse_tensor"),
+    (torch.zeros(3, dtype=torch.complex64), "ComplexFloatStorage"),
+    (torch.zeros(3, device="meta"), "_rebuild_meta_tensor")])
 def test_tensors_that_are_not_ordinary(value, hint, tmp_path):
     assert hint in refusal(model.load, saved(tmp_path, built(VIT).state_dict() | {"logit_scale": value}))
 

@@ -309,7 +309,7 @@ def test_weights_in_half_the_bits(clip, weights, tmp_path, monkeypatch):
     folder = write_pairs(tmp_path / "pairs")
     command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--dtype", "bfloat16",
             "--features", tmp_path / "f")
-    half, _ = model.load(weights, dtype=torch.bfloat16)
+    half, _ = model.load(weights, dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and half.logit_scale.dtype == torch.float32
     for name, exact in (("image", seen(clip, map(picture, range(5)))), ("text", encoded(clip, TEXTS[:6]))):
         found = torch.from_numpy(np.load(tmp_path / "f" / f"{name}_features.npy"))
@@ -319,9 +319,9 @@ def test_weights_in_half_the_bits(clip, weights, tmp_path, monkeypatch):
         command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--features", tmp_path / "f")
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", torch.int8))
+@pytest.mark.parametrize("dtype", ("int8", torch.int8, "load", None))
 def test_a_dtype_that_is_none_is_refused(weights, dtype):
-    with pytest.raises(ValueError, match="expected torch.float32"):
+    with pytest.raises(ValueError, match="expected float32, bfloat16, float16"):
         model.load(weights, dtype=dtype)
 
 

@@ -15,7 +15,8 @@ ARROWS = {
     "metrics": {"loss", "pairs"},
     "shards": {"pairs"},
     "sources": {"pairs", "scenes", "shards"},
-    "weights": {"download"},
+    "torchfile": set(),
+    "weights": {"download", "torchfile"},
     "data": {"augment", "pairs"},
     "model": {"vit", "resnet", "bert", "weights", "download", "data"},
     "features": {"model", "data", "pairs", "loss", "weights"},
@@ -52,7 +53,7 @@ PACKAGES = {
     "page": {"torch", "PIL"},
     "published": set(),
     "features": {"torch", "numpy", "PIL", "tqdm"},
-    "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
+    "torchfile": {"torch"}, "weights": {"torch", "safetensors"}, "download": {"requests", "tqdm", "filelock"},
     "convert": {"torch", "tokenizers"},
     "bench": {"torch"}, "bench_data": {"torch", "numpy", "PIL", "cn_clip"},
     "bench_peers": {"torch", "cn_clip", "open_clip", "transformers"},  # peers only where they are installed

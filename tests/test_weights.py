@@ -1,7 +1,6 @@
 """weights.py, through model.load and model.initialise: every layout it reads, and what a wrong file gets."""
 
 import dataclasses
-import io
 import json
 import os
 import pickle
@@ -440,7 +439,7 @@ def test_something_else_saved_by_torch_is_refused(content, tmp_path):
 def test_values_that_are_no_tensors_are_named(tmp_path):
     path = saved(tmp_path, official(built(VIT).state_dict() | {"visual.note": "hello"}))
     message = refusal(model.load, path)
-    assert path in message and "visual.note is a str" in message
+    assert path in message and "'module.visual.note' is a str" in message
 
 
 @pytest.mark.parametrize(
@@ -531,16 +530,6 @@ def test_code_in_a_pickle_does_not_run(layout, tmp_path):
     assert str(path) in message and not marker.exists()
     pickle.loads(pickle.dumps(Malice(marker)))  # it would have worked
     assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["builtins.eval", "os.system", "torch.load", "collections.Counter", "torch._utils._rebuild_tensor"],
-)
-def test_archives_may_ask_for_nothing_but_tensors(name):
-    module, attribute = name.rsplit(".", 1)
-    with pytest.raises(pickle.UnpicklingError, match=name):
-        weights.TensorUnpickler(io.BytesIO(), None).find_class(module, attribute)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,263 @@
+"""
+PyTorch's files, read as data: which tensors one holds, where in it their numbers stand, and nothing else.
+
+    zip           torch.save since 1.6: NAME/data.pkl describes, the storages are NAME/data/0, 1, ...
+    TorchScript   the same with NAME/constants.pkl beside it; modules stand in the place of dictionaries
+    legacy        torch.save before 1.6: the description, a list of storages, and these one after another
+
+A storage is a row of numbers in the file, a tensor a window on one: where it starts, sizes, strides. The
+description is read first and compared with what is really there, and only then is the file mapped. torch.load
+is not asked: its weights_only keeps a file from running code, not from taking memory, and 244 bytes that say
+`bytearray(2**30)` get their gigabyte.
+"""
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from typing import NamedTuple
+
+import torch
+
+LONGEST = 2**20  # bytes of any description; ViT-H-14's checkpoint with AdamW's moments has 0.3 million
+# the first bytes of a legacy file: a magic number and a version, pickled
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+          "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+          "BoolStorage": torch.bool}
+# values of programs that a checkpoint may hold beside its weights; they are read as None
+NO_WEIGHTS = ("torch.Size", "torch.device", "collections.Counter", "_codecs.encode", "__builtin__.set",
+              *map(str, DTYPES.values()))
+
+
+class Refused(ValueError):
+    """A file that asks for what no checkpoint needs; says what."""
+
+
+class Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class Window(NamedTuple):
+    """A tensor that is described and not yet read."""
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Module:
+    """Stands for a module of a TorchScript archive: attributes, no behaviour."""
+    attributes: dict = {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# descriptions
+
+
+def window(storage, offset, size, stride, *_) -> Window:
+    """In the place of torch's function that makes a tensor. Refused if it reaches beyond its storage, or
+    repeats numbers, which need no bytes in a file and any number of them in memory."""
+    sizes = type(storage) is Storage and type(size) is type(stride) is tuple and len(size) == len(stride) < 9
+    if not sizes or any(type(n) is not int or not 0 <= n < 2**60 for n in (offset, *size, *stride)):
+        raise Refused("describes a tensor by something else than sizes")
+    numel = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if numel and (numel > storage.numel or last >= storage.numel):
+        raise Refused(f"has a tensor that claims {numel:,} numbers; {storage.numel:,} are there")
+    return Window(storage, offset, size, stride)
+
+
+class Description(pickle._Unpickler):
+    """Reads the pickle of a state dict: dictionaries, lists, text, numbers and windows. It is pickle's own
+    interpreter in Python, with the opcodes that torch writes; the one in C makes an array as long as the
+    largest number under which a file keeps a value. Nothing here may copy what a file can name again and
+    again: n values copied n times are no small file any more."""
+
+    OPCODES = (
+        "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
+        "LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
+        "APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT")
+    dispatch = {code: pickle._Unpickler.dispatch[code]
+                for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return Module
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return window
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda: {}
+        if module == "torch.jit._pickle" or (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data  # typed lists, parameters
+        if f"{module}.{name}" in NO_WEIGHTS:
+            return lambda *_: None
+        raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
+
+    def persistent_load(self, pid) -> Storage:
+        _, dtype, key, _, numel = pid[:5]  # and, in legacy files, None
+        if not (isinstance(dtype, torch.dtype) and type(key) is str and type(numel) is int
+                and 0 <= numel < 2**60) or any(pid[5:6]):
+            raise Refused("describes a storage by something else than a type, a name and a size")
+        self.storages.setdefault(key, Storage(dtype, key, numel))
+        return Storage(dtype, key, numel)
+
+    def load_newobj(self):
+        self.stack.pop()
+        if self.stack.pop() is not Module:
+            raise Refused("makes something else than modules and tensors")
+        self.append(Module())
+
+    def load_reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(function(*arguments[:9]))
+
+    def load_build(self):
+        """The attributes of a module; those of an ordered dictionary tell nothing about weights."""
+        state = self.stack.pop()
+        if type(self.stack[-1]) is Module:
+            self.stack[-1].attributes = state
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        # other keys can be chosen such that a dictionary takes hours
+        if type(self.stack[-1]) is not dict or type(key) is not str and not (
+                type(key) is int and abs(key) < 2**60):
+            raise Refused("has a key that is neither a name nor a number")
+        self.stack[-1][key] = value
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2]):
+            self.stack += key, value
+            self.load_setitem()
+
+    dispatch |= {pickle.NEWOBJ[0]: load_newobj, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
+                 pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+
+
+def from_modules(tree: Module) -> dict[str, Window]:
+    """A tree of modules -> the state dict it stands for."""
+    state, waiting, seen = {}, [(tree, "")], set()
+    while waiting:
+        module, prefix = waiting.pop()
+        seen.add(id(module))  # a module is in one place; else a file could keep us busy for ever
+        for name, value in module.attributes.items():
+            if len(prefix + name) > 999:
+                raise Refused("has modules in modules without end")
+            if isinstance(value, Module) and id(value) not in seen:
+                waiting.append((value, f"{prefix}{name}."))
+            elif isinstance(value, Window):
+                state[prefix + name] = value
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files
+
+
+class Piecewise(io.FileIO):
+    """A file of which nobody reads much at once: zipfile would make twenty bytes of each byte of a directory,
+    however long it is."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size > LONGEST:
+            raise Refused(f"describes its tensors in {size:,} bytes, expected at most {LONGEST:,}")
+        return super().read(size)
+
+
+def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
+    """-> (what the file holds, with windows in the place of tensors; name of a storage -> where its bytes
+    start and how many there are; what the file is, for people)."""
+    with Piecewise(path) as file:
+        if file.read(len(LEGACY)) == LEGACY:
+            return *describe_legacy(file), "PyTorch file"
+        if not zipfile.is_zipfile(file):
+            raise Refused("is no PyTorch or safetensors file")
+        places = members(file)
+        roots = [name.removesuffix("data.pkl") for name in places if name.split("/")[1:] == ["data.pkl"]]
+        if len(roots) != 1:
+            raise Refused("is a zip file that PyTorch did not write")
+
+        def content(name: str) -> bytes:
+            start, length = places.get(roots[0] + name, (0, 0))
+            file.seek(start)
+            return file.read(length)
+
+        if content("byteorder") not in (b"", b"little"):
+            raise Refused("was written on a big-endian machine")
+        tree = Description(io.BytesIO(content("data.pkl"))).load()
+    scripted = roots[0] + "constants.pkl" in places
+    prefix = roots[0] + "data/"
+    places = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
+    if scripted:
+        return from_modules(tree), places, "TorchScript archive"
+    return tree, places, "PyTorch file"
+
+
+def members(file) -> dict[str, tuple[int, int]]:
+    """Of a zip file: name -> (where its bytes start, how many there are). Refused if they are compressed, as
+    PyTorch has them only in TorchScript's folder code, which nobody reads here."""
+    places = {}
+    with zipfile.ZipFile(file) as archive:
+        directory = archive.infolist()
+    for member in directory:
+        root, *name = member.filename.split("/")
+        if name in (["data.pkl"], ["constants.pkl"], ["byteorder"]) or len(name) == 2 and name[0] == "data":
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise Refused("is a compressed zip file; if you packed it, unpack it")
+            file.seek(member.header_offset)
+            header = file.read(30)  # ends with the lengths of a name and of what else stands before the bytes
+            before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            places[member.filename] = (member.header_offset + 30 + before, member.file_size)
+    return places
+
+
+def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
+    """After LEGACY come three pickles: one describes the machine, one the tensors, one lists the storages as
+    they follow, each of them its number of elements, in eight bytes, and these."""
+    pickles = io.BytesIO(file.read(LONGEST))
+    Description(pickles).load()
+    description = Description(pickles)
+    tree, keys = description.load(), Description(pickles).load()
+    places, start = {}, len(LEGACY) + pickles.tell()
+    for key in keys:
+        if type(key) is not str or key not in description.storages:
+            raise Refused("lists a storage that no tensor has")
+        storage = description.storages[key]
+        file.seek(start)
+        if file.read(8) != storage.numel.to_bytes(8, "little"):
+            raise Refused(f"has a tensor that claims {storage.numel:,} numbers; they are not there")
+        places[key] = (start + 8, storage.numel * storage.dtype.itemsize)
+        start = sum(places[key])
+    return tree, places
+
+
+def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """The tensors behind windows, mapped from the file; from legacy files, where they stand at odd addresses,
+    copied. A storage is read once, however many windows it has. Refused if it is not there."""
+    size, mapped = os.path.getsize(path), torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+    used = {window.storage.key: places.get(window.storage.key, (0, 0)) for window in state.values()}
+    if any(start + length > size for start, length in used.values()):
+        raise Refused("is cut: its last tensors are not there")
+    if sum(length for _, length in used.values()) > size:
+        raise Refused("has storages that overlap")
+    pieces = {key: mapped[start: start + length] if start % 8 == 0 else mapped[start: start + length].clone()
+              for key, (start, length) in used.items()}
+    tensors = {}
+    for name, (storage, offset, sizes, strides) in state.items():
+        piece = pieces[storage.key]
+        if storage.numel * storage.dtype.itemsize > piece.nbytes():
+            raise Refused(f"has a tensor that claims {storage.numel:,} numbers; they are not there")
+        tensors[name] = torch.empty(0, dtype=storage.dtype).set_(piece, offset, sizes, strides)
+    return tensors
