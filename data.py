@@ -311,7 +311,7 @@ def batches(
 
 
 class Loader(torch.utils.data.DataLoader):
-    """One whose workers hear neither Ctrl-C nor a scheduler's SIGTERM, which reach every process of a run: the
+    """One whose workers hear neither Ctrl-C nor a SIGTERM, which reach every process of a run: the
     training process answers them alone. It needs its workers until the step is done, and ends them itself."""
 
     def __iter__(self):

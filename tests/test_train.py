@@ -89,7 +89,7 @@ def test_recipes_are_the_papers():
     assert recipes.chained("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
 
 
-# steps an epoch at about these sizes (as remembered; MUGE's and Flickr30K-CN's texts a picture counted as pairs)
+# of training, about (as remembered)
 PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915, "coco-cn": 20_065}
 
 
@@ -182,6 +182,11 @@ def test_history_starts_before_the_first_step_and_best_is_its_maximum(pairs, tmp
     clip.load_state_dict(load_file(tmp_path / "best.safetensors"))  # copied, so that no kernel rounds differently
     best = max(entry["mean_recall"] for entry in history)
     assert train.retrieval(clip.eval(), sources.open_pairs(pairs, "valid"))["mean_recall"] == best
+
+
+def test_the_folder_of_a_run_stands_for_its_best_weights(pairs, tmp_path):
+    train.train("act", flags(pairs, tmp_path, steps=2))
+    assert weights.find(str(tmp_path)) == str(tmp_path / "best.safetensors")
 
 
 def test_finished_run_is_not_run_again(pairs, tmp_path):
