@@ -26,8 +26,9 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "
 CACHED = ["--recipe", "stage1", "--model", "ViT-tiny", "--cache-features", "20"]
 # kind: (how it is started, flags); every one with dropout and augmentation
 KINDS = {
-    "plain": (ALONE, ["--recipe", "scratch", "--model", "ViT-tiny", "--workers", "1"]),
-    "saved by the clock": (ALONE, ["--recipe", "scratch", "--model", "RN-tiny", "--save-minutes", "0.001"]),
+    "plain": (ALONE, ["--recipe", "scratch", "--model", "ViT-tiny"]),
+    "saved by the clock": (ALONE, ["--recipe", "scratch", "--model", "RN-tiny", "--save-minutes", "0.001",
+                                   "--workers", "1"]),
     "chunks": (ALONE, ["--recipe", "scratch", "--model", "ViT-tiny", "--chunk-size", "3"]),
     "cache": (ALONE, [*CACHED, "--chunk-size", "3"]),
     "two acts": (ALONE, ["--recipe", "pretrain", "--model", "ViT-tiny"]),

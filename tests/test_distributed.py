@@ -54,6 +54,8 @@ def worker(rank: int, world_size: int, data: str, out: str):
         loss.DENSE_LIMIT, loss.TILE = (0, 3) if tiled else (2**25, 2048)
         stages = STAGES if WHOLE.get(way, 1) == 1 else {"stage2-RN": STAGES["stage2-RN"]}
         for (act, (name, how)), targets in itertools.product(stages.items(), ("one-hot", "multi")):
+            if name == "RN-tiny" and targets == "multi":
+                continue  # what BatchNorm does is the same for both
             train.train(act, train.Config(
                 model=name, data=data, batch_size=16, chunk_size=chunk, targets=targets, steps=2, lr=1e-2,
                 warmup=1, workers=0, device="cpu", eval_every=2, log_every=1,
@@ -77,8 +79,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("targets", ("one-hot", "multi"))
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage, targets", [
+    *((stage, "one-hot") for stage in STAGES), ("stage1-ViT", "multi"), ("stage2-ViT", "multi")])
 @pytest.mark.parametrize("way", WAYS)
 def test_parameters_and_statistics_equal_those_of_the_whole_batch(trained, way, stage, targets):
     reference = "whole" if stage != "stage2-RN" or WAYS[way][0] == 1 else f"whole, as {WAYS[way][0]}"

@@ -173,12 +173,14 @@ def test_a_process_that_sees_one_gpu_alone_has_it(monkeypatch):
 
 
 def waiter(rank: int, store: str, out: str):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=5))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     loss.patient_group()
+    usual, short = datetime.timedelta(minutes=30), datetime.timedelta(seconds=1)
+    dist.distributed_c10d._set_pg_timeout(short, dist.group.WORLD)
     if rank == 0:
-        time.sleep(8)  # a long phase of one process, longer than a collective may take
+        time.sleep(3)  # a long phase of one process: other collectives would be given up after a second
     loss.wait_for_all()
+    dist.distributed_c10d._set_pg_timeout(usual, dist.group.WORLD)
     said = []
     for name in ("the same", str(rank)):
         try:
