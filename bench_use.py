@@ -58,7 +58,7 @@ def bench_encode(names: list[str], device: str, batch: int, runs: int) -> list[l
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "it")
             model.save(model.ChineseCLIP(model.MODELS[name]), path)
-            ours = {dtype: model.load(path, device, getattr(torch, dtype))[0]
+            ours = {dtype: model.load(path, device, dtype=dtype)[0]
                     for dtype in ("float32", "bfloat16")}
         clip = ours["float32"]
         peers = peers_of(clip)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import model
 from augment import augment
-from data import DRAFT, preprocess
+from data import DRAFT, Loader, preprocess
 from loss import rank, wait_for_all, world_size
 from pairs import DataError, Pairs, SourceChanged
 from weights import write_json
@@ -104,7 +104,7 @@ def open_features(
         print(f"   {path}: {views} views of {pairs.image_count:,} pictures, "
               f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
     mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
-    loader = torch.utils.data.DataLoader(
+    loader = Loader(
         Views(pairs, seed, clip.config.visual.resolution, how), num_workers=workers,
         batch_sampler=[range(start, min(start + BLOCK, count)) for start in mine])
     device, training = clip.logit_scale.device, clip.training

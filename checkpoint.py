@@ -5,7 +5,8 @@ Checkpoints: what a run needs to go on bit for bit after a kill, a crash or a st
     checkpoint.previous.pt    the one before it, for the case that the newest cannot be read
 
 Order, augmentation and dropout are functions of (seed, step, rank), so the step is the position in the data
-and the state of all random numbers. What is not finite is never written: it would end every run after it.
+and the state of all random numbers. Weights that are not finite are never written: they would end every run
+after it.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import data
 import model
 import weights
 from chunks import balanced
-from loss import rank, sum_over_ranks, world_size
+from loss import rank, sum_over_ranks, wait_for_all, world_size
 from pairs import DataError
 from recipes import Config, ConfigError
 
@@ -124,6 +125,11 @@ class Checkpoints:
         weights.replace(self.newest, write_to)
         self.usable = True
 
+    def check_writer(self):
+        """OSError as soon as it is known that what was saved could not be written."""
+        if self.writing and self.writing.done():
+            self.finish()
+
     def finish(self):
         """Wait until what was saved is on the disk. OSError if it could not be written."""
         if self.writing:
@@ -139,7 +145,9 @@ def read(path: str) -> dict:
         found = saved["model"], saved["flags"], saved["world_size"], saved["step"], saved["optimizer"]
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise weights.WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
-    for name, tensor in found[0].items():
+    moments = {f"the optimizer's {name}": value for state in found[4]["state"].values()
+               for name, value in state.items()}
+    for name, tensor in (found[0] | moments).items():
         if not tensor.isfinite().all():
             raise weights.WeightsError(f"{path}: {name} is not finite")
     return saved
@@ -155,11 +163,12 @@ def on_host(value):
 
 
 def own_layout(optimizer: torch.optim.Optimizer):
-    """Moments in the memory layout of their parameters: the fused AdamW goes by memory, not by strides, and
-    a ResNet's parameters are channels_last on a GPU alone."""
+    """Copies the optimizer's state out of the file that it is mapped from, moments into the memory layout of
+    their parameters: the fused AdamW goes by memory, not by strides, and a ResNet's parameters are
+    channels_last on a GPU alone."""
     for p, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.empty_like(p).copy_(state[name])
+        for name, value in state.items():
+            state[name] = value.clone() if name == "step" else torch.empty_like(p).copy_(value)
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def check_weights(clip: model.ChineseCLIP, pictures: torch.Tensor, ids: torch.Te
         raise DataError(f"the weights are not finite or too large to give features; {advice}")
 
 
-def leave(number: int, frame):
+def leave(number: int = 0, frame=None):
     """Answer to a signal outside of the loop: the process ends at once, as by a kill, which harms nothing
     that was saved. An exception instead could come up where Python drops it, such as in a fork."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -195,15 +204,17 @@ class Requests:
         self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signalled and error is None:  # too late for this act: whoever answered before does so again
+            signal.raise_signal(self.number)
 
     def take(self, number: int, frame):
         # torchrun hands on what it was sent itself, so that a process may get the same signal twice
         if self.signalled and time.monotonic() > self.signalled + 5:
             raise KeyboardInterrupt
-        self.signalled = self.signalled or time.monotonic()
+        self.signalled, self.number = self.signalled or time.monotonic(), number
 
     def agreed(self) -> tuple[bool, bool]:
         """-> (save now?, stop then?), the same on every rank: what one was asked, all do."""
@@ -228,6 +239,7 @@ def open_log(cfg: Config, step: int, history: list[dict]):
 
 def check_same_step(step: int, device: torch.device):
     """Every process must have found the same checkpoint, or they would train on different data and hang."""
+    wait_for_all()  # one node may have had an index to build, or a model to fetch
     if dist.is_initialized():
         steps = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
         dist.all_gather(steps, torch.tensor([step], device=device))

@@ -279,18 +279,26 @@ def collate(samples: list[Sample], context_length: int) -> Batch:
     return Batch(torch.stack(pictures), ids, torch.tensor(keys), sum(problems, []))
 
 
+def first_position(step: int, batch_size: int, count: int) -> int:
+    """Where the positions of a step begin. Batches follow one another; one that is larger than the set of
+    `count` pairs begins with an epoch, and so holds each pair as often as any other, or once more."""
+    epochs = math.ceil(batch_size / count)
+    return step * (batch_size if epochs == 1 else epochs * count)
+
+
 class Chunks(torch.utils.data.Sampler):
     """The positions of each chunk of a run, one after the other: a run of weeks has millions of them."""
 
-    def __init__(self, batch_size: int, steps: range, rank: int, share: int, chunk: int):
+    def __init__(self, batch_size: int, steps: range, rank: int, share: int, chunk: int, count: int):
         self.batch_size, self.steps, self.rank, self.share, self.chunk = batch_size, steps, rank, share, chunk
+        self.count = count
 
     def __len__(self) -> int:
         return len(self.steps) * math.ceil(self.share / self.chunk)
 
     def __iter__(self):
         for step in self.steps:
-            start = step * self.batch_size + self.rank * self.share
+            start = first_position(step, self.batch_size, self.count) + self.rank * self.share
             for i in range(0, self.share, self.chunk):
                 yield range(start + i, start + min(i + self.chunk, self.share))
 
@@ -304,20 +312,26 @@ def batches(
     ranks."""
     share = batch_size // world_size
     chunk = chunk or share
+    sampler = Chunks(batch_size, steps, rank, share, chunk, len(stream.pairs))
     return Loader(
-        stream, num_workers=workers, batch_sampler=Chunks(batch_size, steps, rank, share, chunk),
+        stream, num_workers=workers, batch_sampler=sampler,
         collate_fn=functools.partial(collate, context_length=context_length),
         pin_memory=torch.cuda.is_available())
 
 
 class Loader(torch.utils.data.DataLoader):
-    """One whose workers hear neither Ctrl-C nor a SIGTERM, which reach every process of a run: the
-    training process answers them alone. It needs its workers until the step is done, and ends them itself."""
+    """One whose workers do not answer Ctrl-C and SIGTERM, which reach every process of a run: the training
+    process answers them alone. It needs its workers until the step is done, and ends them itself."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, worker_init_fn=ignore_signals, **named)
 
     def __iter__(self):
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows has no such mask
             return super().__iter__()
+        atexit.unregister(end_workers)  # so that it is there once, and called before multiprocessing's own
         atexit.register(end_workers)
+        # until a forked worker ignores signals, it is deaf to them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # inherited
         try:
             return super().__iter__()
@@ -325,12 +339,18 @@ class Loader(torch.utils.data.DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def ignore_signals(worker: int):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_workers():
     """At the end of a process, for workers whose loader an error left open: multiprocessing would end them by
-    a SIGTERM, which they do not hear, and wait for ever."""
+    a SIGTERM, which they ignore, and wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch calls their end an error
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon:  # as a loader's workers are
+            child.kill()
 
 
 def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
@@ -339,7 +359,8 @@ def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, f
     gets at most 1/n: ln n."""
     shared, floors = [], []
     for step in range(batches):
-        indices = [stream.index(step * batch_size + i) for i in range(batch_size)]
+        first = first_position(step, batch_size, len(stream.pairs))
+        indices = [stream.index(first + i) for i in range(batch_size)]
         keys = [stream.keys(i, caption) for i in indices if (caption := stream.readable(i))]
         keys = torch.tensor(keys, dtype=torch.long).view(-1, 2)
         if not len(keys):

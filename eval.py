@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None):
         args.data = data_folders(args.table, args.data)
     device = join_processes(args.device)
     with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
-        clip, _ = model.load(args.model, device, getattr(torch, args.dtype))
+        clip, _ = model.load(args.model, device, dtype=args.dtype)
         result = TASKS[args.task][0](args, clip)
         if args.out and rank() == 0:
             write_json(args.out, vars(args) | result)

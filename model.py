@@ -149,8 +149,8 @@ def available_models() -> list[str]:
     return list(download.RELEASED)
 
 
-def load(name: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32,
-         jit: bool = False, download_root: str | None = None):
+def load(name: str, device: str | torch.device = "cpu", jit: bool = False, download_root: str | None = None,
+         dtype: str | torch.dtype = torch.float32):
     """-> (model in eval mode, preprocess for its resolution). Prints one line that says what was loaded.
 
     dtype="bfloat16" halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), about

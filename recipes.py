@@ -59,7 +59,7 @@ class Config:
     lr: float = flag(0.0, "peak learning rate, used as it is; 0: the recipe's, scaled to the batch")
     recipe_lr: float = flag(5e-5, "the recipe's peak rate for batches of --lr-batch and more")
     lr_batch: int = flag(1024, "below this batch the recipe's rate falls in proportion")
-    warmup: int = flag(100, "steps of linear warm-up; a tenth of a run of which that is more than half")
+    warmup: int = flag(100, "steps of linear warm-up; where that is over half of the run, a tenth of the run")
     weight_decay: float = flag(1e-3, "AdamW's, on matrices only (paper, table 8)")
     beta2: float = flag(0.0, "AdamW's second moment; 0: 0.999 for ResNet, 0.98 for ViT (paper, table 8)")
     eps: float = flag(0.0, "AdamW's eps; 0: 1e-8 for ResNet, 1e-6 for ViT (paper, table 8)")
@@ -158,8 +158,10 @@ def check_needs(recipe: str, given: dict):
     lacking = [[name for name in group if not given.get(name)] for group in NEEDS[recipe]]
     if all(lacking):
         wanted = ", or ".join(" and ".join(map(as_flag, names)) for names in lacking)
-        raise ConfigError(f"--recipe {recipe} needs {wanted}; --recipe scratch trains from nothing, and "
-                          "--init ViT-B-16 is a released model")
+        hint = "--recipe scratch trains from nothing, and --init ViT-B-16 is a released model"
+        if lacking[0] == ["data"]:
+            hint = "for example --data scenes-zh, which is drawn"
+        raise ConfigError(f"--recipe {recipe} needs {wanted}; {hint}")
 
 
 def as_flag(name: str) -> str:

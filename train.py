@@ -42,7 +42,7 @@ import report
 import weights
 from cache import open_features
 from checkpoint import Checkpoints, Requests, Stopped
-from chunks import backward_in_chunks, balanced, check_replay, fitting_chunk
+from chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
 from data import on_device
 from distill import distillation_loss, teach
 from eval import retrieval
@@ -182,7 +182,10 @@ def train(act: str, cfg: Config) -> list[dict]:
     if cfg.compile and chunks > 1:
         set_train_mode(clip, cfg.freeze_image)
         ids = torch.ones(chunk, cfg.context_length, dtype=torch.long)
-        check_replay(forward, clip, torch.zeros(chunk, *like_pictures), ids)
+        distance = replay_distance(forward, clip, torch.zeros(chunk, *like_pictures), ids)
+        if not distance < SAME_DROPOUT:
+            raise ConfigError(f"--compile: the two passes of a chunk draw other dropout here (their features "
+                              f"are {distance:.2f} apart), so its gradient would be wrong; leave it out")
     if world_size > 1:
         with warnings.catch_warnings():  # torch 2.13 has a new name for this flag, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
@@ -240,6 +243,7 @@ def train(act: str, cfg: Config) -> list[dict]:
                     if best:
                         model.save(clip, os.path.join(cfg.out, "best.safetensors"))
                 clock, timed = time.perf_counter(), step
+                save, stop = True, requests.agreed()[1]  # a measurement may have taken minutes
             if save:
                 checkpoints.save(clip, optimizer, scaler, step, history, chunk)
                 requests.saved = time.monotonic()
@@ -280,14 +284,15 @@ def train(act: str, cfg: Config) -> list[dict]:
             average_statistics(clip)
             step += 1
 
-            # say how it goes; before anything is saved, so that no checkpoint holds what is not a number
+            # say how it goes; before anything is saved, so that no checkpoint has weights that are not finite
             for problem in (problem for part in batch for problem in part.problems):
                 if problem not in skipped:  # named once, however many epochs meet it
                     print(f"   rank {rank} skips a pair, its number {len(skipped) + 1}: {problem}",
                           file=sys.stderr, flush=True)
                 skipped[problem] = skipped.get(problem, 0) + 1
+            checkpoints.check_writer()
             save, stop = requests.agreed()
-            scheduled = step == total or step % save_every == 0
+            scheduled = step == total or step % save_every == 0 or step % eval_every == 0
             save = save or scheduled
             if save or step % cfg.log_every == 0:
                 loss = mean_over_ranks(loss)
@@ -387,4 +392,4 @@ if __name__ == "__main__":
     except OSError as error:
         sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint")
+        checkpoint.leave()

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from conftest import ROOT, write_folder
 
 import model
@@ -102,6 +103,8 @@ def compare(folder: Path, one: str, other: str):
         logs = [(folder / out / act / "log.jsonl").read_text().splitlines() for out in (one, other)]
         steps = [[(entry["step"], entry.get("loss")) for entry in map(json.loads, log)] for log in logs]
         assert steps[0] == steps[1], act
+        saved = [torch.load(folder / out / act / "checkpoint.pt", weights_only=True) for out in (one, other)]
+        assert saved[0]["step"] == saved[1]["step"] and saved[0]["history"] == saved[1]["history"], act
     results = [json.loads((folder / out / "results.json").read_text()) for out in (one, other)]
     assert results[0] == results[1]
 

@@ -106,8 +106,9 @@ def test_what_cannot_be_done_is_not_passed_over(tmp_path):
     path = saved(tmp_path, official(built(VIT).state_dict()))
     with pytest.raises(ValueError, match="jit=True"):
         model.load(path, jit=True)
-    with pytest.raises(ValueError, match="dtype=False"):
-        model.load(path, "cpu", False)  # OpenAI's third argument, jit, without its name
+    model.load(path, "cpu", False)  # OpenAI's third argument is jit
+    with pytest.raises(ValueError, match="jit=True"):
+        model.load(path, "cpu", True)
     with pytest.raises(TypeError, match="use_modelscope"):
         model.load_from_name(path, use_modelscope=True)
     with pytest.raises(TypeError, match="truncate"):

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -668,6 +670,24 @@ class Counting(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return 1 / (i - 5)
+
+
+class Handlers(torch.utils.data.Dataset):
+    """Whether the process it is asked in ignores SIGTERM and SIGINT."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_workers_ignore_signals_however_they_are_started(way):
+    if way not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system does not start processes so")
+    (ignored,) = data.Loader(Handlers(), num_workers=1, multiprocessing_context=way)
+    assert all(ignored)
 
 
 def test_a_process_that_fails_does_not_wait_for_workers_that_hear_no_signal():
