@@ -55,8 +55,8 @@ def prepare(folder: Path):
 def begin(kind: str, folder: Path, out: str) -> subprocess.Popen:
     start, flags = KINDS[kind]
     start_from = ["--init", str(folder / f"{flags[3]}.safetensors")]
-    common = ["--data", str(folder / "pairs"), "--batch-size", "8", "--lr", "1e-3", "--steps", "40",
-              "--save-every", "3", "--eval-every", "20", "--log-every", "1", "--augment", "auto",
+    common = ["--data", str(folder / "pairs"), "--batch-size", "8", "--lr", "1e-3", "--steps", "30",
+              "--save-every", "3", "--eval-every", "15", "--log-every", "1", "--augment", "auto",
               "--device", "cpu"]
     workers = [] if "--workers" in flags else ["--workers", "0"]
     return subprocess.Popen(
