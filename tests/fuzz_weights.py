@@ -184,7 +184,7 @@ def change_pickle(program: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 3))):
         try:
             places = [place for _, _, place in pickletools.genops(program)] + [len(program)]
-        except Exception:  # of an earlier round
+        except Exception:  # an earlier round left what pickletools cannot cut into opcodes, for many reasons
             return program
         which = rng.randrange(len(places) - 1)
         start, end = places[which: which + 2]

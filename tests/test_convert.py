@@ -1,7 +1,6 @@
 """Every layout in and out: files as other programs write them, and as they read them."""
 
 import dataclasses
-import io
 import json
 import os
 import shutil
