@@ -6,7 +6,7 @@ Captions to token ids, pictures to pixels, and the order in which pairs are seen
     order(pairs, seed, position)          the order of training, a pure function
     batches(Stream(pairs, ...), ...)      the batches of a run, from any step on
 
-Where pairs come from: sources.py.
+Where pairs come from: sources/layouts.py.
 """
 
 import atexit
@@ -26,14 +26,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from augment import as_rgb, augment
-from pairs import DataError, Pairs, SourceChanged
+from sources.augment import as_rgb, augment
+from sources.pairs import DataError, Pairs, SourceChanged
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 DRAFT = 1.12  # pixels a side to decode, in resolutions: crops keep at least 0.9 of a side, and 1 / 0.9 = 1.11
 BLOCK = 1024  # neighbouring pairs that stay near each other in the order of a large set
-VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vocab.txt")  # of Chinese BERT
+VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "vocab.txt")  # of Chinese BERT
 
 # ------------------------------------------------------------------------------------------------------------
 # text
@@ -218,7 +218,7 @@ class Batch(NamedTuple):
 
 class Stream(torch.utils.data.Dataset):
     """Training samples by position. Order, augmentation and the replacement of broken samples are functions
-    of (seed, position) alone, whatever the workers, ranks and restarts. With `features` (cache.py), a picture
+    of (seed, position) alone, whatever the workers, ranks and restarts. With `features` (training/cache.py), a picture
     is one of its cached views."""
 
     def __init__(self, pairs: Pairs, seed: int, resolution: int, augment: str, features=None):

@@ -10,7 +10,7 @@ How good is it? The paper's measurements, as commands and as functions.
 Retrieval (paper, sec. 3.1) is one matrix product and a count: how often is a right answer among the K
 nearest? Zero-shot classification (sec. 3.2) is retrieval with class names, in sentences, as the answers. A
 table is printed, beside the paper's figures where model and data are the paper's, and with --out written as
-JSON. The formulas are in metrics.py; then read features.py, classes.py, zeroshot.py.
+JSON. The formulas are in tools/measure/metrics.py; then read tools/measure/kept.py, sources/classes.py, tools/measure/zeroshot.py.
 """
 
 import argparse
@@ -26,19 +26,19 @@ import torch
 import torch.distributed as dist
 
 import model
-import page
-import published
-import zeroshot
-from calibrate import WHY, at_threshold, calibrate, calibration_table
-from classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
-from download import RELEASED
-from features import encode_images, encode_texts, pair_features  # the first two also for curate.py, report.py
+from tools.measure import page
+from tools.measure import published
+from tools.measure import zeroshot
+from tools.measure.calibrate import WHY, at_threshold, calibrate, calibration_table
+from sources.classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
+from weights.download import RELEASED
+from tools.measure.kept import encode_images, encode_texts, pair_features  # the first two also for python -m tools.curate, training/report.py
 from loss import join_processes, lost_process, rank, world_size
-from metrics import KS, nearest, ranks, recall
-from pairs import DataError, Pairs, open_image
-from sources import FolderPairs, open_pairs
-from weights import WeightsError, replace_text, write_json
-from zeroshot import zero_shot  # also for report.py
+from tools.measure.metrics import KS, nearest, ranks, recall
+from sources.pairs import DataError, Pairs, open_image
+from sources.layouts import FolderPairs, open_pairs
+from weights.read import WeightsError, replace_text, write_json
+from tools.measure.zeroshot import zero_shot  # also for training/report.py
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     for task in ("zeroshot", "prompts"):
         p = add[task]
         p.add_argument("--data", required=task == "zeroshot", default="", help="a folder with test/000 ... "
-                       "or test/NAME ..., or pictures listed in test.txt (see classes.py)")
+                       "or test/NAME ..., or pictures listed in test.txt (see sources/classes.py)")
         p.add_argument("--labels", default="", help="names, measure and templates: a file, or a data set of "
                        "labels/ such as cifar-100, in the order of label.txt or label_cn.txt in --data; "
                        "without it the names of that label_cn.txt, and accuracy")

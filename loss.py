@@ -18,7 +18,7 @@ process that holds the whole batch, `logit_scale` included. The official default
 towers get 1/N of the gradient and its temperature all of it.
 
 Two things below are for batches as large as the paper's 32,768: repeated pairs (`positives`) and a matrix
-that is never held (`TiledLoss`). Activations that are never held: chunks.py.
+that is never held (`TiledLoss`). Activations that are never held: training/chunks.py.
 
 Shapes: B global batch, b = B / world_size local batch, E joint width.
 """

@@ -9,7 +9,7 @@ A picture and its caption should point the same way in the joint space; everythi
 Chinese CLIP (Yang et al., 2022) is OpenAI's CLIP with a Chinese BERT as its text tower.
 
     import model
-    clip, preprocess = model.load("clip_cn_vit-b-16.pt")             # any file weights.py can read
+    clip, preprocess = model.load("clip_cn_vit-b-16.pt")             # any file weights/read.py can read
     image_features = clip.encode_image(preprocess(image)[None])      # [1, E]
     text_features = clip.encode_text(model.tokenize(["一只猫"]))      # [1, E]
 
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-import download
-import weights
+from weights import download
+from weights import read
 from bert import Bert, BertConfig
 from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this module's interface)
 from resnet import ModifiedResNet, ResNetConfig
@@ -101,7 +101,7 @@ class ChineseCLIP(nn.Module):
         self, pixels: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> image_features [B, E] and text_features [B, E] of unit norm, and the factor exp(logit_scale). In
-        the place of pixels, features [B, E] that a frozen image tower gave before will do (cache.py)."""
+        the place of pixels, features [B, E] that a frozen image tower gave before will do (training/cache.py)."""
         image_features = normalise(self.encode_image(pixels) if pixels.ndim == 4 else pixels)
         text_features = normalise(self.encode_text(ids))
         return image_features, text_features, self.logit_scale.exp()
@@ -156,9 +156,9 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     dtype="bfloat16" halves the memory and, where the CPU computes in it (Intel's AMX, AVX512-BF16), about
     the time of ViT-B-16 and RN50, with features at a cosine above 0.999 to those in float32 (BENCHMARKS.md).
 
-    A path is recognised by its content, whatever weights.py can read; of a folder, its weight file. A name of
+    A path is recognised by its content, whatever weights/read.py can read; of a folder, its weight file. A name of
     `available_models`, such as "ViT-B-16" or, as OpenAI spells it, "ViT-B/16", is fetched once, into
-    `download_root` if that is said. Raises weights.WeightsError, one line, for anything else, ValueError for
+    `download_root` if that is said. Raises read.WeightsError, one line, for anything else, ValueError for
     another dtype and for jit=True, as there is nothing to compile."""
     name, dtype = os.fspath(name), DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
@@ -171,15 +171,15 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     part = ("no whole model, a tower to start training from: "
             "`train.py --image-init` (OpenAI's, LAION's) or `--text-init` (a BERT)")
     if name in download.SOURCES and name not in download.RELEASED:
-        raise weights.WeightsError(f"{name}: {part}")
-    path = weights.find(name, download_root or "")
-    state, config, layout = weights.read(path)
-    state, dropped = weights.whole_model(state)
+        raise read.WeightsError(f"{name}: {part}")
+    path = read.find(name, download_root or "")
+    state, config, layout = read.read(path)
+    state, dropped = read.whole_model(state)
     if len({key.split(".")[0] for key in state} & {"visual", "bert"}) == 1:
-        raise weights.WeightsError(f"{path}: {part}")
+        raise read.WeightsError(f"{path}: {part}")
     config = config_from_json(config, path) if config else MODELS.get(guess(state))
     if config is None:
-        raise weights.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
+        raise read.WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
     clip = assemble(config, state, path).to(device).eval()
     for module in clip.modules():  # BatchNorm and the temperature stay float32: rounding costs them a percent
         if not isinstance(module, nn.BatchNorm2d):
@@ -208,14 +208,14 @@ def load_from_name(name: str, device: str | torch.device | None = None, download
             ("text_model_name", text_model_name, [n for n, row in TEXT_TOWERS.items() if row == t]),
             ("input_resolution", input_resolution, [v.resolution])):
         if said is not None and said not in right:
-            raise weights.WeightsError(f"{name}: {argument}={said!r}, but its tensors say "
+            raise read.WeightsError(f"{name}: {argument}={said!r}, but its tensors say "
                                        f"{' or '.join(map(str, right)) or 'none that has a name'}")
     return clip, preprocess
 
 
 def save(clip: ChineseCLIP, path: str):
     """Write one .safetensors that carries its config: `load(path)` needs nothing else. Atomic."""
-    weights.write(path, clip.state_dict(), {"config": json.dumps(dataclasses.asdict(clip.config))})
+    read.write(path, clip.state_dict(), {"config": json.dumps(dataclasses.asdict(clip.config))})
 
 
 def assemble(config: ModelConfig, state: dict[str, torch.Tensor], path: str) -> ChineseCLIP:
@@ -223,7 +223,7 @@ def assemble(config: ModelConfig, state: dict[str, torch.Tensor], path: str) -> 
     memory is filled with random numbers only to be overwritten."""
     with SkipInit(), torch.device("meta"):
         clip = ChineseCLIP(config)
-    weights.check(state, clip.state_dict(), path, functools.partial(guess, state))
+    read.check(state, clip.state_dict(), path, functools.partial(guess, state))
     clip.load_state_dict(state, assign=True)
     return clip.requires_grad_(True)
 
@@ -235,24 +235,24 @@ def initialise(clip: ChineseCLIP, image_init: str = "", text_init: str = "", ini
     for source, parts in ((init, ""), (image_init, "visual."), (text_init, "bert.")):
         if not source:
             continue
-        path = weights.find(source)
-        state, config, _ = weights.read(path)
+        path = read.find(source)
+        state, config, _ = read.read(path)
         check_config(config, clip.config, parts, path)
         if parts:
-            state, dropped = (weights.image_tower if parts == "visual." else weights.text_tower)(state, path)
+            state, dropped = (read.image_tower if parts == "visual." else read.text_tower)(state, path)
         else:
-            state, dropped = weights.whole_model(state)
+            state, dropped = read.whole_model(state)
         mine = clip.state_dict()
         for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if name in state and name in mine and len(state[name]) != len(mine[name]):
                 try:
                     resized = resize_positions(state[name], len(mine[name]))
                 except ValueError as error:
-                    raise weights.WeightsError(f"{path}: {name}: {error}") from None
+                    raise read.WeightsError(f"{path}: {name}: {error}") from None
                 print(f"{path}: {name} interpolated from {len(state[name])} to {len(mine[name])} rows")
                 state[name] = resized
         wanted = {k: v for k, v in mine.items() if k.startswith(parts) or k in state}
-        weights.check(state, wanted, path, functools.partial(guess, state))
+        read.check(state, wanted, path, functools.partial(guess, state))
         clip.load_state_dict(state, strict=False)
         print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
 
@@ -271,17 +271,17 @@ def check_config(config: str, mine: ModelConfig, parts: str, path: str):
         elif raw:
             ours = config_from_json(config, path)
             if type(ours.visual) is not type(mine.visual):
-                return  # another model altogether, which `weights.check` will say better
+                return  # another model altogether, which `read.check` will say better
             found = {"visual.": heads(ours.visual), "bert.": ours.text.heads}
         theirs = activation(raw, path)
         if parts == "visual." and isinstance(mine.visual, ViTConfig) and theirs != "quick_gelu":
             print(f"{path}: trained with {theirs!r:.99}, and this image tower computes QuickGELU, as the "
                   "official code does: the features differ until training has made up for it")
     except NOT_A_CONFIG as error:
-        raise weights.WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
+        raise read.WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
     for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
         if tower.startswith(parts) and found.get(tower, wanted) != wanted:
-            raise weights.WeightsError(
+            raise read.WeightsError(
                 f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, "
                 f"this model's has {wanted}; the features would differ")
 
@@ -294,7 +294,7 @@ def activation(raw: dict, path: str) -> str:
     folder = os.path.dirname(path)
     beside = os.path.join(folder, "open_clip_config.json")
     if os.path.isfile(beside):
-        exact = not json.loads(weights.read_description(beside))["model_cfg"].get("quick_gelu", False)
+        exact = not json.loads(read.read_description(beside))["model_cfg"].get("quick_gelu", False)
     else:
         exact = os.path.basename(folder) in download.EXACT_GELU
     return "gelu" if exact else "quick_gelu"
@@ -368,7 +368,7 @@ def config_from_json(text: str, path: str) -> ModelConfig:
             visual = ViTConfig(**visual)
         return sensible(ModelConfig(raw["embed_dim"], visual, BertConfig(**raw["text"])))
     except NOT_A_CONFIG as error:
-        raise weights.WeightsError(
+        raise read.WeightsError(
             f"{path}: the config in it, or in config.json beside it, describes no model of ours "
             f"({error!r:.200})") from None
 

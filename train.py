@@ -8,13 +8,13 @@ The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3), for one CPU,
         --text-init chinese-roberta-wwm-ext --data path/to/pairs       # eight GPUs: both stages
 
 Stage 1 freezes the image tower and teaches the text tower to read it ("locked-image tuning", Zhai et al.,
-2022); stage 2 trains everything. recipes.py has the flags and the paper's numbers. The same command, repeated
+2022); stage 2 trains everything. training/recipes.py has the flags and the paper's numbers. The same command, repeated
 after a crash, a kill or a finished act, goes on where it was, bit for bit (same number of processes, CPU).
 
 Written per act, under final names only when complete: checkpoint.pt and the one before it (to resume,
-checkpoint.py), best.safetensors (by mean recall on the validation split), last.safetensors, log.jsonl (its
-lines of numbers). Batches larger than memory: chunks.py; features of the frozen tower, computed once:
-cache.py.
+training/checkpoint.py), best.safetensors (by mean recall on the validation split), last.safetensors, log.jsonl (its
+lines of numbers). Batches larger than memory: training/chunks.py; features of the frozen tower, computed once:
+training/cache.py.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads
 import torch
 import torch.distributed as dist
 
-import checkpoint
+from training import checkpoint
 import data
 import model
-import report
-import weights
-from cache import open_features
-from checkpoint import Checkpoints, Requests, Stopped
-from chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
+from training import report
+from weights import read
+from training.cache import open_features
+from training.checkpoint import Checkpoints, Requests, Stopped
+from training.chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
 from data import on_device
-from distill import distillation_loss, teach
+from training.distill import distillation_loss, teach
 from eval import retrieval
 from loss import contrastive_loss, in_batch_accuracy, join_processes, lost_process, mean_over_ranks
-from pairs import DataError
-from recipes import Config, ConfigError, chained, parse
-from sources import open_pairs
+from sources.pairs import DataError
+from training.recipes import Config, ConfigError, chained, parse
+from sources.layouts import open_pairs
 
 # ------------------------------------------------------------------------------------------------------------
 # formulas
@@ -141,7 +141,7 @@ def train(act: str, cfg: Config) -> list[dict]:
         raise ConfigError(f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data")
     pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
     if not len(pairs):
-        raise DataError(f"{cfg.data}: no training pairs; `python curate.py check {cfg.data}` says why")
+        raise DataError(f"{cfg.data}: no training pairs; `python -m tools.curate check {cfg.data}` says why")
     total = steps_of(cfg, len(pairs))
     eval_every = cfg.eval_every or max(1, min(len(pairs) // B, math.ceil(total / 5)))
     save_every = cfg.save_every or eval_every
@@ -377,10 +377,10 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (DataError, weights.WeightsError) as error:
+    except (DataError, read.WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
         message = str(error).strip().split("\n")[-1]
-        sys.exit("error: " + re.sub(r"^pairs\.(DataError|SourceChanged): ", "", message))
+        sys.exit("error: " + re.sub(r"^sources\.pairs\.(DataError|SourceChanged): ", "", message))
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
                  "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")

@@ -8,7 +8,7 @@ CLIP differs from the ViT paper in three places: a LayerNorm before the first bl
 instead of GELU, and no bias in the patch convolution. Parameter names are the official ones, so an official
 file needs no renaming.
 
-Not here: absolute sizes of the released models (model.py), reading files (weights.py), the other image tower
+Not here: absolute sizes of the released models (model.py), reading files (weights/read.py), the other image tower
 (resnet.py).
 
 Shapes: B batch, S pixels a side, T tokens (patches + 1), D width, H heads, E joint width.

@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-import download  # noqa: E402
+from weights import download  # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:  # many threads only wait for each other in models as small as these
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -107,7 +107,10 @@ def typed(program: str, *argv: str) -> tuple[int, str]:
     handlers = [signal.getsignal(number) for number in signals]
     with (mock.patch.object(sys, "argv", [program, *argv]), contextlib.redirect_stderr(said),
           pytest.raises(SystemExit) as caught):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+        if program.startswith("python -m "):
+            runpy.run_module(program.removeprefix("python -m "), run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
     for number, handler in zip(signals, handlers):  # train.py has its own, which end a process with 0
         signal.signal(number, handler)
     code = caught.value.code
@@ -116,8 +119,8 @@ def typed(program: str, *argv: str) -> tuple[int, str]:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A local server in the place of Hugging Face, for download.py."""
-    from test_download import Hub
+    """A local server in the place of Hugging Face, for weights/download.py."""
+    from hub import Hub
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # whatever this machine has

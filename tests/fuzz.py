@@ -25,10 +25,10 @@ import time
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import check  # noqa: E402
-import pairs as pairs_module  # noqa: E402
-from pairs import DataError  # noqa: E402
-from sources import open_pairs  # noqa: E402
+from tools.curate import check  # noqa: E402
+from sources import pairs as pairs_module  # noqa: E402
+from sources.pairs import DataError  # noqa: E402
+from sources.layouts import open_pairs  # noqa: E402
 
 SECONDS, BYTES = 10, 4 * 2**30
 # what a reader may take for a length, an end, a structure
@@ -91,7 +91,7 @@ def good_set(kind: str, rng: random.Random) -> dict[str, bytes]:
 
 
 def read(folder: str):
-    """Everything that training, evaluation and curate.py read of a set."""
+    """Everything that training, evaluation and python -m tools.curate read of a set."""
     try:
         pairs = open_pairs(folder, "train")
         pairs.texts, pairs.positives, pairs.fingerprint()

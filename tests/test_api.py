@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import difference
 from PIL import Image
-from test_weights import RN, VIT, built, official, refusal, same, saved
+from checkpoints import RN, VIT, built, official, refusal, same, saved
 
-import download
+from weights import download
 import model
 
 

@@ -17,12 +17,12 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import augment
+from sources import augment
 import data
-import pairs as pairs_module
-import sources
-from augment import apply_operation
-from pairs import DataError, Pairs, as_text, decode
+from sources import pairs as pairs_module
+from sources import layouts
+from sources.augment import apply_operation
+from sources.pairs import DataError, Pairs, as_text, decode
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
@@ -303,7 +303,7 @@ def same_picture(a: Image.Image, b: Image.Image) -> bool:
 
 
 def test_the_official_layout(tmp_path):
-    pairs = sources.open_pairs(write_good(tmp_path / "set"), "train")
+    pairs = layouts.open_pairs(write_good(tmp_path / "set"), "train")
     assert pairs.texts == ["甲", "乙", "丙", "丁，“丁”"]
     assert pairs.positives.tolist() == [[0, 0], [1, 1], [1, 0], [3, 2], [3, 3]]
     assert pairs.image_count == 4 and len(pairs) == 5
@@ -319,17 +319,17 @@ def test_any_line_ending_will_do(tmp_path, ending):
     path = tmp_path / "set" / "train_imgs.tsv"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"\n", b"\r\n") if ending == b"\r\n" else whole.rstrip(b"\n") + ending)
-    pairs = sources.open_pairs(folder, "train")
+    pairs = layouts.open_pairs(folder, "train")
     assert pairs.image_count == 4
     assert all(same_picture(pairs.image(row), PICTURES[i]) for row, i in enumerate((0, 1, 1, 3)))
 
 
 def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     folder, cache = write_good(tmp_path / "set"), tmp_path / "cache"
-    sources.open_pairs(folder, "train")
+    layouts.open_pairs(folder, "train")
     built = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len([path for path in built if path.is_dir()]) == 2  # of pictures, of captions
-    again = sources.open_pairs(folder, "train")
+    again = layouts.open_pairs(folder, "train")
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == built
     assert same_picture(again.image(3), PICTURES[3])
     # the same size, other offsets: only the time tells
@@ -337,10 +337,10 @@ def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     lines, time = path.read_bytes().splitlines(keepends=True), path.stat().st_mtime_ns
     path.write_bytes(b"".join(lines[::-1]))
     os.utime(path, ns=(time + 1_000_000, time + 1_000_000))
-    changed = sources.open_pairs(folder, "train")
+    changed = layouts.open_pairs(folder, "train")
     assert [changed.image_id(n) for n in range(4)] == ["深", "99", "a-b", "7"] and same_picture(changed.image(3), PICTURES[0])
     path.write_bytes(path.read_bytes() + b"new\t" + BASE64[2] + b"\n")
-    assert same_picture(sources.open_pairs(folder, "train").image(4), PICTURES[2])
+    assert same_picture(layouts.open_pairs(folder, "train").image(4), PICTURES[2])
 
 
 JSONL = """{"image": "pictures/a.png", "text": "甲"}
@@ -354,7 +354,7 @@ CSV = 'text,note,image\r\n甲,,pictures/a.png\r\n"乙, ""丙""",x,pictures/b.png
 @pytest.mark.parametrize("mark", ("", "\ufeff"))  # a byte order mark, as Excel writes
 @pytest.mark.parametrize("name, text", (("train.jsonl", JSONL), ("train.csv", CSV)))
 def test_a_folder_with_a_list_of_captions(tmp_path, name, text, mark):
-    pairs = sources.open_pairs(write_folder(tmp_path, name, mark + text), "train")
+    pairs = layouts.open_pairs(write_folder(tmp_path, name, mark + text), "train")
     assert pairs.texts == ["甲", '乙, "丙"', "丁"]
     assert pairs.positives.tolist() == [[0, 0], [1, 1], [2, 0]] and pairs.image_count == 2
     assert all(same_picture(pairs.image(row), noise(9, 7, row)) for row in range(2))
@@ -376,14 +376,14 @@ def says(action, *parts: str):
 
 def open_official(tmp_path, pictures=None, captions=None):
     folder = write_official(tmp_path / "set", pictures or [(7, BASE64[0])], captions or CAPTIONS[:1])
-    return sources.open_pairs(folder, "train")
+    return layouts.open_pairs(folder, "train")
 
 
 def test_tsv_line_with_one_column(tmp_path):
     path = tmp_path / "set" / "train_imgs.tsv"
     open_official(tmp_path)
     path.write_bytes(path.read_bytes() + b"8 no-tab\n")
-    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
+    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
 
 
 def test_image_id_twice(tmp_path):
@@ -443,7 +443,7 @@ def test_image_ids_that_is_no_list(tmp_path, ids):
 def test_texts_that_are_not_utf8(tmp_path):
     open_official(tmp_path)
     (tmp_path / "set" / "train_texts.jsonl").write_bytes('{"text_id": 1, "text": "甲"}\n'.encode("gbk"))
-    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl line 1")
+    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl line 1")
 
 
 def test_no_positives_at_all(tmp_path):
@@ -454,7 +454,7 @@ def test_no_positives_at_all(tmp_path):
 def test_texts_file_missing(tmp_path):
     open_official(tmp_path)
     os.remove(tmp_path / "set" / "train_texts.jsonl")
-    says(lambda: sources.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl")
+    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -472,41 +472,41 @@ def test_texts_file_missing(tmp_path):
 )
 def test_list_of_captions_that_is_wrong(tmp_path, kind, text, parts):
     folder = write_folder(tmp_path, f"train.{kind}", text)
-    says(lambda: sources.open_pairs(folder, "train"), f"train.{kind}", *parts)
+    says(lambda: layouts.open_pairs(folder, "train"), f"train.{kind}", *parts)
 
 
 def test_csv_that_is_not_utf8(tmp_path):
     folder = write_folder(tmp_path, "train.csv", "")
     (tmp_path / "train.csv").write_bytes("image,text\npictures/a.png,甲\n".encode("gbk"))
-    says(lambda: sources.open_pairs(folder, "train"), "train.csv")
+    says(lambda: layouts.open_pairs(folder, "train"), "train.csv")
 
 
 def test_picture_of_a_folder_that_cannot_be_decoded(tmp_path):
-    pairs = sources.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
+    pairs = layouts.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
     (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
     says(lambda: pairs.image(1), "b.png")
 
 
 def test_picture_of_a_folder_that_went_away(tmp_path):
-    pairs = sources.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
+    pairs = layouts.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
     os.remove(tmp_path / "pictures" / "b.png")
     says(lambda: pairs.image(1), "b.png")
 
 
 def test_unknown_source_and_split(tmp_path):
-    says(lambda: sources.open_pairs("no/such/set", "train"), "no/such/set")
-    says(lambda: sources.open_pairs(write_good(tmp_path / "set"), "vaild"), str(tmp_path / "set"), "'vaild'")
+    says(lambda: layouts.open_pairs("no/such/set", "train"), "no/such/set")
+    says(lambda: layouts.open_pairs(write_good(tmp_path / "set"), "vaild"), str(tmp_path / "set"), "'vaild'")
 
 
 def test_scenes_have_no_other_split_than_theirs():
-    says(lambda: sources.open_pairs("scenes-zh", "vaild"), "scenes-zh", "'vaild'")
+    says(lambda: layouts.open_pairs("scenes-zh", "vaild"), "scenes-zh", "'vaild'")
 
 
 @pytest.mark.parametrize("text", (5, None, ["甲"]))
 def test_caption_that_is_no_text_is_named_with_its_file(tmp_path, text):
     lines = [json.dumps({"image": "pictures/a.png", "text": caption}) for caption in ("甲", text)]
     folder = write_folder(tmp_path, "train.jsonl", "\n".join(lines))
-    says(lambda: sources.open_pairs(folder, "train").pair(1), "train.jsonl", "not text")
+    says(lambda: layouts.open_pairs(folder, "train").pair(1), "train.jsonl", "not text")
     captions = [CAPTIONS[0], {"text_id": 2, "text": text, "image_ids": [7]}]
     says(lambda: open_official(tmp_path, captions=captions).pair(1), "train_texts.jsonl", "not text")
 
@@ -656,7 +656,7 @@ def test_repeats_and_the_loss_they_leave():
 
 
 def test_drawn_scenes_have_keys_too():
-    it = data.Stream(sources.open_pairs("scenes-zh", "train"), 0, 8, "none")
+    it = data.Stream(layouts.open_pairs("scenes-zh", "train"), 0, 8, "none")
     sample, index = it[5], it.index(5)
     assert sample.keys == it.keys(index, sample.caption) and sample.keys[0] == index
     assert sample.caption == it.pairs.pair(index)[1] == it.pairs.caption(index)

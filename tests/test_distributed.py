@@ -19,12 +19,12 @@ import torch.multiprocessing as mp
 from conftest import whole_batch, write_folder
 from safetensors.torch import load_file
 
-import chunks
+from training import chunks
 import loss
 import model
 import train
 from eval import retrieval
-from sources import open_pairs
+from sources.layouts import open_pairs
 
 STAGES = {  # act: (model, flags)
     "stage1-RN": ("RN-tiny", dict(freeze_image=True)),

@@ -10,17 +10,16 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from PIL import Image
 
 import data
 import eval as measure  # `eval` alone would hide Python's own
-import features
-import metrics
+from tools.measure import kept
+from tools.measure import metrics
 import model
-import sources
-import zeroshot
-from pairs import DataError, Pairs, as_text, open_image
-from test_metrics import restated
+from sources import layouts
+from tools.measure import zeroshot
+from sources.pairs import DataError, open_image
+from stand_ins import TEXTS, Six, picture, restated
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,10 +37,6 @@ def clip() -> model.ChineseCLIP:
     return clip
 
 
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
 @torch.no_grad()
 def encoded(clip, texts: list[str]) -> torch.Tensor:
     """One by one, so without padding."""
@@ -53,9 +48,6 @@ def encoded(clip, texts: list[str]) -> torch.Tensor:
 def seen(clip, pictures) -> torch.Tensor:
     pixels = torch.stack([data.preprocess(it, clip.config.visual.resolution) for it in pictures])
     return F.normalize(clip.encode_image(pixels), dim=1)
-
-
-TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有三棵树，左边还有一座房子", "a cat", "船", "两艘帆船", "花"]
 
 
 @pytest.mark.parametrize("batch_size", (1, 3, 256))
@@ -76,20 +68,7 @@ def test_features_that_are_no_numbers_are_refused():
         return torch.tensor([[1.0, float("nan") if row == 3 else 2.0] for row in rows])
 
     with pytest.raises(DataError, match="1 of 5 features"):
-        features.encode(function, range(5), 2, "encoding")
-
-
-class Six(Pairs):
-    """Six captions and five pictures; caption 5 has two pictures, picture 0 two captions."""
-
-    texts, image_count = TEXTS[:6], 5
-    positives = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 2], [4, 3], [5, 4], [5, 1]])
-
-    def text(self, row: int) -> str:
-        return as_text(self.texts[row], "list line 1")
-
-    def image(self, row: int, size: int = 0) -> Image.Image:
-        return picture(row)
+        kept.encode(function, range(5), 2, "encoding")
 
 
 def test_retrieval_is_recall_of_the_encoders(clip):
@@ -220,7 +199,7 @@ def test_retrieval_command_prints_a_table_and_writes_json(clip, weights, tmp_pat
     assert "5 images, 6 texts, 6 pairs" in printed and str(out) in printed
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["model"] == weights and result["data"] == folder and result["split"] == "test"
-    expected = measure.retrieval(clip, sources.open_pairs(folder, "test"))
+    expected = measure.retrieval(clip, layouts.open_pairs(folder, "test"))
     for way in ("text_to_image", "image_to_text"):
         assert result[way] == pytest.approx(expected[way])
         assert all(f"{result[way][f'R@{k}']:.1f}" in printed for k in (1, 5, 10))

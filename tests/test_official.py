@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, shake, write_folder
 from PIL import Image
-from test_reproduce import lines_of, write_official
+from stand_ins import lines_of, write_official
 
 import data
 import eval as measure  # `eval` alone would hide Python's own
 import model
-import sources
+from sources import layouts
 import train
-from augment import MEAN_COLOUR, apply_operation, random_resized_crop
+from sources.augment import MEAN_COLOUR, apply_operation, random_resized_crop
 from bert import BertConfig
 from vit import ViTConfig
 
@@ -83,7 +83,7 @@ def test_fifty_steps_give_the_official_curve(tmp_path, monkeypatch):
     train.train("act", cfg)
     log = [json.loads(line) for line in (tmp_path / "ours" / "log.jsonl").read_text().splitlines()]
     ours = [entry["loss"] for entry in log if "loss" in entry]
-    stream = data.Stream(sources.open_pairs(folder, "train"), cfg.seed, 64, cfg.augment)
+    stream = data.Stream(layouts.open_pairs(folder, "train"), cfg.seed, 64, cfg.augment)
     theirs = their_curve(start, data.batches(stream, BATCH, range(STEPS), 52, 0))
     assert len(ours) == len(theirs) == STEPS and theirs[-1] < theirs[0]
     worst = max(abs(a - b) for a, b in zip(ours, theirs))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_download import FILE, NAME
-from test_weights import VIT, built, official
+from hub import FILE, NAME
+from checkpoints import VIT, built, official
 
-import download
+from weights import download
 from model import MODELS, ChineseCLIP
 
 READMES = ("README.md", "README_zh.md")
@@ -24,7 +24,7 @@ def read(language: str) -> str:
 def test_snippet_of_the_released_models(language, hub, tmp_path, monkeypatch, capsys):
     """With a small model in the official layout, from a local server in the place of Hugging Face."""
     torch.save(official(built(VIT).state_dict()), tmp_path / FILE)
-    monkeypatch.setattr("test_download.CONTENT", (tmp_path / FILE).read_bytes())
+    monkeypatch.setattr("hub.CONTENT", (tmp_path / FILE).read_bytes())
     hub.etag = ""
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

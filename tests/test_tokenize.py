@@ -66,7 +66,7 @@ def test_a_list_gives_a_row_each_and_a_string_one():
 
 
 def test_vocabulary_is_the_official_one():
-    content = (ROOT / "vocab.txt").read_bytes()
+    content = (ROOT / "assets" / "vocab.txt").read_bytes()
     assert content.count(b"\n") == 21128
     digest = hashlib.sha256(content).hexdigest()
     assert digest == "45bbac6b341c319adc98a532532882e91a9cefc0329aa57bac9ae761c27b291c"
@@ -80,7 +80,7 @@ def test_vocabulary_is_the_official_one():
 def vocabulary() -> dict[str, int]:
     return {
         token: i
-        for i, token in enumerate((ROOT / "vocab.txt").read_text(encoding="utf-8").split("\n")[:21128])
+        for i, token in enumerate((ROOT / "assets" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:21128])
     }
 
 

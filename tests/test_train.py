@@ -22,19 +22,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import chunks
+from training import checkpoint
+from training import chunks
 import data
 import kills
 import loss
 import model
-import recipes
-import sources
+from training import recipes
+from sources import layouts
 import train
-import weights
+from weights import read
 from conftest import ROOT, typed, write_folder
-from distill import distillation_loss
-from pairs import DataError
+from training.distill import distillation_loss
+from sources.pairs import DataError
 
 TINY = ["--recipe", "scratch", "--model", "ViT-tiny", "--batch-size", "8", "--lr", "1e-3",
         "--workers", "0", "--device", "cpu"]
@@ -145,7 +145,7 @@ def test_rate_falls_with_the_batch_unless_it_was_given():
 
 
 def test_every_flag_is_read_somewhere():
-    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.py", "recipes.py"))
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.py", "training/recipes.py"))
     for f in dataclasses.fields(train.Config):
         assert f"cfg.{f.name}" in source, f.name
 
@@ -182,12 +182,12 @@ def test_history_starts_before_the_first_step_and_best_is_its_maximum(pairs, tmp
     clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
     clip.load_state_dict(load_file(tmp_path / "best.safetensors"))  # copied, so that no kernel rounds differently
     best = max(entry["mean_recall"] for entry in history)
-    assert train.retrieval(clip.eval(), sources.open_pairs(pairs, "valid"))["mean_recall"] == best
+    assert train.retrieval(clip.eval(), layouts.open_pairs(pairs, "valid"))["mean_recall"] == best
 
 
 def test_the_folder_of_a_run_stands_for_its_best_weights(pairs, tmp_path):
     train.train("act", flags(pairs, tmp_path, steps=2))
-    assert weights.find(str(tmp_path)) == str(tmp_path / "best.safetensors")
+    assert read.find(str(tmp_path)) == str(tmp_path / "best.safetensors")
 
 
 def test_finished_run_is_not_run_again(pairs, tmp_path):
@@ -386,7 +386,7 @@ def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, wo
     assert Path(previous).read_bytes() == before  # the unusable one did not take its place
     for path in (newest, previous):
         os.truncate(path, 10_000)
-    with pytest.raises(weights.WeightsError, match="checkpoint.pt: not a checkpoint of ours .*delete it"):
+    with pytest.raises(read.WeightsError, match="checkpoint.pt: not a checkpoint of ours .*delete it"):
         train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
 
 
@@ -497,7 +497,7 @@ def test_a_teacher_teaches(pairs, tmp_path):
     teacher = model.ChineseCLIP(dataclasses.replace(
         row, embed_dim=24, visual=dataclasses.replace(row.visual, resolution=64)))
     model.save(teacher, str(tmp_path / "teacher"))
-    seen = sources.open_pairs(pairs, "train")
+    seen = layouts.open_pairs(pairs, "train")
     ids = data.tokenize([seen.text(i) for i in range(24)])
     small, large = (torch.stack([data.preprocess(seen.image(i), size) for i in range(24)])
                     for size in (32, 64))
@@ -677,7 +677,7 @@ def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
 def test_weights_of_another_model_are_refused(pairs, tmp_path):
     path = str(tmp_path / "rn.safetensors")
     model.save(model.ChineseCLIP(model.MODELS["RN-tiny"]), path)
-    with pytest.raises(weights.WeightsError, match="does not fit this model: .*it looks like RN-tiny"):
+    with pytest.raises(read.WeightsError, match="does not fit this model: .*it looks like RN-tiny"):
         train.main([*TINY, "--data", pairs, "--init", path, "--out", str(tmp_path / "out")])
 
 
@@ -693,7 +693,7 @@ def test_a_batch_larger_than_the_set_repeats_pairs(pairs, tmp_path, capsys):
         log = map(json.loads, (tmp_path / targets / "log.jsonl").read_text().splitlines())
         losses[targets] = next(entry["loss"] for entry in log if "loss" in entry)
     assert losses["one-hot"] - losses["multi"] > 0.5  # ln 2 and more
-    stream = data.Stream(sources.open_pairs(pairs, "train"), 0, 32, "none")
+    stream = data.Stream(layouts.open_pairs(pairs, "train"), 0, 32, "none")
     for chunk in data.batches(stream, 64, range(3), 8, workers=0):
         pictures = collections.Counter(chunk.keys[:, 0].tolist())
         assert len(pictures) == 24 and set(pictures.values()) == {2, 3}

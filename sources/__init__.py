@@ -1,0 +1,1 @@
+"""Where pairs of pictures and captions come from."""

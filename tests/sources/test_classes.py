@@ -1,0 +1,198 @@
+"""Class names and pictures of every layout; whatever does not fit together is one line that says what."""
+
+import os
+
+import pytest
+from conftest import ROOT
+from stand_ins import write_folders
+
+from sources import classes
+from sources.pairs import DataError
+
+NAMES = """# three things
+metric: {metric}
+template: 画着{{}}
+apple pie\t苹果派
+Red Fox\t赤狐
+boat\t船
+"""
+
+
+def write_labels(path, metric: str = "accuracy") -> str:
+    path.write_text(NAMES.format(metric=metric), encoding="utf-8")
+    return str(path)
+
+
+def says(function, *parts: str):
+    with pytest.raises(DataError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "labels").iterdir()))
+def test_our_labels_are_read(name):
+    if name == "templates":
+        return says(lambda: classes.read_classes(name), "cifar-10")
+    found = classes.read_classes(name)
+    assert len(found.english) == len(found.chinese) >= 2 and found.metric in classes.METRICS
+    assert set(classes.numbers_of(found).values()) == set(range(len(found.chinese)))
+
+
+@pytest.mark.parametrize("folders", [
+    ("test/000", "test/001", "test/002"), ("0", "1", "2"), ("test/boat", "test/apple_pie", "test/red fox"),
+    ("Apple Pie", "Red-Fox", "Boat"), ("苹果派", "赤狐", "船")])
+def test_folders_by_number_and_by_name(tmp_path, folders):
+    data = write_folders(tmp_path / "set", *folders)
+    found, paths, labels = classes.open_classes(data, write_labels(tmp_path / "three.txt"))
+    assert found.chinese == ["苹果派", "赤狐", "船"] and found.templates == ("画着{}",)
+    for path, label in zip(paths, labels.tolist()):
+        place = classes.plain(os.path.basename(os.path.dirname(path)))
+        names = (*found.english[label], found.chinese[label])
+        assert place in (f"{label:03d}", str(label), *map(classes.plain, names))
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_countries_lie_in_folders_of_their_codes(tmp_path):
+    two = tmp_path / "two.txt"
+    two.write_text("metric: accuracy\nAD|Andorra\t安道尔\nZW|Zimbabwe\t津巴布韦\n", encoding="utf-8")
+    _, _, labels = classes.open_classes(write_folders(tmp_path / "set", "ZW", "Andorra"), str(two))
+    assert labels.tolist() == [0, 0, 1, 1]
+
+
+def test_folders_that_do_not_fit_the_labels(tmp_path):
+    labels = write_labels(tmp_path / "three.txt")
+
+    def refused(number: int, folders: tuple, *parts: str):
+        data = write_folders(tmp_path / f"set{number}", *folders)
+        says(lambda: classes.open_classes(data, labels), *parts)
+
+    refused(0, ("test/000", "test/001", "test/003"), os.path.join("test", "003"), "000 to 002")
+    refused(1, ("test/apple pie", "test/fox", "test/boat"), os.path.join("test", "fox"), "apple pie")
+    refused(2, ("test/000", "test/001"), "1 of 3 classes", "002 船")
+    refused(3, ("test/1", "test/2", "test/3"), os.path.join("test", "3"), "000 to 002")  # from 1
+    refused(4, ("test/0", "test/000", "test/1"), "000 苹果派")
+    write_folders(tmp_path / "set5", "test/000", "test/001")
+    write_folders(tmp_path / "set5", "test/002", count=0)
+    says(lambda: classes.open_classes(str(tmp_path / "set5"), labels), "002 船")
+    (tmp_path / "set7").mkdir()
+    says(lambda: classes.open_classes(str(tmp_path / "set7"), labels), "no pictures")
+    says(lambda: classes.open_classes(str(tmp_path / "nowhere"), labels), "nowhere")
+
+
+@pytest.mark.parametrize("files", [
+    {"label.txt": "Boat\nred_fox\napple pie\n", "label_cn.txt": "小船\n狐狸\n馅饼\n"},  # the official layout
+    {"label.txt": "\ufeffboat\r\nRed Fox\r\nApple Pie"}, {"label_cn.txt": "船\n赤狐\n苹果派\n"},
+    {"label_cn.txt": "boat\n赤狐\nApple pie\n"}])
+@pytest.mark.parametrize("listed", (False, True))
+def test_numbers_mean_what_the_folders_own_file_says(tmp_path, files, listed):
+    """labels/ has other orders than ELEVATER's folders: 000 is a boat here, and in the labels an apple pie."""
+    data = write_folders(tmp_path / "set", "test/000", "test/001", "test/002", count=1)
+    for name, text in files.items():
+        (tmp_path / "set" / name).write_text(text, encoding="utf-8")
+    if listed:
+        lines = "".join(f"test/{c:03d}/0.png\t{c}\n" for c in range(3))
+        (tmp_path / "set" / "test.txt").write_text(lines, encoding="utf-8")
+    found, paths, labels = classes.open_classes(data, write_labels(tmp_path / "three.txt"))
+    shown = {os.path.basename(os.path.dirname(path)): found.chinese[label]
+             for path, label in zip(paths, labels.tolist())}
+    assert shown == {"000": "船", "001": "赤狐", "002": "苹果派"}
+    assert found.chinese == ["船", "赤狐", "苹果派"] and found.english[0] == ["boat"]
+
+
+@pytest.mark.parametrize("name, text, parts", [
+    ("label.txt", "boat\nfox\napple pie\n", ("label.txt line 2", "'fox' is no class", "expected Red Fox")),
+    ("label.txt", "boat\nboat\nred fox\n", ("label.txt line 2", "'boat' is again", "expected apple pie")),
+    ("label.txt", "boat\nred fox\n", ("label.txt line 3", "1 more", "apple pie")),
+    ("label.txt", "boat\nred fox\napple pie\ncat\n", ("label.txt line 4", "'cat'", "no further line")),
+    ("label.txt", "boat\n\napple pie\n", ("label.txt line 2", "empty")),
+    ("label_cn.txt", "船\n狐狸\n苹果派\n", ("label_cn.txt line 2", "狐狸", "leave out --labels")),
+    ("label_cn.txt", "猫\n狗\n", ("label_cn.txt line 1", "猫", "three.txt"))])
+def test_an_own_file_of_other_classes_is_refused(tmp_path, name, text, parts):
+    data = write_folders(tmp_path / "set", "test/000", "test/001", "test/002")
+    (tmp_path / "set" / name).write_text(text, encoding="utf-8")
+    says(lambda: classes.open_classes(data, write_labels(tmp_path / "three.txt")), *parts)
+
+
+def test_an_own_file_that_is_not_in_utf_8(tmp_path):
+    data = write_folders(tmp_path / "set", "test/000")
+    (tmp_path / "set" / "label_cn.txt").write_bytes("苹果派\n".encode("gb18030"))
+    says(lambda: classes.open_classes(data), "label_cn.txt", "UTF-8")
+
+
+@pytest.mark.parametrize("name, order, places", [
+    ("caltech-101", lambda names: sorted(names, key=str.lower), {0: "手风琴", 4: "杂乱背景", 38: "占满画面的人脸特写"}),
+    ("fer-2013", sorted, {1: "厌恶", 4: "平静", 6: "惊讶"}),
+    ("fgvc-aircraft", lambda names: sorted(names, key=str.lower), {34: "安-12运输机", 99: "雅克-42"}),
+    ("cifar-100", lambda names: sorted(names, key=lambda name: name != "chimpanzee"), {0: "黑猩猩", 1: "苹果"})])
+def test_folders_as_elevater_numbers_them(tmp_path, name, order, places):
+    """With its label.txt they open, without it they would be silently of other classes; by name they need
+    none. The last spelling of a class is ELEVATER's where that is another."""
+    labels = classes.read_classes(name)
+    names = order([english[0] for english in labels.english])
+    spelt = {english[0]: english[-1] for english in labels.english}
+    data = write_folders(tmp_path / "set", *(f"test/{c:03d}" for c in range(len(names))), count=1)
+    says(lambda: classes.open_classes(data, name), os.path.join("test", "000"), "label.txt", "ELEVATER")
+    (tmp_path / "set" / "test.txt").write_text("test/000/0.png\t0\n", encoding="utf-8")
+    says(lambda: classes.open_classes(data, name), "test.txt", "label.txt", "ELEVATER")
+    (tmp_path / "set" / "test.txt").unlink()
+    (tmp_path / "set" / "label.txt").write_text("\n".join(spelt[name] for name in names), encoding="utf-8")
+    found, _, numbers = classes.open_classes(data, name)
+    assert numbers.tolist() == list(range(len(names))) and found.numbered
+    assert {place: found.chinese[place] for place in places} == places
+    named = write_folders(tmp_path / "named", *(name.replace("/", "-") for name in names), count=1)
+    found, paths, numbers = classes.open_classes(named, name)
+    assert [classes.plain(found.english[c][0]) for c in numbers.tolist()] == [
+        classes.plain(os.path.basename(os.path.dirname(path))) for path in paths]
+
+
+def test_elevaters_order_of_the_pictures(tmp_path):
+    assert classes.elevaters_pictures(str(tmp_path), 3) == [0, 1, 2]
+    (tmp_path / "index.json").write_text("[2, 0, 1]", encoding="utf-8")
+    assert classes.elevaters_pictures(str(tmp_path), 3) == [2, 0, 1]
+    says(lambda: classes.elevaters_pictures(str(tmp_path), 4), "index.json", "0 to 3")
+    for text in ("[0, 0, 1]", "[0, 1, true]", "{}", "3", "[0, 1"):
+        (tmp_path / "index.json").write_text(text, encoding="utf-8")
+        says(lambda: classes.elevaters_pictures(str(tmp_path), 3), "index.json")
+
+
+def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
+    data, labels = write_folders(tmp_path / "set", "JPEGImages", count=4), tmp_path / "three.txt"
+    lines = ["JPEGImages/0.png\t2", "JPEGImages/2.png\t0 1", "# a note", "JPEGImages/1.png\t"]
+    (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
+    _, paths, shown = classes.open_classes(data, write_labels(labels, "map-11"))
+    assert [os.path.basename(path) for path in paths] == ["0.png", "2.png", "1.png"]
+    assert shown.tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
+    says(lambda: classes.open_classes(data, write_labels(labels)), "test.txt line 2", "2 classes")
+    lines = [f"JPEGImages/{n}.png\t{c}" for n, c in enumerate((2, 0, 1))]
+    (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert classes.open_classes(data, str(labels))[2].tolist() == [2, 0, 1]
+    for line, part in (("JPEGImages/0.png\t3", "0 to 2"), ("JPEGImages/0.png 1", "path<TAB>"),
+                       ("JPEGImages/9.png\t1", "9.png"), ("", "no pictures")):
+        (tmp_path / "set" / "test.txt").write_text(line, encoding="utf-8")
+        says(lambda: classes.open_classes(data, str(labels)), "test.txt", part)
+
+
+def test_several_classes_a_picture_need_a_list(tmp_path):
+    data = write_folders(tmp_path / "set", "test/000", "test/001", "test/002")
+    labels = write_labels(tmp_path / "three.txt", "map-11")
+    says(lambda: classes.open_classes(data, labels), "test.txt", "path<TAB>")
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("metric: accuracy\ncat 猫\n", ("line 2", "cat 猫")), ("metric: luck\ncat\t猫\n", ("line 1", "map-11")),
+    ("template: 猫\n", ("line 1", "template")), ("cat\t猫\n", ("metric",)), ("metric: accuracy\n", ("class",)),
+    ("metric: accuracy\ncat\t猫\ndog\t猫\n", ("line 3", "猫 again")),
+    ("metric: accuracy\ncat\t\t猫", ("line 2",)), ("metric: accuracy\ntemplates: none\n", ("line 2", "alone")),
+    ("metric: accuracy\ntemplates: alone\ncat\t猫\n", ("templates: alone", "{}")),
+    ("metric: accuracy\ncat|puss\t猫\nPuss\t狗\n", ("line 3", "Puss again")),
+    ("metric: roc-auc\na\t猫\nb\t狗\nc\t船\n", ("two classes", "3"))])
+def test_label_files_that_are_wrong(tmp_path, text, parts):
+    (tmp_path / "labels.txt").write_text(text, encoding="utf-8")
+    says(lambda: classes.read_classes(str(tmp_path / "labels.txt")), "labels.txt", *parts)
+
+
+def test_labels_of_an_unknown_name_or_not_in_utf_8(tmp_path):
+    says(lambda: classes.read_classes("cifar10"), "cifar10", "cifar-100")
+    (tmp_path / "labels.txt").write_bytes("metric: accuracy\nboat\t船\n".encode("gb18030"))
+    says(lambda: classes.read_classes(str(tmp_path / "labels.txt")), "UTF-8")

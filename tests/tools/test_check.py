@@ -1,0 +1,482 @@
+"""tools/curate/check.py, tools/curate/pieces.py and tools/curate/faults.py: planted faults are found where they are, and nothing else."""
+
+import argparse
+import base64
+import io
+import json
+import random
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.curate import check
+from tools.curate import faults
+from tools.curate import pieces
+from conftest import ROOT, write_tar
+from data import tokenize, word_ids, words
+from sources.pairs import DataError
+
+
+def run(path, *options) -> tuple[int, dict]:
+    """-> (exit code, what --json writes, by split)."""
+    parser = argparse.ArgumentParser()
+    check.add_arguments(parser)
+    report = Path(path) / "report.out" if Path(path).is_dir() else Path(path).parent / "report.out"
+    code = check.run(parser.parse_args([str(path), "--json", str(report), "--workers", "0", *options]))
+    return code, json.loads(report.read_text(encoding="utf-8"))["splits"]
+
+
+def found(splits: dict, error: bool | None = None) -> set[tuple]:
+    """{(kind, file name, line or member)}"""
+    return {(kind, Path(place["file"]).name, place.get("line", place.get("member")))
+            for split in splits.values() for kind, row in split["kinds"].items()
+            if error is None or row["error"] == error for place in row["places"]}
+
+
+def picture(seed: int, mode: str = "RGB", size=(40, 40), format: str = "PNG", **options) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 4), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise, "RGBA").convert("RGB").convert(mode).save(file, format, **options)
+    return file.getvalue()
+
+
+def sixteen_bits() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40)).save(file, "PNG")
+    return file.getvalue()
+
+
+def animated() -> bytes:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def transparent() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGBA", (40, 40), (255, 0, 0, 100)).save(file, "PNG")
+    return file.getvalue()
+
+
+def enormous() -> bytes:
+    """A small GIF that says it has 60,000 x 60,000 pixels."""
+    content = bytearray(picture(0, "P", format="GIF"))
+    content[6:10] = (60_000).to_bytes(2, "little") * 2
+    return bytes(content)
+
+
+def sideways(seed: int = 90) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(seed, format="JPEG", exif=exif)
+
+
+PECULIAR = {
+    "CMYK": picture(91, "CMYK", format="JPEG"), "16 bits": sixteen_bits(), "animated": animated(),
+    "transparent": transparent(), "sideways": sideways(), "tiny picture": picture(92, size=(40, 31))}
+BAD = {
+    "not a picture": "一只猫".encode(), "damaged picture": picture(93, format="JPEG")[:-300],
+    "enormous picture": enormous()}
+
+
+def encode(content: bytes) -> bytes:
+    return base64.b64encode(content)
+
+
+def text_line(number: int, **changes) -> dict:
+    line = {"text_id": number, "text": f"第{number}句", "image_ids": [number]}
+    return {key: value for key, value in (line | changes).items() if value is not None}
+
+
+def write_lines(path: Path, lines: list[bytes | dict]):
+    """Dicts become JSON."""
+    dumped = (line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
+              for line in lines)
+    path.write_bytes(b"\n".join(dumped) + b"\n")
+
+
+def write_clean(folder: Path, split: str = "train", first: int = 0, count: int = 6):
+    """The official layout without anything to say."""
+    folder.mkdir(exist_ok=True)
+    numbers = range(first, first + count)
+    write_lines(folder / f"{split}_imgs.tsv", [b"%d\t%s" % (n, encode(picture(n))) for n in numbers])
+    write_lines(folder / f"{split}_texts.jsonl", [text_line(n) for n in numbers])
+
+
+def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
+    write_clean(tmp_path / "set", "train", 0)
+    write_clean(tmp_path / "set", "valid", 100)
+    code, splits = run(tmp_path / "set")
+    assert code == 0 and found(splits) == set()
+    assert (splits["train"]["pictures"], splits["train"]["captions"], splits["train"]["pairs"]) == (6, 6, 6)
+    assert splits["train"]["tokens"] == {"5": 6} and splits["train"]["short_sides"] == {"40": 6}
+    assert splits["train"]["loss_floor"] == 0
+    out = capsys.readouterr().out
+    assert "nothing to complain about" in out and "█" * 40 in out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# planted faults
+
+
+def plant_official(folder: Path) -> tuple[set, set]:
+    """-> (errors, notes)"""
+    folder.mkdir()
+    tsv, jsonl, planted = [], [], {}
+
+    def plant(kind: str, lines: list, line):
+        lines.append(line)
+        name = "train_imgs.tsv" if lines is tsv else "train_texts.jsonl"
+        planted.setdefault(kind, set()).add((kind, name, len(lines)))
+
+    def good(count: int = 1):
+        for _ in range(count):
+            number = 1000 + len(tsv)
+            tsv.append(b"%d\t%s" % (number, encode(picture(number)).translate(bytes.maketrans(b"+/", b"-_"))))
+            jsonl.append(text_line(number))
+
+    good(2)
+    for number, (kind, content) in enumerate({**BAD, **PECULIAR}.items()):
+        plant(kind, tsv, b"p%d\t%s" % (number, encode(content)))
+        jsonl.append(text_line(2000 + number, image_ids=[f"p{number}"]))
+        good()
+    tsv.append(b"")  # an empty line is no fault, but it is counted
+    plant("one column", tsv, b"alone")
+    plant("one column", tsv, b"\xff\xfe\x00")
+    plant("empty id", tsv, b"\t" + encode(picture(3001)))
+    plant("broken base64", tsv, b"b1\tabc*def")
+    plant("broken base64", tsv, b"b2\tabcde")
+    plant("id twice", tsv, b"1000\t" + encode(picture(3002)))
+    plant("not a picture", tsv, b"b3\t")
+    jsonl.append(text_line(3003, image_ids=["alone", "\ufffd\ufffd\0", "", "b1", "b2", "b3"]))
+    good()
+    plant("picture unused", tsv, b"u1\t" + encode(picture(3004)))
+    plant("repeated picture", tsv, b"r1\t" + tsv[0].split(b"\t")[1])
+    jsonl.append(text_line(3005, image_ids=["r1"]))
+    jsonl.append(b"  ")
+    for line in (b"{", b"nothing", b'{"text_id": 1, "text": "\x01', b"[" * 100_000, b"\xef\xbb\xbf",
+                 b"9" * 5000):
+        plant("not JSON", jsonl, line)
+    for line in (b'{"text_id": 1, "text": "\xff"}', "长城".encode("gbk"), '{"a": 1}'.encode("utf-16")):
+        plant("not UTF-8", jsonl, line)
+    for line in (b"[]", b'"text"', b"1", b"null"):
+        plant("not an object", jsonl, line)
+    plant("key missing", jsonl, text_line(4001, text_id=None, image_ids=[1000]))
+    plant("key missing", jsonl, text_line(4002, text=None, image_ids=[1000]))
+    plant("text_id twice", jsonl, text_line(1000, text="又一句", image_ids=["1000"]))
+    plant("image_ids not a list", jsonl, text_line(4003, image_ids="1000"))
+    plant("image_ids not a list", jsonl, text_line(4004, image_ids={"a": 1}))
+    plant("id not in the TSV", jsonl, text_line(4005, image_ids=[1000, 77777]))
+    plant("id not in the TSV", jsonl, text_line(4006, image_ids=[["1000"]]))
+    plant("no image_ids", jsonl, text_line(4007, image_ids=[]))
+    plant("no image_ids", jsonl, text_line(4008, image_ids=None))
+    for number, text in enumerate((5, ["句"], True)):
+        plant("not text", jsonl, text_line(5000 + number, text=text, image_ids=[1000]))
+    jsonl.append(b'{"text_id": 5100, "text": null, "image_ids": [1000]}')
+    planted["not text"].add(("not text", "train_texts.jsonl", len(jsonl)))
+    for number, text in enumerate(("", " \t ", "\u200b")):
+        plant("blank caption", jsonl, text_line(5200 + number, text=text, image_ids=[1000]))
+    plant("long caption", jsonl, text_line(5300, text="长" * 51, image_ids=[1000]))
+    jsonl.append(text_line(5301, text="长" * 50, image_ids=[1000]))
+    plant("repeated caption", jsonl, text_line(5302, text="第1000句", image_ids=[1000]))
+    plant("replacement characters", jsonl, text_line(5303, text="猫�", image_ids=[1000]))
+    plant("replacement characters", jsonl, b'{"text_id": 5304, "text": "\\ud83d!", "image_ids": [1000]}')
+    plant("control characters", jsonl, text_line(5305, text="猫\x07狗", image_ids=[1000]))
+    plant("HTML entities", jsonl, text_line(5306, text="猫&amp;狗", image_ids=[1000]))
+    plant("HTML entities", jsonl, text_line(5307, text="猫&#x732B;", image_ids=[1000]))
+    good(2)
+    write_lines(folder / "train_imgs.tsv", tsv)
+    write_lines(folder / "train_texts.jsonl", jsonl)
+    errors = set().union(*(places for kind, places in planted.items() if kind in faults.ERRORS))
+    return errors, set().union(*planted.values()) - errors
+
+
+@pytest.mark.parametrize("piece", (None, 1000))
+def test_official_layout(tmp_path, monkeypatch, piece):
+    if piece:  # many pieces: lines are numbered across them
+        monkeypatch.setattr(pieces, "TSV_PIECE", piece)
+        monkeypatch.setattr(pieces, "TEXT_PIECE", piece)
+    errors, notes = plant_official(tmp_path / "set")
+    assert len(errors) >= 30 and len(errors | notes) >= 50
+    assert len({kind for kind, *_ in errors | notes}) >= 30
+    code, splits = run(tmp_path / "set")
+    assert code == 1
+    assert found(splits, error=True) == errors
+    assert found(splits, error=False) == notes
+
+
+def list_lines(folder: Path) -> tuple[list, list]:
+    """Lines of a list that JSONL and CSV have in common -> ([(image, text)], [kind or None])."""
+    (folder / "sub").mkdir(parents=True)
+    lines, kinds = [], []
+    for number in range(4):
+        (folder / "sub" / f"{number}.png").write_bytes(picture(number))
+        lines.append((f"sub/{number}.png", f"第{number}张"))
+        kinds.append(None)
+    for number, (kind, content) in enumerate({**BAD, **PECULIAR}.items()):
+        (folder / f"p{number}").write_bytes(content)
+        lines.append((f"p{number}", f"第{number}类"))
+        kinds.append(kind)
+    outside, other = folder.parent / "outside.png", folder.parent / "other.png"
+    outside.write_bytes(picture(5))
+    other.write_bytes(picture(6))
+    for name, kind in (("gone.png", "picture missing"), ("sub", "picture missing"), ("", "picture missing"),
+                       ("a" * 5000, "picture missing"), ("\x01", "picture missing"),
+                       ("../outside.png", "path outside"), (str(other), "path outside"),
+                       ("sub\\..\\..\\x", "picture missing")):
+        lines.append((name, f"第{len(lines)}行"))
+        kinds.append(kind)
+    lines.append(("sub/0.png", "   "))
+    kinds.append("blank caption")
+    return lines, kinds
+
+
+def test_folder_with_jsonl(tmp_path):
+    lines, kinds = list_lines(tmp_path / "set")
+    lines = [{"image": image, "text": text} for image, text in lines]
+    for line, kind in (({"image": 7, "text": "数字"}, "path not text"),
+                       ({"image": "\0", "text": "零"}, "picture missing"),
+                       ({"text": "没有图片"}, "key missing"), ({"image": "sub/1.png"}, "key missing"),
+                       (b"{}", "key missing"), (b"\x80", "not UTF-8"), (b"[1]", "not an object"),
+                       (b"x", "not JSON"),
+                       (b'{"image": "\\udc80", "text": "a"}', "picture missing"),
+                       ({"image": "sub/1.png", "text": {}}, "not text")):
+        lines.append(line)
+        kinds.append(kind)
+    write_lines(tmp_path / "set" / "valid.jsonl", lines)
+    code, splits = run(tmp_path / "set")
+    planted = {(kind, "valid.jsonl", at) for at, kind in enumerate(kinds, 1) if kind}
+    assert code == 1 and found(splits) == planted
+
+
+def test_folder_with_csv(tmp_path, monkeypatch):
+    lines, kinds = list_lines(tmp_path / "set")
+    rows = [b"\xef\xbb\xbftext,image"] + [f'"{text}",{image}'.encode() for image, text in lines]
+    kinds = [None, *kinds]
+    # line 2 of three lines in one field, which is the last of them to its reader
+    for row, kind in ((b'"a\nb\nc",sub/2.png', None), (b"\xc3\xa8\xff,sub/3.png", "not UTF-8"),
+                      ("长城".encode("gbk") + b",sub/3.png", "not UTF-8"), (b"alone", "path not text"),
+                      (b'"' + b"x" * 140_000 + b'",sub/3.png', "not CSV"),
+                      (b"last,sub/3.png,too,many", "too many cells")):
+        rows.append(row)
+        kinds += [None] * row.count(b"\n") + [kind]
+    write_lines(tmp_path / "set" / "valid.csv", rows)
+    code, splits = run(tmp_path / "set")
+    assert code == 1
+    assert found(splits) == {(kind, "valid.csv", at) for at, kind in enumerate(kinds, 1) if kind}
+
+
+@pytest.mark.parametrize("content", (b"", b"picture,caption\na.png,a\n", b"\x00\xff", b"image\na.png\n"))
+def test_csv_without_its_columns(tmp_path, content):
+    (tmp_path / "train.csv").write_bytes(content)
+    assert found(run(tmp_path)[1]) == {("columns missing", "train.csv", 1), ("no pairs", "train.csv", None)}
+
+
+def plant_shards(folder: Path) -> set:
+    folder.mkdir()
+    link, device, up = (tarfile.TarInfo(name) for name in ("l.jpg", "d.jpg", "e.jpg"))
+    link.type, device.type, up.type = tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE
+    link.linkname = "/etc/passwd"
+    caption = "一只猫".encode()
+    members = [
+        ("a/0.png", picture(0)), ("a/0.txt", "猫零".encode()), ("a/1.JPEG", picture(1, format="JPEG")),
+        ("a/1.json", json.dumps({"caption": "猫一"}).encode()), ("notes.md", b"x"), ("a/0.cls", b"7"),
+        ("t.txt", "先有文字".encode()), ("t.webp", picture(2, format="WEBP")), ("t.json", b"broken, but unused"),
+        ("only.png", picture(3)), ("words.txt", caption), ("words2.json", b"{}"),
+        ("j.png", picture(4)), ("j.json", b'{"text": "a"}'), ("k.png", picture(5)), ("k.json", b"{"),
+        ("m.png", picture(6)), ("m.json", b"[]"), ("n.png", picture(7)), ("n.txt", b"\xff"),
+        ("o.png", picture(8)), ("o.txt", b"\n"), ("q.png", picture(9)), ("q.json", b'{"caption": null}'),
+        ("a/0.jpg", picture(10, format="JPEG")), ("a/0.txt", "又一个零".encode()),
+        ("../up.png", picture(11)), ("/root.txt", caption), ("a/../../b.txt", caption), link, device, up,
+        ("长" * 80 + ".png", picture(12)), ("长" * 80 + ".txt", "长名字".encode()),
+    ]
+    planted = [
+        ("picture without caption", "only.png"), ("caption without picture", "words.txt"),
+        ("caption without picture", "words2.json"), ("json without caption", "j.json"),
+        ("not JSON", "k.json"), ("not an object", "m.json"), ("not UTF-8", "n.txt"),
+        ("blank caption", "o.txt"), ("not text", "q.json"),
+        ("key twice", "a/0.jpg"), ("key twice", "a/0.txt"), ("member outside", "../up.png"),
+        ("member outside", "/root.txt"), ("member outside", "a/../../b.txt"), ("member not a file", "l.jpg"),
+        ("member not a file", "d.jpg")]
+    for number, (kind, content) in enumerate({**BAD, **PECULIAR}.items()):
+        members += [(f"p{number}.jpg", content), (f"p{number}.txt", f"第{number}类".encode())]
+        planted.append((kind, f"p{number}.jpg"))
+    write_tar(folder / "train-00.tar", members)
+    write_tar(folder / "train-01.tar", [("z.png", picture(50)), ("z.txt", "长名字".encode()),
+                                        ("y.png", picture(12)), ("y.txt", "另一个".encode())])
+    places = {(kind, "train-00.tar", name) for kind, name in planted}
+    places |= {("repeated caption", "train-01.tar", "z.txt"), ("repeated picture", "train-01.tar", "y.png")}
+    whole = (folder / "train-01.tar").read_bytes()
+    (folder / "train-02.tar").write_bytes(b"not a tar" * 1000)
+    (folder / "train-03.tar").write_bytes(b"")
+    write_tar(folder / "train-04.tar",
+              [("w.png", picture(51)), ("w.txt", "剪断".encode()), ("x.png", picture(52))])
+    cut = (folder / "train-04.tar").read_bytes()
+    (folder / "train-04.tar").write_bytes(cut[: cut.index(b"x.png") + 1000])
+    write_tar(folder / "train-05.tar", [("s.png", picture(53)), ("s.txt", "乱码".encode())])
+    cut = (folder / "train-05.tar").read_bytes()
+    end = cut.index("乱码".encode()) + 512
+    (folder / "train-05.tar").write_bytes(cut[:end] + b"garbage" * 1000)
+    (folder / "train-06.tar").write_bytes(whole[:512])
+    return places | {
+        ("not a tar", "train-02.tar", ""), ("not a tar", "train-03.tar", ""),
+        ("truncated shard", "train-04.tar", "x.png"), ("truncated shard", "train-05.tar", "s.txt"),
+        ("truncated shard", "train-06.tar", "z.png"), ("unreadable file", "train-07.tar", "")}
+
+
+def test_shards(tmp_path):
+    planted = plant_shards(tmp_path / "set")
+    code, splits = run(tmp_path / "set" / "train-{00..07}.tar")
+    got = {(kind, file, at or "") for kind, file, at in found(splits)}
+    assert code == 1 and got == planted
+    assert not (tmp_path / "up.png").exists()
+
+
+def test_a_header_that_goes_back_does_not_hang(tmp_path):
+    """A negative size (CVE-2025-8194) has tarfile read the same member for ever."""
+    info = tarfile.TarInfo("a.png")
+    header = bytearray(info.tobuf())
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    good = tarfile.TarInfo("0.png")
+    (tmp_path / "train.tar").write_bytes(good.tobuf() + bytes(header) + bytes(2048))
+    assert ("truncated shard", "train.tar", "a.png") in found(run(tmp_path)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what only the whole shows
+
+
+def test_leaks_between_splits(tmp_path):
+    write_clean(tmp_path, "train", 0)
+    write_clean(tmp_path, "valid", 4)  # numbers 4 and 5 are in both
+    code, splits = run(tmp_path)
+    assert code == 0 and splits["train"]["kinds"] == {}
+    assert found(splits) == {(f"{what} in train too", f"valid_{file}", at) for at in (1, 2)
+                             for what, file in (("picture", "imgs.tsv"), ("caption", "texts.jsonl"))}
+    places = splits["valid"]["kinds"]["caption in train too"]["places"]
+    assert [place["what"] for place in places] == [f"as train_texts.jsonl line {at}" for at in (5, 6)]
+
+
+def test_the_loss_that_repeats_allow():
+    """Four pairs, three with one caption: (3 ln 3 + ln 1) / 4; no picture comes twice."""
+    pairs = np.array([[1, 1], [1, 2], [1, 3], [2, 4]], dtype=np.uint64)
+    share, floor = check.loss_floor(pairs, batch_size=4)
+    assert share == pytest.approx(0.75) and floor == pytest.approx(3 * np.log(3) / 4)
+    assert check.loss_floor(pairs[:0], batch_size=4) == (0, 0)
+
+
+def test_without_pairs(tmp_path):
+    write_clean(tmp_path, "test")
+    write_lines(tmp_path / "test_texts.jsonl", [text_line(n, image_ids=[]) for n in range(6)])
+    code, splits = run(tmp_path)  # as MUGE publishes its test set
+    assert code == 0 and {"no answers", "no image_ids"} <= splits["test"]["kinds"].keys()
+    (tmp_path / "test_texts.jsonl").rename(tmp_path / "train_texts.jsonl")
+    (tmp_path / "test_imgs.tsv").rename(tmp_path / "train_imgs.tsv")
+    code, splits = run(tmp_path)
+    assert code == 1 and found(splits, error=True) == {("no pairs", "train_texts.jsonl", None)}
+
+
+def test_a_missing_file_is_one_error(tmp_path):
+    write_clean(tmp_path)
+    (tmp_path / "train_imgs.tsv").unlink()
+    assert found(run(tmp_path)[1]) == {
+        ("unreadable file", "train_imgs.tsv", None), ("no pairs", "train_texts.jsonl", None)}
+
+
+def test_no_pictures_and_one_split(tmp_path):
+    write_clean(tmp_path, "train")
+    write_clean(tmp_path, "valid", 0)
+    write_lines(tmp_path / "train_imgs.tsv", [b"%d\t%s" % (n, encode(b"no picture")) for n in range(6)])
+    code, splits = run(tmp_path, "--no-pictures", "--split", "train")
+    assert code == 0 and splits.keys() == {"train"} and found(splits) == set()
+    assert splits["train"]["short_sides"] == {} and splits["train"]["pairs"] == 6
+
+
+def test_nothing_to_check(tmp_path):
+    with pytest.raises(DataError, match="no split at all"):
+        run(tmp_path)
+    write_clean(tmp_path)
+    with pytest.raises(DataError, match="no split valid"):
+        run(tmp_path, "--split", "valid")
+    with pytest.raises(SystemExit, match="error: .*no split at all"):
+        check.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as exit:
+        check.main([str(tmp_path), "--workers", "-1"])
+    assert exit.value.code == 2
+
+
+def test_processes_find_what_one_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "TEXT_PIECE", 3000)
+    monkeypatch.setattr(pieces, "TSV_PIECE", 20_000)
+    plant_official(tmp_path / "set")
+    alone, together = run(tmp_path / "set"), run(tmp_path / "set", "--workers", "2")
+    assert alone == together
+
+
+def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(faults, "CAP", 3)
+    monkeypatch.setattr(pieces, "TEXT_PIECE", 20)
+    write_clean(tmp_path)
+    write_lines(tmp_path / "train_texts.jsonl", [text_line(n) for n in range(6)] + [b"{"] * 50
+                + [text_line(n, text="同一句", image_ids=[n % 6, n]) for n in range(100, 110)])
+    code, splits = run(tmp_path, "--show", "2")
+    kinds = splits["train"]["kinds"]
+    assert {kind: row["count"] for kind, row in kinds.items()} == {
+        "not JSON": 50, "id not in the TSV": 10, "repeated caption": 9}
+    assert [place["line"] for place in kinds["not JSON"]["places"]] == [7, 8, 9]
+    assert [place["line"] for place in kinds["repeated caption"]["places"]] == [58, 59, 60]
+    out = capsys.readouterr().out
+    assert out.count("train_texts.jsonl line") == 3 * 2 + 1 * 2  # two places a kind, "as" of the repeats
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "LIMIT", 10_000)
+    write_clean(tmp_path)
+    with open(tmp_path / "train_texts.jsonl", "ab") as file:
+        file.write(b'{"text": "' + b"x" * 100_000 + b"\n" + json.dumps(text_line(9, image_ids=[1])).encode())
+    assert found(run(tmp_path)[1]) == {("line too long", "train_texts.jsonl", 7)}
+
+
+def test_every_kind_has_its_advice_and_every_advice_its_kind():
+    names = ("faults", "pieces", "check")
+    source = "".join((ROOT / "tools" / "curate" / f"{name}.py").read_text(encoding="utf-8") for name in names)
+    for kind in (*faults.ERRORS, *faults.NOTES):
+        assert len(re.findall(f'"{kind}"', source)) >= 2, kind
+    assert not faults.ERRORS.keys() & faults.NOTES.keys()
+
+
+def test_tokens_are_counted_as_tokenize_does():
+    for text in ("一只猫 and 2 Dogs!", "unaffable" * 30, "Ａ１“猫”", "ééé ☃ 👨‍👩‍👧", "[SEP] 𠮷"):
+        counted = sum(len(word_ids(word)) for word in words(text)) + 2
+        assert counted == (tokenize(text, 512) != 0).sum()
+
+
+def test_garbage_ends_in_a_report(tmp_path):
+    """Files with bytes changed, cut out and doubled: whatever comes of it, no exception."""
+    rng = random.Random(0)
+    write_clean(tmp_path / "o", count=2)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.png").write_bytes(sideways())
+    (tmp_path / "c" / "train.csv").write_text('image,text\n0.png,"猫"\n', encoding="utf-8")
+    (tmp_path / "t").mkdir()
+    write_tar(tmp_path / "t" / "train.tar",
+              [("0.png", picture(0)), ("长" * 80 + ".txt", b"cat"), ("0.json", b"{}")])
+    for path in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for _ in range(12):
+            content = bytearray(whole)
+            for _ in range(rng.randrange(1, 6)):
+                at, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 4, 100))
+                twice = bytes(content[at : at + length]) * 2
+                content[at : at + length] = rng.choice(
+                    (b"", rng.randbytes(length), twice, b'"', b"\n", b"\0", b"\xff"))
+            path.write_bytes(content)
+            assert run(path.parent)[0] in (0, 1)
+        path.write_bytes(whole)

@@ -1,0 +1,243 @@
+"""Filter, pack and unpack: what is written can be read again, and every rule takes its pairs."""
+
+import base64
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools.curate import __main__ as curate
+import model
+from sources import pairs as pairs_module
+from conftest import typed
+from sources.pairs import DataError
+from sources.layouts import layout_of, open_pairs
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "CACHE", str(tmp_path / "cache"))
+    curate.opened.cache_clear()
+
+
+def photo(seed: int, size=(60, 50), kind: str = "JPEG") -> bytes:
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    image = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    image.resize(size, Image.Resampling.BICUBIC).save(file, kind)
+    return file.getvalue()
+
+
+CAPTIONS = ["一张好看的照片", "短", "很长" * 30, "加微信有优惠啊", "第五张照片在这里", "第六张照片在这里",
+            "第七张照片在这里", "第八张照片在这里", None]
+
+
+def write_set(folder) -> str:
+    """Nine training pairs: one good, and one for each rule; three validation pairs."""
+    folder.mkdir()
+    near = Image.open(io.BytesIO(photo(0)))
+    file = io.BytesIO()
+    near.resize((120, 100)).save(file, "WEBP", quality=90)
+    pictures = [photo(0), photo(1), photo(2), photo(3), photo(4, (20, 30)), photo(0), file.getvalue(),
+                b"broken", photo(8, kind="PNG")]
+    for n, picture in enumerate(pictures):
+        (folder / f"{n}.jpg").write_bytes(picture)
+    for split, numbers in (("train", range(9)), ("valid", (0, 3, 6))):
+        lines = [json.dumps({"image": f"{n}.jpg", "text": CAPTIONS[n]}) for n in numbers]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def content(source: str, split: str) -> list[tuple[bytes, str]]:
+    pairs = open_pairs(source, split)
+    return sorted((pairs.picture(pairs.image_number(i)), pairs.caption(i)) for i in range(len(pairs)))
+
+
+def test_every_rule_takes_its_pairs(tmp_path, capsys):
+    source, out, words = write_set(tmp_path / "set"), str(tmp_path / "out"), tmp_path / "words.txt"
+    words.write_text("# advertising\n微信\n\n", encoding="utf-8")
+    curate.main(["filter", source, out, "--words", str(words), "--min-side", "32", "--duplicates", "near",
+                 "--workers", "0"])
+    assert content(out, "train") == [(photo(0), CAPTIONS[0])]
+    taken = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["train"]["taken"]
+    assert taken == {
+        "fewer than 5 characters": 1, "more than 50 characters": 1, "a word of the list": 1,
+        "picture under 32 pixels": 1, "near duplicate of another picture": 2, "picture cannot be decoded": 1,
+        "caption is no text": 1}
+    assert "1  a word of the list" in capsys.readouterr().out
+    assert content(out, "valid") == content(source, "valid")  # stays whole
+
+
+def test_exact_duplicates_are_those_with_the_same_bytes(tmp_path):
+    source = write_set(tmp_path / "set")
+    curate.main(["filter", source, str(tmp_path / "out"), "--workers", "2"])
+    kept = [caption for _, caption in content(str(tmp_path / "out"), "train")]
+    assert CAPTIONS[5] not in kept and CAPTIONS[6] in kept  # the same picture in another format stays
+
+
+def test_scores_are_cosines_and_the_lowest_go(tmp_path):
+    source = write_set(tmp_path / "set")
+    torch.manual_seed(0)
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval()
+    model.save(clip, str(tmp_path / "tiny.safetensors"))
+    pairs = open_pairs(source, "train")
+    good = [0, 3, 4, 6]
+    with torch.no_grad():
+        scores = [torch.cosine_similarity(
+            clip.encode_image(model.preprocess(pairs.image(i), 32)[None]),
+            clip.encode_text(model.tokenize(CAPTIONS[i]))).item() for i in good]
+    limit = sum(sorted(scores)[1:3]) / 2
+    curate.main(["filter", source, str(tmp_path / "out"), "--model", str(tmp_path / "tiny.safetensors"),
+                 "--min-score", str(limit), "--workers", "0"])
+    expected = [CAPTIONS[i] for i, score in zip(good, scores) if score >= limit]
+    assert sorted(caption for _, caption in content(str(tmp_path / "out"), "train")) == sorted(expected)
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["train"]
+    assert report["scores"]["0%"] == pytest.approx(min(scores), abs=1e-4)
+    assert report["taken"][f"score under {limit}"] == 2 and report["kept"] == 2
+
+
+@pytest.mark.parametrize("way", (["pack"], ["unpack"], ["unpack", "--to", "official"]))
+def test_there_and_back_byte_for_byte(tmp_path, way):
+    source = write_set(tmp_path / "set")
+    curate.main([way[0], source, str(tmp_path / "there"), *way[1:], "--workers", "0"])
+    curate.main(["unpack", str(tmp_path / "there"), str(tmp_path / "back"), "--workers", "0"])
+    for split, count in (("train", 7), ("valid", 3)):  # of nine one has no picture, one no caption
+        there, back = content(str(tmp_path / "there"), split), content(str(tmp_path / "back"), split)
+        assert there == back and len(back) == count
+        files = {path.read_bytes() for path in (tmp_path / "set").iterdir()}
+        assert files >= {picture for picture, _ in back}
+    assert layout_of(str(tmp_path / "there"), "train") == {
+        ("pack",): "shards", ("unpack",): "jsonl"}.get(tuple(way), "official")
+
+
+def test_several_captions_and_several_pictures_survive_the_official_layout(tmp_path):
+    folder = tmp_path / "set"
+    write_set(folder)
+    lines = [{"image": "0.jpg", "text": "猫猫猫猫猫"}, {"image": "0.jpg", "text": "狗狗狗狗狗"},
+             {"image": "3.jpg", "text": "鱼"}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    curate.main(["unpack", str(folder), str(tmp_path / "tsv"), "--to", "official", "--workers", "0"])
+    pairs = open_pairs(str(tmp_path / "tsv"), "train")
+    assert pairs.image_count == 2 and pairs.positives.tolist() == [[0, 0], [1, 0], [2, 1]]
+    for way in (["pack"], ["unpack"]):  # a split to measure on keeps the whole relation, and its ids
+        lines = [{"text_id": "q7", "text": "猫", "image_ids": ["i0", "i3"]},
+                 {"text_id": "q9", "text": "狗", "image_ids": ["i3"]}]
+        (folder / "valid_texts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        rows = [f"i{n}\t{base64.b64encode(photo(n)).decode()}" for n in (3, 0, 5)]
+        (folder / "valid_imgs.tsv").write_text("\n".join(rows), encoding="utf-8")
+        curate.main([*way, str(folder), str(tmp_path / way[0]), "--workers", "0"])
+        pairs = open_pairs(str(tmp_path / way[0]), "valid")
+        assert pairs.texts == ["猫", "狗"] and len(pairs) == 3
+        named = {(pairs.text(text), pairs.picture(image)) for text, image in pairs.positives.tolist()}
+        assert named == {("猫", photo(0)), ("猫", photo(3)), ("狗", photo(3))}
+        if way == ["pack"]:  # its gallery, too
+            assert [pairs.image_id(row) for row in range(3)] == ["i3", "i0", "i5"] and pairs.text_id(1) == "q9"
+    curate.main(["filter", str(tmp_path / "tsv"), str(tmp_path / "less"), "--workers", "0"])
+    pairs = open_pairs(str(tmp_path / "less"), "train")
+    assert layout_of(str(tmp_path / "less"), "train") == "official"
+    assert pairs.texts == ["猫猫猫猫猫", "狗狗狗狗狗"] and pairs.image_count == 1
+
+
+def test_shrinking_keeps_shape_and_small_pictures(tmp_path):
+    source = write_set(tmp_path / "set")
+    (tmp_path / "set" / "0.jpg").write_bytes(photo(0, (300, 200)))
+    curate.main(["pack", source, str(tmp_path / "out"), "--resize", "60", "--workers", "0"])
+    pairs = open_pairs(str(tmp_path / "out"), "train")
+    sizes = {pairs.caption(i): pairs.image(i).size for i in range(len(pairs))}
+    assert sizes[CAPTIONS[0]] == (90, 60) and sizes[CAPTIONS[3]] == (60, 50)
+    assert (photo(3), CAPTIONS[3]) in content(str(tmp_path / "out"), "train")
+
+
+def test_shards_are_cut_and_numbered(tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "SHARD", 3)
+    curate.main(["pack", write_set(tmp_path / "set"), str(tmp_path / "out"), "--workers", "0"])
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names == ["report.json", "train-000000.tar", "train-000001.tar", "train-000002.tar",
+                     "valid_imgs.tsv", "valid_texts.jsonl"]
+
+
+@pytest.mark.parametrize("bits, first", ((3, 0), (4, 1)))
+def test_near_duplicates_differ_in_at_most_three_bits(bits, first):
+    rng, grey = np.random.default_rng(0), np.full((3, 3), 128)
+    one = int(rng.integers(2**63))
+    for _ in range(20):
+        other = one
+        for bit in rng.choice(64, bits, replace=False).tolist():
+            other ^= 1 << bit
+        far = int(rng.integers(2**63))
+        hashes = np.array([one, other, far], dtype=np.uint64)
+        assert curate.near_duplicates(hashes, grey).tolist() == [0, first, 2]
+        assert curate.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
+
+
+def test_a_duplicate_stays_when_the_first_one_goes(tmp_path):
+    """The copy whose caption is too short goes, so the other is the first; flat pictures are told by colour."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{name}.png")
+    (folder / "a.jpg").write_bytes(photo(1))
+    (folder / "b.jpg").write_bytes(photo(1))
+    (folder / "c.jpg").write_bytes(b"broken")
+    texts = {"c.jpg": "坏了的图片啊", "a.jpg": "短", "b.jpg": "这一张说得很好", "red.png": "全是红色的图片",
+             "blue.png": "全是蓝色的图片"}
+    lines = [json.dumps({"image": name, "text": text}) for name, text in texts.items()]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for duplicates in ("exact", "near"):
+        out = str(tmp_path / duplicates)
+        curate.main(["filter", str(folder), out, "--duplicates", duplicates, "--workers", "0"])
+        assert sorted(caption for _, caption in content(out, "train")) == sorted(list(texts.values())[2:])
+
+
+def test_what_phones_write_is_packed_upright(tmp_path):
+    """A multi-picture JPEG that EXIF turns; JPEG 2000; half a surrogate pair in a caption is left out."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    exif, image = Image.Exif(), Image.open(io.BytesIO(photo(0, (300, 200))))
+    exif[0x0112] = 6  # turn by a quarter
+    image.save(folder / "0.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
+    image.save(folder / "1.jp2")
+    lines = [json.dumps({"image": f"{n % 2}.{('jpg', 'jp2')[n % 2]}", "text": text})
+             for n, text in enumerate(("手机拍的照片", "另一种格式", "半个\ud83d"))]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    curate.main(["pack", str(folder), str(tmp_path / "whole"), "--workers", "0"])
+    assert content(str(tmp_path / "whole"), "train") == sorted(
+        [((folder / "0.jpg").read_bytes(), "手机拍的照片"), ((folder / "1.jp2").read_bytes(), "另一种格式")])
+    curate.main(["pack", str(folder), str(tmp_path / "small") + "/", "--resize", "60", "--workers", "0"])
+    pairs = open_pairs(str(tmp_path / "small"), "train")
+    assert [pairs.image(row).size for row in range(2)] == [(60, 90), (90, 60)]
+
+
+def test_nothing_half_written_and_nothing_overwritten(tmp_path):
+    source = write_set(tmp_path / "set")
+    (tmp_path / "full").mkdir()
+    with pytest.raises(DataError, match="already there"):
+        curate.main(["pack", source, str(tmp_path / "full")])
+    with pytest.raises(DataError, match="nowhere"):
+        curate.main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    with pytest.raises(DataError, match="words.txt"):
+        curate.main(["filter", source, str(tmp_path / "out"), "--words", str(tmp_path / "words.txt"),
+                     "--workers", "0"])
+    with pytest.raises(DataError, match="'trian'"):
+        curate.main(["filter", source, str(tmp_path / "out"), "--split", "trian", "--workers", "0"])
+    with pytest.raises(DataError, match="nothing to write"):
+        curate.main(["pack", "scenes-zh", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, code, words", (
+    (["check", "nowhere"], 1, "nowhere"), (["pack", "nowhere", "no-out"], 1, "nowhere"),
+    (["filter", "x"], 2, "OUT"), ([], 2, "COMMAND")))
+def test_wrong_commands_are_one_line(argv, code, words):
+    found, said = typed("python -m tools.curate", *argv)
+    assert found == code and words in said and "Traceback" not in said
+
+
+def test_check_is_a_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        curate.main(["check", write_set(tmp_path / "set"), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 1 and "not a picture" in said and "7.jpg" in said

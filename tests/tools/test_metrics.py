@@ -1,0 +1,290 @@
+"""Every measure against answers by hand, plain restatements, scikit-learn and the official script."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from stand_ins import restated
+
+from tools.measure import metrics
+from sources.pairs import DataError
+
+
+def unit(n: int, E: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(n, E, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def t2i(*arguments) -> dict[str, float]:
+    return metrics.recall_at_k(*arguments)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# recall
+
+
+def test_recall_by_hand():
+    # with the identity as gallery, a query's row is its scores: here with 14 items
+    queries = torch.zeros(4, 14)
+    queries[0, 2] = 1.0  # its right answer comes first
+    queries[1, 3] = 0.9  # one wrong answer before the better of its two
+    queries[1, 0], queries[1, 7] = 0.8, 0.1
+    queries[2, :6], queries[2, 13] = 0.9, 0.5  # six wrong answers before
+    queries[3, 4:], queries[3, :3] = 0.9, torch.tensor([0.1, 0.2, 0.3])  # ten before the best of its three
+    positives = torch.tensor([[3, 2], [1, 7], [0, 2], [3, 0], [2, 13], [1, 0], [3, 1]])
+    expected = {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "mean": 50.0}
+    assert t2i(queries, torch.eye(14), positives) == expected
+
+
+@pytest.mark.parametrize("tile", (1, 3, 7, 1024))
+def test_recall_against_a_restatement_in_both_directions(tile):
+    for seed in range(5):
+        texts, images = unit(40, 8, seed), unit(30, 8, seed + 100)
+        chosen = np.random.default_rng(seed).choice(38 * 30, 90, replace=False)  # 38 and 39 own none
+        positives = torch.tensor(np.stack(divmod(chosen, 30), axis=1))
+        scores = texts @ images.T
+        there, back = metrics.recall_at_k(texts, images, positives, tile)
+        assert there == pytest.approx(restated(scores.tolist(), positives.tolist()), rel=1e-6)
+        assert back == pytest.approx(restated(scores.T.tolist(), positives.flip(1).tolist()), rel=1e-6)
+
+
+@pytest.mark.parametrize("tile", (1, 4, 64))
+def test_recall_with_many_ties_and_duplicates(tile):
+    """Features on a grid of few values: nearly every score is shared by several items."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        texts, images = (torch.tensor(rng.integers(0, 3, (25, 2)), dtype=torch.float) for _ in range(2))
+        texts, images = texts[rng.integers(0, 25, 25)], images[rng.integers(0, 25, 25)]
+        positives = torch.tensor(rng.integers(0, 25, (40, 2)))  # some twice
+        scores = texts @ images.T
+        there, back = metrics.recall_at_k(texts, images, positives, tile)
+        assert there == pytest.approx(restated(scores.tolist(), positives.tolist()), rel=1e-6)
+        assert back == pytest.approx(restated(scores.T.tolist(), positives.flip(1).tolist()), rel=1e-6)
+
+
+def test_recall_does_not_change_its_inputs():
+    queries, gallery, positives = unit(5, 4, 0), unit(6, 4, 1), torch.tensor([[4, 1], [0, 0], [0, 5]])
+    before = [t.clone() for t in (queries, gallery, positives)]
+    metrics.recall_at_k(queries, gallery, positives)
+    assert all(torch.equal(a, b) for a, b in zip(before, (queries, gallery, positives)))
+
+
+def test_a_positive_named_twice_counts_once():
+    queries, gallery, positives = unit(5, 4, 0), unit(20, 4, 1), torch.tensor([[0, 3], [1, 4], [2, 19]])
+    twice = torch.cat([positives, positives[:2]])
+    assert metrics.recall_at_k(queries, gallery, twice) == metrics.recall_at_k(queries, gallery, positives)
+
+
+def test_queries_without_a_right_answer_are_left_out():
+    queries, gallery = torch.eye(12)[:3], torch.eye(12)
+    assert t2i(queries, gallery, torch.tensor([[1, 1]]))["R@1"] == 100
+    assert t2i(queries, gallery, torch.tensor([[1, 1], [2, 0]]))["R@1"] == 50
+
+
+def test_no_right_answer_at_all_is_an_error():
+    with pytest.raises(DataError, match="no query"):
+        metrics.recall_at_k(torch.eye(3), torch.eye(3), torch.empty(0, 2, dtype=torch.long))
+
+
+def test_a_duplicate_of_the_right_answer_counts_against_us():
+    gallery = torch.eye(12)[[0, 0, 1, 1, 2, 3]]
+    recall = t2i(torch.eye(12)[:2], gallery, torch.tensor([[0, 0], [1, 2], [1, 3]]))
+    assert recall["R@1"] == 50 and recall["R@5"] == 100  # query 1 owns both copies
+
+
+@pytest.mark.parametrize("tile", (3, 1024))
+def test_equal_features_score_nothing_unless_every_item_is_right(tile):
+    same = torch.full((20, 16), 0.25)
+    diagonal = torch.arange(20)[:, None].expand(-1, 2)
+    nothing = {"R@1": 0, "R@5": 0, "R@10": 0, "mean": 0}
+    assert metrics.recall_at_k(same, same, diagonal, tile) == (nothing, nothing)
+    everything = torch.cartesian_prod(torch.arange(20), torch.arange(20))
+    assert t2i(same, same, everything, tile)["mean"] == 100
+
+
+def test_collapsed_features_score_nothing_to_the_last_digit():
+    # a matrix product with one row may round its last column differently: that must not break a tie
+    for seed in range(20):
+        same = unit(1, 64, seed).expand(33, -1).contiguous()
+        for item in (0, 16, 32):
+            assert t2i(same[:1], same, torch.tensor([[0, item]]))["mean"] == 0, (seed, item)
+
+
+@pytest.mark.parametrize("allowed", ("high", "medium"))
+def test_collapsed_features_score_nothing_where_products_may_be_rounded(allowed):
+    # train.py allows it to a GPU; a CPU with bfloat16 does it at "medium"
+    same = unit(1, 512, 0).expand(200, -1).contiguous()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        assert t2i(same, same, torch.arange(200)[:, None].expand(-1, 2))["mean"] == 0
+        assert torch.get_float32_matmul_precision() == allowed  # as it was
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_gallery_smaller_than_K_always_hits():
+    queries, gallery = -torch.eye(4), torch.eye(4)  # the right answer is the last of four
+    recall = t2i(queries, gallery, torch.arange(4)[:, None].expand(-1, 2))
+    assert recall["R@1"] == 0 and recall["R@5"] == recall["R@10"] == 100
+
+
+def test_one_query_and_one_item():
+    recall = metrics.recall_at_k(torch.ones(1, 1), -torch.ones(1, 1), torch.tensor([[0, 0]]))
+    assert recall[0]["mean"] == recall[1]["mean"] == 100  # there is no wrong answer
+
+
+def test_recall_and_nearest_are_those_of_the_official_script(tmp_path):
+    """cn_clip/eval/evaluation.py, on what make_topk_predictions.py would write, where no score is tied."""
+    official = pytest.importorskip("cn_clip.eval.evaluation", reason="the official code is not installed")
+    rng = np.random.default_rng(0)
+    texts, images = unit(60, 8, 1), unit(45, 8, 2)
+    positives = torch.tensor(np.stack(divmod(rng.choice(60 * 45, 150, replace=False), 45), axis=1))
+    for way, (queries, gallery, relation) in enumerate(((texts, images, positives),
+                                                        (images, texts, positives.flip(1)))):
+        asked = relation[:, 0].unique().tolist()
+        answers = [{"text_id": q, "image_ids": relation[relation[:, 0] == q, 1].tolist()} for q in asked]
+        top = metrics.nearest(queries, gallery, 10, tile=2)
+        assert torch.equal(top, (queries @ gallery.T).topk(10).indices)
+        found = [{"text_id": q, "image_ids": row} for q, row in enumerate(top.tolist())]
+        for name, lines in (("answers", answers), ("found", found)):
+            (tmp_path / name).write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+        mean, *recalls = official.compute_score(str(tmp_path / "answers"), str(tmp_path / "found"))
+        ours = metrics.recall_at_k(texts, images, positives)[way]
+        assert list(ours.values()) == pytest.approx([*recalls, mean], rel=1e-9)
+
+
+def test_nearest_of_a_gallery_smaller_than_k():
+    assert metrics.nearest(torch.eye(3), torch.eye(3)[[2, 1]], 10)[2].tolist() == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# classification
+
+
+def test_accuracy_by_hand_with_ties_wrong():
+    classes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # classes 1 and 2 cannot be told apart
+    scores = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, 0.6]]) @ classes.T
+    assert metrics.accuracy(scores, torch.tensor([0, 1, 2, 0])) == 50
+    assert metrics.accuracy(scores, torch.tensor([1, 0, 0, 1])) == 0
+    assert metrics.accuracy(torch.ones(3, 2), torch.tensor([0, 1, 0])) == 0
+
+
+def test_mean_per_class_by_hand():
+    # class 0: 3 of 4 right; class 1: 0 of 1; class 2 has no pictures; class 3: 1 of 1
+    scores = torch.eye(4)[[0, 0, 0, 1, 0, 3]]
+    labels = torch.tensor([0, 0, 0, 0, 1, 3])
+    assert metrics.mean_per_class(scores, labels) == pytest.approx(100 * (3 / 4 + 0 + 1) / 3)
+    assert metrics.accuracy(scores, labels) == pytest.approx(100 * 4 / 6)
+
+
+def test_accuracies_against_a_restatement():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        scores, labels = rng.integers(0, 4, (50, 6)) / 4, rng.integers(0, 5, 50)  # class 5 stays empty
+        right = [all(row[label] > other for c, other in enumerate(row) if c != label)
+                 for row, label in zip(scores, labels)]
+        per_class = [np.mean([r for r, label in zip(right, labels) if label == c]) for c in set(labels)]
+        tensors = torch.tensor(scores), torch.tensor(labels)
+        assert metrics.accuracy(*tensors) == pytest.approx(100 * np.mean(right))
+        assert metrics.mean_per_class(*tensors) == pytest.approx(100 * np.mean(per_class))
+
+
+def test_roc_auc_is_the_share_of_pairs_in_the_right_order():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores = rng.integers(0, rng.choice((2, 5, 1000)), 40) / 7
+        labels = rng.integers(0, 2, 40)
+        labels[:2] = 0, 1
+        wins = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+        found = metrics.roc_auc(torch.tensor(scores), torch.tensor(labels))
+        assert found == pytest.approx(100 * np.mean(wins))
+
+
+def test_roc_auc_at_its_ends():
+    labels = torch.tensor([0, 1, 1, 0])
+    assert metrics.roc_auc(torch.tensor([0.1, 0.8, 0.9, 0.2]), labels) == 100
+    assert metrics.roc_auc(torch.tensor([0.9, 0.2, 0.1, 0.8]), labels) == 0
+    assert metrics.roc_auc(torch.ones(4), labels) == 50  # collapsed
+    with pytest.raises(DataError, match="no pictures"):
+        metrics.roc_auc(torch.ones(3), torch.ones(3))
+
+
+def voc_ap(scores: list[float], labels: list[int]) -> float:
+    """As the VOC-2007 report says it (sec. 4.2), with every distinct score as a threshold."""
+    points = []
+    for threshold in set(scores):
+        taken = [label for score, label in zip(scores, labels) if score >= threshold]
+        points.append((sum(taken) / sum(labels), sum(taken) / len(taken)))  # recall, precision
+    return sum(max(p for r, p in points if r >= t / 10 - 1e-12) for t in range(11)) / 11
+
+
+def test_map_11_by_hand():
+    # right, wrong, right: precision 1 up to recall 1/2 (0 ... 0.5: six points), then 2/3 (five points)
+    scores, labels = torch.tensor([[0.9], [0.8], [0.7]]), torch.tensor([[1], [0], [1]])
+    assert metrics.map_11(scores, labels) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+
+
+def test_map_11_against_a_restatement():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        scores, labels = rng.integers(0, rng.choice((3, 1000)), (30, 4)) / 9, rng.integers(0, 2, (30, 4))
+        labels[:, 3] = 0  # nobody shows the last class: it has no precision
+        expected = [voc_ap(scores[:, c].tolist(), labels[:, c].tolist()) for c in range(3)]
+        found = metrics.map_11(torch.tensor(scores), torch.tensor(labels))
+        assert found == pytest.approx(100 * np.mean(expected))
+    with pytest.raises(DataError, match="no picture"):
+        metrics.map_11(torch.ones(3, 2), torch.zeros(3, 2))
+
+
+def test_map_11_of_equal_scores_is_the_share_of_right_ones():
+    assert metrics.map_11(torch.ones(8, 1), torch.tensor([[1], [0]] * 4)) == 50
+
+
+def test_measures_against_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((200, 5)), rng.integers(0, 5, 200)
+    tensors = torch.tensor(scores), torch.tensor(labels)
+    assert metrics.accuracy(*tensors) == pytest.approx(
+        100 * sklearn.accuracy_score(labels, scores.argmax(1)))
+    assert metrics.mean_per_class(*tensors) == pytest.approx(
+        100 * sklearn.balanced_accuracy_score(labels, scores.argmax(1)))
+    tied = rng.integers(0, 9, 200) / 9
+    assert metrics.roc_auc(torch.tensor(tied), torch.tensor(labels > 2)) == pytest.approx(
+        100 * sklearn.roc_auc_score(labels > 2, tied))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# scores one can use
+
+
+def test_right_and_wrong_pairs_are_counted_once_each():
+    texts, images = unit(20, 6, 0), unit(15, 6, 1)
+    positives = torch.tensor([[row, row % 15] for row in range(20)] + [[0, 0]])  # one of them twice
+    scores = texts @ images.T
+    mine = torch.zeros(20, 15, dtype=torch.bool)
+    mine[positives[:, 0], positives[:, 1]] = True
+    for tile in (4, 1024):
+        right, wrong = metrics.right_and_wrong(texts, images, positives, tile)
+        assert (int(right.sum()), int(wrong.sum())) == (20, 280)
+        for counts, some in ((right, scores[mine]), (wrong, scores[~mine])):
+            expected = np.histogram(some.numpy(), metrics.BINS, (-1, 1))[0]
+            assert np.abs(counts.numpy().cumsum() - expected.cumsum()).max() <= 1  # a cosine on an edge
+
+
+def test_threshold_by_hand():
+    # 100 right pairs at 0.5 and 100 at 0.3; of the wrong ones, 100 at 0.3 and 800 at 0.1
+    right, wrong = torch.zeros(metrics.BINS), torch.zeros(metrics.BINS)
+    right[1500], right[1300], wrong[1300], wrong[1100] = 100, 100, 100, 800
+    prior = 200 / 1100  # as in the sample itself
+    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.9, prior)
+    assert 0.3 < cosine <= 0.5 and (precision, kept) == (1, 0.5)
+    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.6, prior)
+    assert 0.1 < cosine <= 0.3 and precision == pytest.approx(20 / 30) and kept == 1
+    # where half of all pairs are right, wrong ones weigh 20 / 90 as much
+    cosine, precision, _ = metrics.threshold_for(right, wrong, 0.85, 0.5)
+    assert cosine <= 0.3 and precision == pytest.approx(20 / (20 + 10 * 20 / 90))
+    right[1999] = 29  # too few to rely on
+    wrong[1900] = 1000
+    assert metrics.threshold_for(right, wrong, 0.9, prior) is None

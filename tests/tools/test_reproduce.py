@@ -1,0 +1,283 @@
+"""The commands as a user types them: a released name from a local server, data in the official layout, the
+paper's figures beside the measured ones, and the files that are written."""
+
+import json
+import os
+
+import pytest
+import torch
+from PIL import Image
+from stand_ins import lines_of, write_folders, write_official
+from hub import FILE, NAME
+from stand_ins import TEXTS, picture
+from checkpoints import VIT, built, official
+
+from weights import download
+import eval as measure  # `eval` alone would hide Python's own
+from tools.measure import metrics
+from sources import layouts
+from sources.pairs import DataError
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return built(VIT).eval()
+
+
+@pytest.fixture
+def weights(clip, tmp_path) -> str:
+    torch.save(official(clip.state_dict()), tmp_path / "clip.pt")
+    return str(tmp_path / "clip.pt")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the paper's tables
+
+
+def test_table_2_by_name_from_a_server(hub, clip, tmp_path, monkeypatch, capsys):
+    """Download by name, data in the official layout, the table beside the paper's, and JSON."""
+    torch.save(official(clip.state_dict()), tmp_path / FILE)
+    monkeypatch.setattr("hub.CONTENT", (tmp_path / FILE).read_bytes())
+    hub.etag = ""
+    monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
+    data, out = write_official(tmp_path / "MUGE", "valid"), tmp_path / "table2.json"
+    measure.main(["reproduce", "table2", "--model", NAME, "--data", f"muge={data}", "--out", str(out),
+                  "--device", "cpu"])
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    expected = measure.retrieval(clip, layouts.open_pairs(data, "valid"))["text_to_image"]
+    rows = {row["column"]: row for row in result["rows"]}
+    published = {"RN50": 42.6, "ViT-B-16": 52.1}[NAME]
+    assert rows["t2i_R@1"]["published"] == published and result["row"] == NAME
+    assert rows["t2i_R@1"]["measured"] == pytest.approx(expected["R@1"])
+    assert rows["t2i_R@1"]["gap"] == pytest.approx(expected["R@1"] - published)
+    assert rows["MR"]["measured"] == pytest.approx(expected["mean"])
+    assert f"{published:.1f}" in printed and "49.5 R2D2 ViT-L-14" in printed
+
+
+@pytest.mark.parametrize("table, data, columns, published", [
+    ("table3", "Flickr30K-CN", 6, 62.7), ("table4", "coco-cn", 6, 62.2), ("table10", "icr", 7, 55.4)])
+def test_the_other_retrieval_tables(weights, tmp_path, table, data, columns, published):
+    folder, out = write_official(tmp_path / "set", "test"), tmp_path / "out.json"
+    measure.main(["reproduce", table, "--model", weights, "--row", "ViT-B-16", "--data", f"{data}={folder}",
+                  "--out", str(out), "--device", "cpu"])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == columns and result["rows"][0]["published"] == published
+    assert result["setup"] == ("finetune" if table == "table10" else "zero-shot")
+
+
+def test_tables_of_classification(weights, tmp_path, capsys):
+    eurosat = write_folders(tmp_path / "a", *(f"test/{c:03d}" for c in range(10)))
+    sst = write_folders(tmp_path / "b", "negative", "positive")
+    out = tmp_path / "out.json"
+    measure.main(["reproduce", "table12", "--model", weights, "--row", "ViT-B-16", "--out", str(out),
+                  "--device", "cpu", "--data", f"eurosat={eurosat}", f"Rendered_SST2={sst}"])
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["data"] for row in rows] == ["eurosat", "rendered-sst2"]
+    assert [row["published"] is None for row in rows] == [False, False]
+    assert [row["best_baseline_model"] for row in rows] == ["CLIP", ""]
+    measure.main(["reproduce", "table5", "--model", weights, "--data", f"eurosat={eurosat}",
+                  "--device", "cpu"])
+    assert "52.0" in capsys.readouterr().out  # CN-CLIP in Table 5
+
+
+@pytest.mark.parametrize("data, part", [
+    ([], "--data MUGE=PATH"), (["flickr=x"], "flickr=x"), (["muge"], "NAME=PATH"), (["muge="], "NAME=PATH")])
+def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, part):
+    with pytest.raises(DataError, match=part):
+        measure.main(["reproduce", "table2", "--model", "ViT-B-16", "--device", "cpu", "--data", *data])
+
+
+def test_published_figures_beside_a_retrieval_that_asks_for_them(weights, tmp_path, capsys):
+    data = write_official(tmp_path / "mine", "valid")
+    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu"]
+    measure.main([*command, "--published", "MUGE finetune", "--out", str(tmp_path / "out.json")])
+    assert "best baseline" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["published"]
+    assert [row["best_baseline"] for row in rows] == [60.1, 82.9, 89.4, 77.5]
+    measure.main(command)
+    assert "best baseline" not in capsys.readouterr().out
+    for wrong in ("MUGE", "cifar-10 zero-shot"):
+        with pytest.raises(DataError, match="--published"):
+            measure.main([*command, "--published", wrong])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# submissions
+
+
+@pytest.mark.parametrize("flags, count, shapes", [
+    ([], 10, (["text_id", "image_ids"], ["image_id", "text_ids"])),
+    (["--top-k", "3"], 3, (["text_id", "image_ids"], ["image_id", "text_ids"])),
+    (["--format", "muge"], 10, (["query_id", "query_text", "item_ids"], ["query_id", "item_ids"]))])
+def test_predictions_are_the_nearest_in_the_official_format_or_muges(clip, weights, tmp_path, flags, count, shapes):
+    """A line a query, in the order of the split; its ids are numbers, the nearest comes first."""
+    data = write_official(tmp_path / "MUGE", "valid")
+    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", *flags, "--predictions"]
+    measure.main([*command, str(tmp_path / "t2i.jsonl")])
+    measure.main([*command, str(tmp_path / "i2t.jsonl"), "--direction", "image-to-text"])
+    images, texts = measure.pair_features(clip, layouts.open_pairs(data, "valid"))
+    scores = texts @ images.T
+    for name, keys, ids, found, some in (
+            ("t2i", shapes[0], [7 * n for n in range(12)], scores, [100 + n for n in range(12)]),
+            ("i2t", shapes[1], [100 + n for n in range(12)], scores.T, [7 * n for n in range(12)])):
+        lines = lines_of(tmp_path / f"{name}.jsonl")
+        assert [line[keys[0]] for line in lines] == ids
+        for row, line in enumerate(lines):
+            assert list(line) == keys
+            items = [some.index(item) for item in line[keys[-1]]]
+            best = sorted(found[row].tolist())[: -count - 1 : -1]
+            assert len(set(items)) == count
+            assert found[row, items].tolist() == pytest.approx(best, abs=1e-5)
+            if "query_text" in line:
+                assert line["query_text"] == TEXTS[row % len(TEXTS)] * (1 + row // len(TEXTS))
+
+
+def test_an_id_that_stands_twice_is_refused(weights, tmp_path):
+    """The official scripts would read one of the two lines, or refuse an answer that is there twice."""
+    data, out = write_official(tmp_path / "MUGE", "valid"), tmp_path / "out.jsonl"
+    path = tmp_path / "MUGE" / "valid_texts.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"text_id": 14,', '"text_id": 21,'), encoding="utf-8")
+    for direction in ("text-to-image", "image-to-text"):
+        with pytest.raises(DataError, match="valid: the text id 21 stands there twice") as caught:
+            measure.main(["retrieval", "--model", weights, "--data", data, "--device", "cpu",
+                          "--predictions", str(out), "--direction", direction])
+        assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_predictions_of_a_split_without_answers(weights, tmp_path, capsys):
+    data, out = write_official(tmp_path / "MUGE", "test", answers=False), tmp_path / "test.jsonl"
+    command = ["retrieval", "--model", weights, "--data", data, "--split", "test", "--device", "cpu"]
+    measure.main([*command, "--predictions", str(out)])
+    assert len(lines_of(out)) == 12 and "nothing to measure" in capsys.readouterr().out
+    with pytest.raises(DataError, match="image_ids"):
+        measure.main(command)
+
+
+def test_a_gallery_with_fewer_items_than_are_wanted_is_refused(weights, tmp_path):
+    data, out = write_official(tmp_path / "MUGE", "valid", 9), tmp_path / "out.jsonl"
+    command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", "--predictions", str(out)]
+    with pytest.raises(DataError, match="--top-k 10: .* only 9 to choose from"):
+        measure.main(command)
+    assert not out.exists()
+    measure.main([*command, "--top-k", "9"])
+    assert all(sorted(line["image_ids"]) == list(range(100, 109)) for line in lines_of(out))
+
+
+def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys):
+    data = write_folders(tmp_path / "memes", "test/000", "test/001", count=3)
+    for n in range(3):
+        Image.new("RGB", (8, 8), (0, 40 * n, 200)).save(tmp_path / "memes" / "test" / "001" / f"{n}.png")
+    command = ["zeroshot", "--model", weights, "--data", data, "--device", "cpu", "--labels", "hateful-memes"]
+    measure.main([*command, "--submission", str(tmp_path / "s.json"), "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    written = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert result["metric"] == "roc-auc" and "area under the ROC curve" in capsys.readouterr().out
+    shares = torch.tensor(written["predictions"][0])
+    assert written["dataset_name"] == "hateful-memes" and shares.shape == (6, 2)
+    assert result["roc-auc"] == pytest.approx(metrics.roc_auc(shares[:, 1], torch.tensor([0, 0, 0, 1, 1, 1])))
+    (tmp_path / "memes" / "index.json").write_text("[5, 4, 3, 2, 1, 0]", encoding="utf-8")
+    measure.main([*command, "--submission", str(tmp_path / "s.json")])
+    written = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert torch.equal(torch.tensor(written["predictions"][0]), shares.flip(0))
+
+
+def test_elevaters_order_of_classes_in_table_12_and_in_its_file(weights, tmp_path):
+    """The same pictures in folders by name, in our order, and by number, in ELEVATER's: the measure is the
+    same, the columns are permuted. Without label.txt neither numbers nor a submission can be right."""
+    names, theirs = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"], [0, 1, 2, 3, 6, 4, 5]
+    folders = {"named": names, "numbered": [str(theirs.index(c)) for c in range(7)]}
+    for name, places in folders.items():
+        for c, place in enumerate(places):
+            os.makedirs(tmp_path / name / "test" / place)
+            for n in range(3):
+                picture(10 * c + n).save(tmp_path / name / "test" / place / f"{n}.png")
+    data = {name: str(tmp_path / name) for name in folders}
+
+    def run(*arguments, **options) -> dict:
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
+        measure.main([*arguments, *flags, "--model", weights, "--device", "cpu", "--out", str(tmp_path / "out")])
+        return json.loads((tmp_path / "out").read_text(encoding="utf-8"))
+
+    table = ("reproduce", "table12", "--row", "ViT-B-16", "--data")
+    for arguments in (("zeroshot", "--labels", "fer-2013", "--data", data["numbered"]),
+                      (*table, f"fer-2013={data['numbered']}"),
+                      ("zeroshot", "--labels", "fer-2013", "--data", data["named"], "--submission", "no")):
+        with pytest.raises(DataError, match="label.txt"):
+            run(*arguments)
+    assert not os.path.exists("no")
+    expected = run("zeroshot", "--labels", "fer-2013", "--data", data["named"])
+    assert expected["templates"] == 6  # its own alone: "a toy angry" says nothing
+    for name, order in (("named", range(7)), ("numbered", theirs)):
+        label_txt = "".join(names[c] + "\n" for c in order)
+        (tmp_path / name / "label.txt").write_text(label_txt, encoding="utf-8")
+        found = run("zeroshot", "--labels", "fer-2013", "--data", data[name], submission=f"{name}.json")
+        for key in ("accuracy", "accuracy_single_template", "templates"):
+            assert found[key] == expected[key]
+        assert run(*table, f"fer-2013={data[name]}")["rows"][0]["measured"] == expected["accuracy"]
+    named, numbered = (torch.tensor(json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["predictions"][0])
+                       for name in ("named", "numbered"))
+    rows = [3 * c + n for c in sorted(range(7), key=lambda c: names[c]) for n in range(3)]  # as folders are read
+    rows = [rows.index(3 * c + n) for c in theirs for n in range(3)]
+    torch.testing.assert_close(numbered, named[rows][:, theirs], rtol=0, atol=1e-5)
+
+
+def test_templates_of_ones_own_are_used_alone(weights, tmp_path):
+    data, mine = write_folders(tmp_path / "set", "negative", "positive"), tmp_path / "mine.txt"
+    mine.write_text("{}\n关于{}\n", encoding="utf-8")
+    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2", "--device", "cpu",
+                  "--templates", str(mine), "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["prompts"]
+    assert sorted(found) == sorted(["{}", "关于{}", "ensemble"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prompts and calibrate
+
+
+def test_prompts_command(weights, tmp_path, capsys):
+    data = write_folders(tmp_path / "set", "negative", "positive")
+    out = tmp_path / "out.json"
+    measure.main(["prompts", "--model", weights, "--data", data, "--labels", "rendered-sst2",
+                  "--device", "cpu", "--out", str(out)])
+    found, printed = json.loads(out.read_text(encoding="utf-8"))["prompts"], capsys.readouterr().out
+    assert "ensemble" in found and "一条{}" in found and "一张{}的图片" not in found  # a review is no thing
+    assert all(f"{value:6.1f}  {template}" in printed for template, value in found.items())
+    with pytest.raises(DataError, match="--negation"):
+        measure.main(["prompts", "--model", weights, "--device", "cpu"])
+
+
+def test_negation_command(weights, tmp_path, capsys):
+    measure.main(["prompts", "--negation", "--model", weights, "--device", "cpu",
+                  "--out", str(tmp_path / "out.json")])
+    assert "一张没有{}的图片" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["negation"]["negation"]) == {
+        "there", "absent", "mean", "roc-auc"}
+
+
+def test_calibrate_command(weights, tmp_path, capsys):
+    data = write_official(tmp_path / "set", "valid")
+    write_official(tmp_path / "set", "test")
+    measure.main(["calibrate", "--model", weights, "--data", data, "--precision", "0.5", "--test", "test",
+                  "--device", "cpu", "--out", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert "0.3 to 0.6" in printed and "how often right" in printed
+    assert result["right_pairs"] == 12 and result["wrong_pairs"] == 132
+    assert (result["threshold"] is None) == ("test" not in result or result["test"] == "test")
+
+
+@pytest.mark.parametrize("arguments", (
+    ("reproduce", "table9"), ("calibrate", "--data", "x", "--precision", "90"), ("retrieval", "--data"),
+    ("zeroshot",), ("calibrate", "--data", "x", "--prior", "1"), ("retrieval", "--data", "x", "--top-k", "0")))
+def test_wrong_command_lines_end_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        measure.main([*arguments, "--model", "x", "--device", "cpu"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("task", measure.TASKS)
+def test_every_command_has_help(task, capsys):
+    with pytest.raises(SystemExit) as caught:
+        measure.main([task, "--help"])
+    assert caught.value.code == 0 and "--model" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""The two pictures of a run: the right size, something on them, the frame around the right answer."""
+
+import numpy as np
+from PIL import Image
+
+from training import report
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        return np.asarray(image).astype(int)  # [h, w, 3]
+
+
+def near(pixels: np.ndarray, colour) -> np.ndarray:
+    return np.abs(pixels - colour).max(axis=-1) < 12
+
+
+def test_curve_is_a_picture_with_a_line_a_name(tmp_path):
+    series = {"一": [(0, 1.0), (50_000, 40.0), (100_000, 95.0)], "二": [(0, 90.0), (100_000, 5.0)]}
+    report.curve(str(tmp_path / "curve.png"), series, "召回 recall")
+    pixels = read(tmp_path / "curve.png")
+    height, width, _ = pixels.shape
+    assert width >= 600 and height >= 400
+    # line 0 rises from the lower left to the upper right, line 1 falls
+    for colour, rises in zip(report.LINE_COLOURS, (True, False)):
+        ys, xs = np.nonzero(near(pixels, colour)[: height * 9 // 10])
+        assert len(ys) > 300
+        assert (ys[xs == xs.max()].mean() < height / 2) == rises
+        assert len(set(near(pixels, colour).nonzero()[1])) > width / 2
+    report.curve(str(tmp_path / "untitled.png"), series, "")
+    dark, untitled = ((it.max(axis=-1) < 60).sum() for it in (pixels, read(tmp_path / "untitled.png")))
+    assert dark > untitled > 100  # the title; the numbers at the axes
+
+
+def test_curve_of_a_single_point_at_zero(tmp_path):
+    report.curve(str(tmp_path / "curve.png"), {"one": [(0, 50.0)]}, "")
+    assert near(read(tmp_path / "curve.png"), report.LINE_COLOURS[0]).sum() > 30
+
+
+def test_contact_sheet_has_a_cell_a_picture_and_a_green_frame_around_the_right_one(tmp_path):
+    greys = [Image.new("RGB", (40, 20), (value,) * 3) for value in (100, 120, 140)]
+    rows = [
+        ("一只猫", [(greys[0], False), (greys[1], True), (greys[2], False)]),
+        ("船", [(greys[2], False), (greys[0], False)]),
+        ("花", [(greys[1].convert("L"), True), (greys[2].convert("RGBA"), False)]),
+    ]
+    report.contact_sheet(str(tmp_path / "sheet.png"), rows)
+    pixels = read(tmp_path / "sheet.png")
+    assert pixels.shape == (3 * (128 + 12 + 30) + 12, 3 * (128 + 12) + 12, 3)
+    green = (pixels[..., 1] - pixels[..., ::2].max(axis=-1)) > 60
+    for r, (_, images) in enumerate(rows):
+        top = 12 + r * 170 + 30
+        for c, (picture, right) in enumerate(images):
+            left = 12 + c * 140
+            ys, xs = slice(top, top + 128), slice(left, left + 128)
+            assert near(pixels[ys, xs], picture.convert("RGB").getpixel((0, 0))).all(), (r, c)
+            sides = green[ys, left - 3], green[ys, left + 130], green[top - 3, xs], green[top + 130, xs]
+            assert all(side.all() if right else not side.any() for side in sides), (r, c)
+        assert (pixels[top - 30 : top - 6] < 100).all(axis=-1).any()  # the query is written above
+    assert green.sum() == 2 * ((128 + 10) ** 2 - 128**2)  # no other green
+
+
+def test_chinese_text_is_drawn_in_glyphs_of_its_own(tmp_path):
+    masks = {bytes(report.font(20).getmask(char)) for char in "猫船花一上ab1"}
+    assert len(masks) == 8

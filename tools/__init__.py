@@ -1,0 +1,1 @@
+"""Commands on top of it all."""

@@ -1,0 +1,1 @@
+"""python -m tools.bench: speed beside the peers, one table a task."""

@@ -1,0 +1,1 @@
+"""python -m tools.curate: check, filter, pack and unpack a data set."""

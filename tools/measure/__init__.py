@@ -1,0 +1,1 @@
+"""python -m tools.measure: the rarer measurements."""

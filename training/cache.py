@@ -1,0 +1,154 @@
+"""
+The frozen tower's features, computed once. In stage 1 the image tower never changes, so encoding the same
+pictures every epoch is nearly all of the work: a ViT-B/16 costs 35 GFLOP a picture, and the text tower that
+is being trained 2 for a caption of a dozen characters.
+
+    --cache-features K     K views of every picture (K random crops), encoded before the first step and kept
+                           as float16 in out/ACT/features.f16, [K, pictures, E]; epoch e reads view e mod K
+
+Beside it features.json says what they are features of. A file of other weights, pictures or augmentation is
+refused, not used. Killed while it is being built, it goes on where it was: features.done has a byte a block.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import model
+from sources.augment import augment
+from data import DRAFT, Loader, preprocess
+from loss import rank, wait_for_all, world_size
+from sources.pairs import DataError, Pairs, SourceChanged
+from weights.read import write_json
+
+BLOCK = 256  # pictures encoded, written and ticked off at a time
+
+
+class Features:
+    """Cached unit features, mapped from a file [K, pictures, E]: whoever reads holds only what it reads."""
+
+    def __init__(self, path: str, shape: tuple[int, int, int]):
+        self.path, self.shape, self.rows = path, shape, None
+
+    def view(self, epoch: int, image: int) -> torch.FloatTensor:
+        """[E], the view of a picture that an epoch sees; not finite if the picture is broken."""
+        if self.rows is None:  # opened by each worker for itself
+            self.rows = np.memmap(self.path, np.float16, "r", shape=self.shape)
+        return torch.from_numpy(self.rows[epoch % self.shape[0], image].astype(np.float32))
+
+
+class Views(torch.utils.data.Dataset):
+    """Pixels of view n div pictures of picture n mod pictures; not a number where the picture is broken."""
+
+    def __init__(self, pairs: Pairs, seed: int, resolution: int, how: str):
+        self.pairs, self.seed, self.resolution, self.how = pairs, seed, resolution, how
+
+    def __getitem__(self, n: int) -> torch.FloatTensor:
+        view, row = divmod(n, self.pairs.image_count)
+        try:
+            image = self.pairs.image(row, math.ceil(DRAFT * self.resolution))
+        except SourceChanged:
+            raise
+        except DataError:
+            return torch.full((3, self.resolution, self.resolution), torch.nan)
+        rng = random.Random(f"{self.seed} view {view} of {row}")
+        return preprocess(augment(image, self.resolution, self.how, rng), self.resolution)
+
+
+def description(clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, how: str) -> dict:
+    """What the features depend on."""
+    digest = hashlib.sha256()
+    for name, tensor in clip.visual.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return {
+        "image_tower": digest.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
+        "views": views, "augment": how, "seed": seed, "visual": dataclasses.asdict(clip.config.visual),
+        "embed_dim": clip.config.embed_dim, "block": BLOCK, "transform": transform(how),
+        "precision": str(model.precision(clip.logit_scale.device)),
+    }
+
+
+def transform(how: str) -> str:
+    """Digest of what `augment` and `preprocess` make of a picture: changes when their code does."""
+    rng = random.Random(0)
+    picture = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
+    views = [preprocess(augment(picture, 32, how, rng), 32).numpy().tobytes() for _ in range(20)]
+    return hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest()
+
+
+def open_features(
+    folder: str, clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, how: str, workers: int
+) -> Features:
+    """The cached features of a run, built as far as they are not there yet, by all ranks together. DataError
+    if those in `folder` are of something else."""
+    path, done_path = (os.path.join(folder, name) for name in ("features.f16", "features.done"))
+    shape = (views, pairs.image_count, clip.config.embed_dim)
+    count, row_bytes = views * pairs.image_count, 2 * clip.config.embed_dim
+    blocks = range(0, count, BLOCK)
+    if rank() == 0:
+        wanted = json.loads(json.dumps(description(clip, pairs, views, seed, how)))  # as it reads after JSON
+        prepare(folder, wanted, count * row_bytes, len(blocks))
+    wait_for_all()
+    with open(done_path, "rb") as file:
+        done = file.read()
+    if rank() == 0:
+        print(f"   {path}: {views} views of {pairs.image_count:,} pictures, "
+              f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
+    mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
+    loader = Loader(
+        Views(pairs, seed, clip.config.visual.resolution, how), num_workers=workers,
+        batch_sampler=[range(start, min(start + BLOCK, count)) for start in mine])
+    device, training = clip.logit_scale.device, clip.training
+    clip.eval()
+    with open(path, "r+b") as file, open(done_path, "r+b") as ticks, torch.inference_mode():
+        bar = tqdm(zip(mine, loader), "caching features", len(mine), disable=None if rank() == 0 else True)
+        for start, pixels in bar:
+            with model.autocast(device):
+                features = model.normalise(clip.encode_image(pixels.to(device)))
+            file.seek(start * row_bytes)
+            file.write(features.half().cpu().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # the block before its tick, or a power cut could leave the tick alone
+            ticks.seek(start // BLOCK)
+            ticks.write(b"\1")
+            ticks.flush()
+    clip.train(training)
+    wait_for_all()
+    return Features(path, shape)
+
+
+def prepare(folder: str, wanted: dict, size: int, blocks: int):
+    """Files of the right size for these features, kept if they are there; DataError if they are of something
+    else."""
+    header = os.path.join(folder, "features.json")
+    lengths = {os.path.join(folder, "features.f16"): size, os.path.join(folder, "features.done"): blocks}
+    if os.path.isfile(header):
+        with open(header, encoding="utf-8") as file:
+            found = json.load(file)
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise DataError(f"{header}: features of another {key} ({found.get(key)}, now {value}); "
+                                "delete features.* there, or name another --out")
+        for path, length in lengths.items():
+            if not os.path.isfile(path) or os.path.getsize(path) != length:
+                raise DataError(f"{path}: missing or cut short, expected {length:,} bytes; "
+                                "delete features.* there to encode the pictures again")
+        return
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(f"{folder}: the cached features need {size:,} bytes, {free:,} are free; "
+                        "fewer --cache-features, or an --out on another disk")
+    for path, length in lengths.items():
+        with open(path, "wb") as file:
+            file.truncate(length)
+            os.fsync(file.fileno())  # there before the header says so
+    write_json(header, wanted)

@@ -1,0 +1,203 @@
+"""
+Published weights by name: fetched once, resumed after a cut, checked, and only then given their name.
+
+    python -m tools.weights download ViT-B-16          # into ~/.cache/zhclip/ViT-B-16/
+    HF_ENDPOINT=https://my.mirror python ...     # another host that serves Hugging Face's paths
+    HTTPS_PROXY=http://my.proxy:3128 python ...  # as every program that uses requests
+
+An unfinished file is called NAME.part and goes on where it stopped. Two processes that want the same file
+wait for one another. The checksum is the one the host publishes: OpenAI's addresses contain it, Hugging Face
+sends it as X-Linked-ETag.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+import time
+
+import filelock
+import requests
+from tqdm import tqdm
+
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip")
+
+# name -> owner/repository/file on Hugging Face, or a whole address. The first five are the released Chinese
+# CLIP (paper, table 1; the repositories are those that cn_clip 1.6.0 names); the others initialise the towers
+# (app. A.2): OpenAI's addresses are from its clip package, LAION's from open_clip, the last three HFL's.
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
+SOURCES = {
+    "RN50": "OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt",
+    "ViT-B-16": "OFA-Sys/chinese-clip-vit-base-patch16/clip_cn_vit-b-16.pt",
+    "ViT-L-14": "OFA-Sys/chinese-clip-vit-large-patch14/clip_cn_vit-l-14.pt",
+    "ViT-L-14-336": "OFA-Sys/chinese-clip-vit-large-patch14-336px/clip_cn_vit-l-14-336.pt",
+    "ViT-H-14": "OFA-Sys/chinese-clip-vit-huge-patch14/clip_cn_vit-h-14.pt",
+    "openai-RN50":
+        f"{OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "openai-ViT-B-32":
+        f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "openai-ViT-B-16":
+        f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "openai-ViT-L-14":
+        f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "openai-ViT-L-14-336":
+        f"{OPENAI}/3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+    "laion-ViT-H-14": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K/open_clip_pytorch_model.bin",
+    "chinese-roberta-wwm-ext": "hfl/chinese-roberta-wwm-ext/pytorch_model.bin",
+    "chinese-roberta-wwm-ext-large": "hfl/chinese-roberta-wwm-ext-large/pytorch_model.bin",
+    "rbt3": "hfl/rbt3/pytorch_model.bin",
+}
+RELEASED = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14")
+EXACT_GELU = ("laion-ViT-H-14",)  # trained with it, where the other CLIPs have OpenAI's QuickGELU
+
+TIMEOUT = (10, 30)  # seconds to connect, and without a byte
+TRIES = 5  # in a row that bring nothing
+CHUNK = 1 << 20
+
+
+class DownloadError(ValueError):
+    """No file: one line with the address, what happened and what to do."""
+
+
+class Interrupted(Exception):
+    """The connection, not the file, is at fault: worth another try."""
+
+
+def address(name: str) -> str:
+    """Name of SOURCES -> URL, on the host of HF_ENDPOINT if it is one of Hugging Face's."""
+    source = SOURCES[name]
+    if "://" in source:
+        return source
+    owner, repository, file = source.split("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return f"{endpoint.rstrip('/')}/{owner}/{repository}/resolve/main/{file}"
+
+
+def fetch(name: str, root: str = "") -> str:
+    """Path of a published file, root/name/file (root: CACHE), or of a released model root/file, where cn_clip
+    puts it; fetched to the first if it is at neither. DownloadError if it can't be."""
+    url = address(name)
+    folder, file_name = os.path.join(root or CACHE, name), url.rsplit("/", 1)[-1]
+    path, official = os.path.join(folder, file_name), os.path.join(root or CACHE, file_name)
+    if os.path.isfile(path):
+        return path
+    if name in RELEASED and os.path.isfile(official):
+        return official
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with filelock.FileLock(path + ".lock"):  # let go by the system if its holder is killed
+            if not os.path.isfile(path):  # another process may have brought it while this one waited
+                print(f"{name}: {url} -> {path}", file=sys.stderr)
+                fetch_part(url, path)
+    except OSError as error:
+        advice = "another folder by `python -m tools.weights download NAME --to FOLDER` or XDG_CACHE_HOME"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "what came is kept; make room and repeat"
+        raise DownloadError(f"{path}: {error.strerror}; {advice}") from None
+    return path
+
+
+def fetch_part(url: str, path: str):
+    """Bring `url` to path.part, as often as it takes, and rename it to `path` once its checksum is right."""
+    part, tries, pause = path + ".part", 0, 1.0
+    furthest = size(part)
+    while True:
+        try:
+            sha256 = transfer(url, part)
+            break
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
+                Interrupted) as error:
+            tries = 1 if size(part) > furthest else tries + 1
+            furthest = max(furthest, size(part))
+            if tries >= TRIES:
+                raise DownloadError(
+                    f"{url}: nothing came in {TRIES} tries ({reason(error)}); {size(part):,} bytes are kept "
+                    f"and the same command goes on. Offline: bring the file yourself to {path}; "
+                    "behind a wall: set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
+            pause = 1.0 if tries == 1 else 2 * pause
+            print(f"{reason(error)}; again in {pause:.0f} s, from byte {size(part):,}", file=sys.stderr)
+            time.sleep(pause)
+        except requests.RequestException as error:  # no such address, scheme or proxy: repeating won't help
+            raise DownloadError(f"{url}: {error}; look at HF_ENDPOINT and HTTPS_PROXY") from None
+    if not sha256:
+        print(f"{url}: its host publishes no SHA-256; the file is not checked", file=sys.stderr)
+    else:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            os.remove(part)
+            raise DownloadError(f"{url}: SHA-256 is {found}, expected {sha256}; what came was removed. "
+                                "Type the command again; if it happens again, the mirror is wrong")
+    os.replace(part, path)
+
+
+def transfer(url: str, part: str) -> str:
+    """One request, from where `part` ends -> the SHA-256 that the host publishes, or "". Interrupted if it
+    ended early."""
+    have = size(part)
+    # identity: the bytes of the file itself, so that lengths and ranges are the file's
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        status = response.status_code
+        if status == 416:  # there is nothing from that byte on: `part` is as long as the file, or longer
+            if response.headers.get("Content-Range", "").endswith(f"/{have}"):
+                return published_sha256(url, response)
+            if have:
+                os.remove(part)
+            raise Interrupted("the file here is longer than the one there")
+        if status == 429 or status >= 500:
+            raise Interrupted(f"the server says {status}")
+        if status not in (200, 206):
+            raise DownloadError(f"{url}: the server says {status} {response.reason}; "
+                                "is HF_ENDPOINT a mirror of Hugging Face, and the file still there?")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise DownloadError(f"{url}: a web page came instead of the file; does this network ask for a "
+                                "login, or is HF_ENDPOINT no mirror of Hugging Face?")
+        if status == 200 and have:  # the whole file, whatever was asked: a server without ranges
+            os.remove(part)
+            have = 0
+        elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise DownloadError(f"{url}: asked from byte {have:,}, the server sent "
+                                f"{response.headers.get('Content-Range', 'no range')}; remove {part}")
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        free = shutil.disk_usage(os.path.dirname(part)).free
+        if total and total - have > free:
+            raise DownloadError(f"{part}: {total - have:,} bytes to come, {free:,} free; make room, or "
+                                "`python -m tools.weights download NAME --to FOLDER` on another disk")
+        what = os.path.basename(part).removesuffix(".part")
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=what) as bar:
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+        if total and size(part) < total:
+            raise Interrupted(f"the connection ended at byte {size(part):,} of {total:,}")
+        return published_sha256(url, response)
+
+
+def published_sha256(url: str, response: requests.Response) -> str:
+    """The file's SHA-256 in lower case, "" if nobody says it: from OpenAI's address, or from what Hugging
+    Face answers before it redirects to where the bytes are."""
+    etags = [answer.headers.get("X-Linked-ETag", "") for answer in [*response.history, response]]
+    for candidate in url.split("/") + [etag.removeprefix("W/").strip('"') for etag in etags]:
+        if re.fullmatch("[0-9a-fA-F]{64}", candidate):
+            return candidate.lower()
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """In a few words: the text of a requests error is a chain of wrapped ones."""
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke"
+    return str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" (")[0].strip("')(\" ")[:120]
+
+
+def size(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
