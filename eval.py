@@ -33,11 +33,12 @@ from tools.measure.calibrate import WHY, at_threshold, calibrate, calibration_ta
 from sources.classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
 from weights.download import RELEASED
 from tools.measure.kept import encode_images, encode_texts, pair_features  # the first two also for python -m tools.curate, training/report.py
-from loss import join_processes, lost_process, rank, world_size
+from common import join_processes, lost_process, rank, world_size
 from tools.measure.metrics import KS, nearest, ranks, recall
 from sources.pairs import DataError, Pairs, open_image
 from sources.layouts import FolderPairs, open_pairs
-from weights.read import WeightsError, replace_text, write_json
+from common import replace_text, write_json
+from weights.read import WeightsError
 from tools.measure.zeroshot import zero_shot  # also for training/report.py
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from weights import download
 from weights import read
 from bert import Bert, BertConfig
-from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this module's interface)
+from data import preprocess, tokenize# noqa: F401  (tokenize is part of this module's interface)
 from resnet import ModifiedResNet, ResNetConfig
 from vit import VisionTransformer, ViTConfig, resize_positions
 

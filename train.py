@@ -45,8 +45,10 @@ from training.checkpoint import Checkpoints, Requests, Stopped
 from training.chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
 from data import on_device
 from training.distill import distillation_loss, teach
+from training.tiles import DENSE_LIMIT, tiled_loss
 from eval import retrieval
-from loss import contrastive_loss, in_batch_accuracy, join_processes, lost_process, mean_over_ranks
+from common import join_processes, lost_process, mean_over_ranks
+from loss import contrastive_loss, in_batch_accuracy
 from sources.pairs import DataError
 from training.recipes import Config, ConfigError, chained, parse
 from sources.layouts import open_pairs
@@ -223,6 +225,7 @@ def train(act: str, cfg: Config) -> list[dict]:
            if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
 
     # 5. the loop
+    loss_of_batch = contrastive_loss if share * B <= DENSE_LIMIT else tiled_loss
     log = checkpoint.open_log(cfg, step, history) if rank == 0 else None
     steps = range(step, total)
     skipped, clock, timed = {}, time.perf_counter(), step
@@ -268,7 +271,7 @@ def train(act: str, cfg: Config) -> list[dict]:
                 torch.manual_seed(zlib.crc32(f"{cfg.seed} {step} {rank * chunks + k}".encode()))
 
             def loss_of(image_features, text_features, logit_scale):
-                loss = contrastive_loss(image_features, text_features, logit_scale, keys)
+                loss = loss_of_batch(image_features, text_features, logit_scale, keys)
                 if taught is None:
                     return loss
                 return loss + cfg.distill * distillation_loss(

@@ -22,6 +22,7 @@ import data
 from sources import pairs as pairs_module
 from sources import layouts
 from sources.augment import apply_operation
+from sources.order import permutation
 from sources.pairs import DataError, Pairs, as_text, decode
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -554,11 +555,11 @@ def assert_same(left: list, right: list):
 
 
 def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
-    orders = [data.permutation(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [permutation(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    data.permutation.cache_clear()
-    assert data.permutation(50, 0, 0).tolist() == orders[0]
+    permutation.cache_clear()
+    assert permutation(50, 0, 0).tolist() == orders[0]
 
 
 def test_every_pair_is_seen_once_an_epoch_across_batches_that_straddle_its_end():
@@ -592,15 +593,15 @@ def test_starting_at_a_step_gives_what_skipping_gives():
 
 
 def test_views_of_a_pair_change_with_the_epoch_and_the_seed():
-    position = {epoch: 10 * epoch + data.permutation(10, 0, epoch).tolist().index(7) for epoch in (0, 1)}
+    position = {epoch: 10 * epoch + permutation(10, 0, epoch).tolist().index(7) for epoch in (0, 1)}
     first, second = (stream(10)[position[epoch]] for epoch in (0, 1))
     assert first[1] == second[1] == "7" and not torch.equal(first[0], second[0])
     for seed in range(5):
-        assert stream(10, seed=seed)[0][1] == str(data.permutation(10, seed, 0)[0])
+        assert stream(10, seed=seed)[0][1] == str(permutation(10, seed, 0)[0])
 
 
 def test_a_broken_pair_is_replaced_by_another_and_named():
-    order = data.permutation(10, 0, 0).tolist()
+    order = permutation(10, 0, 0).tolist()
     broken = {order[4], order[5], order[9]}
     samples = [stream(10, broken)[position] for position in range(10)]
     for position, sample in enumerate(samples):
@@ -622,7 +623,7 @@ def test_replacements_come_from_all_over_the_set():
 
 
 def test_a_caption_that_is_no_text_is_replaced_too():
-    it, first = stream(10), int(data.permutation(10, 0, 0)[0])
+    it, first = stream(10), int(permutation(10, 0, 0)[0])
     it.pairs.texts[first] = None
     _, caption, _, problems = it[0]
     assert int(caption) != first and problems and all("not text" in problem for problem in problems)
@@ -631,7 +632,7 @@ def test_a_caption_that_is_no_text_is_replaced_too():
 def test_a_hundred_broken_pairs_for_one_position_stop_the_run():
     says(lambda: stream(150, broken=range(150))[0], "100 broken", "is broken")
     says(lambda: stream(3, broken=range(3))[0], "100 broken")
-    order = data.permutation(150, 0, 0).tolist()
+    order = permutation(150, 0, 0).tolist()
     _, caption, _, problems = stream(150, broken=order[:75])[0]  # half of them do not
     assert int(caption) in order[75:] and problems
 

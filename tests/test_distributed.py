@@ -20,7 +20,7 @@ from conftest import whole_batch, write_folder
 from safetensors.torch import load_file
 
 from training import chunks
-import loss
+from training import tiles
 import model
 import train
 from eval import retrieval
@@ -51,7 +51,7 @@ def worker(rank: int, world_size: int, data: str, out: str):
         # `chunk` of the reference only numbers the random numbers; it keeps the whole graph
         train.backward_in_chunks = (functools.partial(whole_batch, ranks=WHOLE[way]) if way in WHOLE
                                     else chunks.backward_in_chunks)
-        loss.DENSE_LIMIT, loss.TILE = (0, 3) if tiled else (2**25, 2048)
+        train.DENSE_LIMIT, tiles.TILE = (0, 3) if tiled else (2**25, 2048)
         stages = STAGES if WHOLE.get(way, 1) == 1 else {"stage2-RN": STAGES["stage2-RN"]}
         for (act, (name, how)), targets in itertools.product(stages.items(), ("one-hot", "multi")):
             if name == "RN-tiny" and targets == "multi":

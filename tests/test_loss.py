@@ -1,18 +1,13 @@
 """The loss against the formula, by hand and in several processes."""
 
-import datetime
 import math
-import time
-import types
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import features, gradients
+from conftest import features
 
-import loss
 from loss import contrastive_loss, gather, in_batch_accuracy
 
 
@@ -46,13 +41,6 @@ def test_in_batch_accuracy_by_hand():
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.3]])
     i2t, t2i = in_batch_accuracy(image, text)
     assert math.isclose(i2t, 2 / 3, rel_tol=1e-6) and math.isclose(t2i, 2 / 3, rel_tol=1e-6)
-
-
-def test_in_batch_accuracy_does_not_depend_on_the_tile(monkeypatch):
-    image, text = features(0, 40), features(0, 40) + 0.5 * features(1, 40)
-    whole = in_batch_accuracy(image, text)
-    monkeypatch.setattr(loss, "TILE", 7)
-    assert in_batch_accuracy(image, text) == whole and 0 < whole[0] < 1
 
 
 def test_gather_is_the_identity_when_alone():
@@ -93,37 +81,7 @@ def test_ranks_together_give_the_loss_and_gradient_of_the_whole_batch(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# repeated pairs, tiles
-
-
-@pytest.mark.parametrize("tile", [1, 4, 7, 100])
-@pytest.mark.parametrize("keys", [False, True])
-@pytest.mark.parametrize("stage_1", [False, True])
-def test_tiles_equal_the_matrix(tile, keys, stage_1, monkeypatch):
-    monkeypatch.setattr(loss, "TILE", tile)
-    numbers = torch.randint(0, 5, (13, 2), generator=torch.Generator().manual_seed(0)) if keys else None
-    inputs = ((features(0, 13), not stage_1), (features(1, 13), True), (torch.tensor(30.0).double(), True))
-    dense, tiled = (gradients(lambda *x: contrastive_loss(*x, numbers, dense=how), *inputs)  # noqa: B023
-                    for how in (True, False))
-    assert (tiled[1] is None) == stage_1
-    for one, other in zip(dense, tiled):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
-
-
-def test_tiles_stand_scores_that_float32_cannot_exponentiate(monkeypatch):
-    monkeypatch.setattr(loss, "TILE", 2)
-    image, text = features(0, 6).float(), -features(0, 6).float()  # every right pair at cosine -1
-    value = contrastive_loss(image, text, torch.tensor(100.0), dense=False)
-    torch.testing.assert_close(value, contrastive_loss(image, text, torch.tensor(100.0), dense=True))
-    assert value > 100
-
-
-def test_the_matrix_is_left_for_tiles_by_size(monkeypatch):
-    image, text, scale = features(0, 9), features(1, 9), torch.tensor(5.0).double()
-    for limit, tiled in ((81, False), (80, True)):
-        monkeypatch.setattr(loss, "DENSE_LIMIT", limit)
-        value = contrastive_loss(image.requires_grad_(), text, scale)
-        assert (type(value.grad_fn).__name__ == "TiledLossBackward") == tiled
+# repeated pairs
 
 
 def test_repeated_captions_by_hand():
@@ -150,49 +108,3 @@ def test_multi_targets_without_repeats_are_one_hot():
     keys = torch.arange(10).view(5, 2)
     one_hot = contrastive_loss(image, text, scale)
     torch.testing.assert_close(contrastive_loss(image, text, scale, keys), one_hot)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# which device a process has; no GPU is needed to ask
-
-
-def gpus(monkeypatch, count: int, local_rank: int) -> torch.device:
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=device))
-    return loss.join_processes("cuda")
-
-
-def test_a_process_that_sees_one_gpu_alone_has_it(monkeypatch):
-    """SLURM may show each task its own GPU only, which is number 0 there whatever the task's number."""
-    assert gpus(monkeypatch, 1, 3) == torch.device("cuda", 0)
-    assert gpus(monkeypatch, 8, 3) == torch.device("cuda", 3)
-    with pytest.raises(SystemExit, match="more processes than the 2 GPUs here; --nproc-per-node 2"):
-        gpus(monkeypatch, 2, 3)
-
-
-def waiter(rank: int, store: str, out: str):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    loss.patient_group()
-    usual, short = datetime.timedelta(minutes=30), datetime.timedelta(seconds=1)
-    dist.distributed_c10d._set_pg_timeout(short, dist.group.WORLD)
-    if rank == 0:
-        time.sleep(3)  # a long phase of one process: other collectives would be given up after a second
-    loss.wait_for_all()
-    dist.distributed_c10d._set_pg_timeout(usual, dist.group.WORLD)
-    said = []
-    for name in ("the same", str(rank)):
-        try:
-            loss.one_process_a_device(name)
-        except SystemExit as error:
-            said.append(str(error))
-    torch.save(said, f"{out}{rank}")
-    dist.destroy_process_group()
-
-
-def test_processes_wait_for_a_long_phase_and_notice_a_shared_gpu(tmp_path):
-    mp.spawn(waiter, (str(tmp_path / "store"), str(tmp_path / "said")), nprocs=2)
-    for rank in (0, 1):
-        (said,) = torch.load(tmp_path / f"said{rank}", weights_only=True)
-        assert "2 processes have the GPU the same" in said

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from training import checkpoint
+from training import distill
 from training import chunks
 import data
 import kills
-import loss
 import model
 from training import recipes
 from sources import layouts
@@ -521,7 +521,8 @@ def test_a_teacher_of_a_batch_too_large_for_the_matrix(pairs, tmp_path, monkeypa
     start, logs = str(tmp_path / "start.safetensors"), []
     model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
     for limit in (2**25, 24):
-        monkeypatch.setattr(loss, "DENSE_LIMIT", limit)
+        for room in (train, distill):
+            monkeypatch.setattr(room, "DENSE_LIMIT", limit)
         out = tmp_path / str(limit)
         train.train("act", flags(pairs, out, steps=3, teacher=start, log_every=1))
         logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])

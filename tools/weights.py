@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 from weights import download
 import model
+from common import replace, replace_text, write_json
 from weights import read
 
 # ------------------------------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def save_official(clip: model.ChineseCLIP, path: str):
     --reset-optimizer."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
     content = {"epoch": 0, "step": 0, "name": model.describe(clip.config), "state_dict": state}
-    read.replace(path, lambda temporary: torch.save(content, temporary))
+    replace(path, lambda temporary: torch.save(content, temporary))
 
 
 def save_hugging_face(clip: model.ChineseCLIP, folder: str):
@@ -48,8 +49,8 @@ def save_hugging_face(clip: model.ChineseCLIP, folder: str):
     target, folder = folder, os.path.normpath(folder) + ".tmp"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier process that was killed
     resolution, context_length = clip.config.visual.resolution, 52
-    read.write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
-    read.write_json(os.path.join(folder, "preprocessor_config.json"), {
+    write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
+    write_json(os.path.join(folder, "preprocessor_config.json"), {
         "image_processor_type": "ChineseCLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True, "size": {"height": resolution, "width": resolution}, "resample": 3,  # 3 is bicubic
@@ -57,14 +58,14 @@ def save_hugging_face(clip: model.ChineseCLIP, folder: str):
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": decimals(data.PIXEL_MEAN), "image_std": decimals(data.PIXEL_STD),
     })
-    read.write_json(os.path.join(folder, "tokenizer_config.json"), {
+    write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
         "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
         "mask_token": "[MASK]", "split_special_tokens": True,  # "[SEP]" in a caption is four words
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     })
-    read.replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
-    read.replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
+    replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
+    replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
     read.write(os.path.join(folder, "model.safetensors"), read.to_hugging_face(clip.state_dict()),
                   {"format": "pt"})
     if os.path.isdir(target):  # an empty one, see `convert`

@@ -26,9 +26,9 @@ from tqdm import tqdm
 import model
 from sources.augment import augment
 from data import DRAFT, Loader, preprocess
-from loss import rank, wait_for_all, world_size
+from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
-from weights.read import write_json
+from common import write_json
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
 

@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 import data
 import model
-from weights.read import WeightsError, replace, replace_text
+from common import replace, replace_text
+from weights.read import WeightsError
 from training.chunks import balanced
-from loss import rank, sum_over_ranks, wait_for_all, world_size
+from common import rank, sum_over_ranks, wait_for_all, world_size
 from sources.pairs import DataError
 from training.recipes import Config, ConfigError
 

@@ -12,7 +12,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from loss import world_size
+from common import world_size
 
 SAME_DROPOUT = 0.05  # rounding to bfloat16 moves a feature by some 0.01, another dropout by 0.3 and more
 

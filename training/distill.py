@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import data
-import loss
+from loss import gather
 import model
+from training.tiles import DENSE_LIMIT
 
 
 @torch.no_grad()
@@ -33,15 +34,15 @@ def distillation_loss(image_features, text_features, logit_scale, teacher_featur
     caption likewise. The widths of teacher and student need not agree. teacher_features: its (image_features
     [b, E'], text_features [b, E'], logit_scale), of unit norm; they get no gradient.
 
-    The [b, B] matrices are taken a few rows at a time, loss.DENSE_LIMIT numbers, and computed again for the
+    The [b, B] matrices are taken a few rows at a time, DENSE_LIMIT numbers, and computed again for the
     gradient: as each row has a softmax of its own, the sum is the same."""
     teacher_images, teacher_texts, teacher_scale = (x.detach() for x in teacher_features)
     total = 0.0
     for rows, columns, teacher_rows, teacher_columns in (
             (image_features, text_features, teacher_images, teacher_texts),
             (text_features, image_features, teacher_texts, teacher_images)):
-        columns, teacher_columns = loss.gather(columns), loss.gather(teacher_columns)  # [B, E], [B, E']
-        tile = max(1, loss.DENSE_LIMIT // len(columns))
+        columns, teacher_columns = gather(columns), gather(teacher_columns)  # [B, E], [B, E']
+        tile = max(1, DENSE_LIMIT // len(columns))
         for some, of_teacher in zip(rows.split(tile), teacher_rows.split(tile)):
             total = total + checkpoint(
                 rows_loss, logit_scale * some, columns, teacher_scale * of_teacher, teacher_columns,

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import model
 from sources import scenes
-from weights import read
+from common import write_json
 from training.recipes import Config
 from sources.layouts import open_pairs
 from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
@@ -102,7 +102,7 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
 
     last = list(acts.values())[-1]
     folder, best = os.path.dirname(last.out), os.path.join(last.out, "best.safetensors")
-    read.write_json(os.path.join(folder, "results.json"), histories)
+    write_json(os.path.join(folder, "results.json"), histories)
     if last.data == "scenes-zh":
         look_at_scenes(folder, best)
     plot = os.path.join(folder, "recall.png")

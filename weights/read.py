@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 
 from weights import download
+from common import replace
 from weights import torchfile
 
 # In a folder, the first of these that is there is the model
@@ -333,36 +334,3 @@ def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]):
     replace(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
-def write_json(path: str, value):
-    """Results as JSON, atomically; Chinese stays readable."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def replace_text(path: str, text: str):
-    def write_to(temporary: str):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    replace(path, write_to)
-
-
-def replace(path: str, write_to):
-    """Call `write_to(temporary name)` and rename the result to `path`: a reader sees the old file or the new,
-    never half of one, and a full disk or a kill leaves the old one as it was."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # in the same folder, as a rename across disks is not atomic; one name, so that kills leave one at most
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what files usually get; safetensors would give 0600
-        try:
-            write_to(temporary)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # their writers' word for a full disk
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            # on disk before it gets its name, or a power cut could name an empty file
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

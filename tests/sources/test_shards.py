@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import data
+from sources import order as order_of_training
 from sources import pairs as pairs_module
 from sources import shards
 from conftest import write_folder, write_tar
+from sources.order import order, permutation
 from sources.pairs import DataError, SourceChanged
 from sources.layouts import open_pairs
 
@@ -186,18 +188,18 @@ class Many(pairs_module.Pairs):
 
 @pytest.mark.parametrize("count", (100, 128, 1000, 1001, 1037))
 def test_windows_hold_every_pair_once_an_epoch(count, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 8)
-    epochs = [[data.order(Many(count, 64), 3, count * epoch + n) for n in range(count)] for epoch in (0, 1)]
+    monkeypatch.setattr(order_of_training, "BLOCK", 8)
+    epochs = [[order(Many(count, 64), 3, count * epoch + n) for n in range(count)] for epoch in (0, 1)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and epochs[0] != epochs[1]
-    monkeypatch.setattr(data, "BLOCK", 16)  # another order, so the first depended on nothing else
-    assert [data.order(Many(count, 64), 3, n) for n in range(count)] != epochs[0]
+    monkeypatch.setattr(order_of_training, "BLOCK", 16)  # another order, so the first depended on nothing else
+    assert [order(Many(count, 64), 3, n) for n in range(count)] != epochs[0]
 
 
 def test_a_window_reads_few_stretches_and_shuffles_them(monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 50)
+    monkeypatch.setattr(order_of_training, "BLOCK", 50)
     many, told = Many(10_000, 500), []
     monkeypatch.setattr(many, "will_need", lambda start, stop: told.append((start, stop)))
-    window = [data.order(many, 0, n) for n in range(500)]
+    window = [order(many, 0, n) for n in range(500)]
     assert len({n // 50 for n in window}) == 10
     assert sorted(told) == [(n, n + 50) for n in sorted(window) if n % 50 == 0]  # of each once
     assert sum(abs(a - b) == 1 for a, b in zip(window, window[1:])) < 20
@@ -205,7 +207,7 @@ def test_a_window_reads_few_stretches_and_shuffles_them(monkeypatch):
 
 def test_any_position_of_200_million_pairs_is_found_at_once():
     many = Many(200_000_123, 2**16)
-    seen = {data.order(many, 1, 7 * len(many) + n) for n in range(123_456_000, 123_460_000)}
+    seen = {order(many, 1, 7 * len(many) + n) for n in range(123_456_000, 123_460_000)}
     assert len(seen) == 4000 and all(0 <= n < len(many) for n in seen)
 
 
@@ -343,7 +345,7 @@ def test_drawn_scenes_come_in_the_same_order_too():
     """A million an epoch are too many to draw: their order is looked at whole, their samples at both ends."""
     pairs = open_pairs("scenes-zh", "train")
     stream, end = data.Stream(pairs, 5, 8, "none"), len(pairs) // 6
-    assert sorted(data.permutation(len(pairs), 5, 0).tolist()) == list(range(1_000_000))
+    assert sorted(permutation(len(pairs), 5, 0).tolist()) == list(range(1_000_000))
 
     def keys(steps: range, **options) -> list[list[int]]:
         return [batch.keys[:, 0].tolist() for batch in data.batches(stream, 6, steps, 8, **options)]

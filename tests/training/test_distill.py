@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import features, gradients
 
-import loss
+from training import distill
 from training.distill import distillation_loss
 
 
@@ -29,16 +29,16 @@ def test_a_few_rows_at_a_time_are_the_same_loss_and_gradient(limit, monkeypatch)
     """13 rows of 13 numbers: one by one, and all together."""
     inputs = (features(0, 13), True), (features(1, 13), True), (torch.tensor(30.0).double(), True)
     teacher = features(2, 13, E=9), features(3, 13, E=9), torch.tensor(20.0).double()
-    monkeypatch.setattr(loss, "DENSE_LIMIT", 13 * 13)
+    monkeypatch.setattr(distill, "DENSE_LIMIT", 13 * 13)
     whole = gradients(lambda *x: distillation_loss(*x, teacher), *inputs)
-    monkeypatch.setattr(loss, "DENSE_LIMIT", limit)
+    monkeypatch.setattr(distill, "DENSE_LIMIT", limit)
     for one, other in zip(whole, gradients(lambda *x: distillation_loss(*x, teacher), *inputs)):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 def test_no_more_of_the_matrix_is_kept_than_the_limit(monkeypatch):
     """What autograd keeps for the backward pass: features, but no similarities."""
-    monkeypatch.setattr(loss, "DENSE_LIMIT", 300)
+    monkeypatch.setattr(distill, "DENSE_LIMIT", 300)
     kept = []
     teacher = features(2, 100), features(3, 100), torch.tensor(20.0).double()
     image, text = features(0, 100).requires_grad_(), features(1, 100).requires_grad_()

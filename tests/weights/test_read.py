@@ -507,16 +507,6 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["clip.safetensors"]
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path):
-    def interrupted(temporary):
-        assert os.path.dirname(temporary) == str(tmp_path)  # the same disk, or renaming would not be atomic
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        read.replace(str(tmp_path / "x"), interrupted)
-    assert os.listdir(tmp_path) == []
-
-
 def test_save_replaces_and_makes_folders(tmp_path):
     path = tmp_path / "a" / "b" / "clip.safetensors"
     for seed in (1, 2):

@@ -23,6 +23,7 @@ from sources import pairs
 from sources.augment import augment
 from tools.bench.peers import CAPTION, in_turn, installed, say, seconds_of, transformers_processor
 from data import tokenize
+from sources.order import order
 from sources.pairs import decode
 from sources.shards import TarPairs
 from sources.layouts import from_base64, open_pairs
@@ -117,7 +118,7 @@ def bench_data(runs: int, lines: int) -> list[list[str]]:
     start, batch, rank = 777_000_000, 32_768, slice(5 * 4096, 6 * 4096)  # any step; the sixth rank of eight
     for what, positions in (("first position of an epoch", [0]),
                             ("resume at a random step, one rank's 4,096", range(start, start + batch)[rank])):
-        seconds = seconds_of(lambda: [data.order(numbers, 0, position) for position in positions])
+        seconds = seconds_of(lambda: [order(numbers, 0, position) for position in positions])
         rows.append([f"200 M pairs in shards: {what}, ms", f"{1e3 * seconds:.0f}"])
     peak = tracemalloc.get_traced_memory()[1]
     rows.append(["200 M pairs in shards: memory for this, MB", f"{peak / 1e6:.1f}"])

@@ -36,7 +36,8 @@ from eval import encode_images, encode_texts
 from tools.curate.faults import digest
 from sources.pairs import DataError, Pairs, SourceChanged, decode
 from sources.layouts import layout_of, open_pairs
-from weights.read import WeightsError, write_json
+from common import write_json
+from weights.read import WeightsError
 
 SPLITS = ("train", "valid", "test")
 SHARD = 10_000  # pairs, img2dataset's default

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from tools.curate import faults
 from tools.curate import pieces
 from sources.pairs import DataError
-from weights.read import write_json
+from common import write_json
 
 TOKENS = (2, 4, 8, 12, 16, 24, 32, 40, 53, 77, 129, 513)  # of a caption, lower ends of a histogram's bars
 SIDES = (0, 32, 64, 128, 192, 224, 256, 336, 512, 1024, 2048, 4096)  # the shorter of a picture, in pixels

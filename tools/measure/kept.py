@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import model
 from data import preprocess, squash, to_pixels, tokenize
-from loss import rank, wait_for_all, world_size
+from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs
-from weights.read import replace, write_json
+from common import replace, write_json
 
 FILES = ("image_features.npy", "text_features.npy")
 

@@ -13,7 +13,7 @@ length, so that a product of two is a cosine.
 import torch
 from tqdm import tqdm
 
-from loss import rank, sum_over_ranks, world_size
+from common import rank, sum_over_ranks, world_size
 from sources.pairs import DataError
 
 KS = (1, 5, 10)

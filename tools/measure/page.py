@@ -15,7 +15,7 @@ from PIL import Image
 
 from tools.measure.metrics import TIE, nearest
 from sources.pairs import Pairs
-from weights.read import replace_text
+from common import replace_text
 
 WORST = 24  # failures on a page
 STYLE = """body { font: 15px sans-serif; margin: 2em; max-width: 1100px } td, th { padding: 3px 10px }
