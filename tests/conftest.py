@@ -65,25 +65,22 @@ def gradients(loss_of, *inputs) -> list:
     return [value.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def whole_batch(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss, ranks=1):
-    """What `chunks.backward_in_chunks` must equal: the same chunks, everything kept, one graph. BatchNorm's
-    running statistics are the mean of those that each of `ranks` processes gets from its share of the
-    chunks."""
+def whole_batch(forward, towers, chunks, ranks=1):
+    """What `chunks.features_in_chunks` and then `backward_in_chunks` must equal: features of the same chunks in
+    one graph that keeps everything. BatchNorm's running statistics are the mean of those that each of `ranks`
+    processes gets from its share of the chunks."""
     features, start, ends = [], [buffer.clone() for buffer in towers.buffers()], []
-    for k, part in enumerate(parts):
-        if k % (len(parts) // ranks) == 0:  # a process begins with what all had
+    for k, chunk in enumerate(chunks):
+        if k % (len(chunks) // ranks) == 0:  # a process begins with what all had
             for buffer, value in zip(towers.buffers(), start):
                 buffer.data.copy_(value)
-        seed_chunk(k)
-        features.append(forward(*part))
-        if (k + 1) % (len(parts) // ranks) == 0:
+        features.append(forward(chunk))
+        if (k + 1) % (len(chunks) // ranks) == 0:
             ends.append([buffer.clone() for buffer in towers.buffers()])
     for buffer, *values in zip(towers.buffers(), *ends):
         buffer.data.copy_(sum(values) / ranks)
     images, texts, scales = zip(*features)
-    value = loss_of(torch.cat(images), torch.cat(texts), scales[0])
-    scale_loss(value).backward()
-    return value.detach(), torch.cat(images).detach(), torch.cat(texts).detach()
+    return torch.cat(images), torch.cat(texts), scales[0]
 
 
 def write_folder(folder: Path, count: int):

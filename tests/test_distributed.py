@@ -19,7 +19,6 @@ import torch.multiprocessing as mp
 from conftest import whole_batch, write_folder
 from safetensors.torch import load_file
 
-from training import chunks
 from training import tiles
 import model
 import train
@@ -49,8 +48,9 @@ def worker(rank: int, world_size: int, data: str, out: str):
         if processes != world_size:
             continue
         # `chunk` of the reference only numbers the random numbers; it keeps the whole graph
-        train.backward_in_chunks = (functools.partial(whole_batch, ranks=WHOLE[way]) if way in WHOLE
-                                    else chunks.backward_in_chunks)
+        if way in WHOLE:
+            train.features_in_chunks = functools.partial(whole_batch, ranks=WHOLE[way])
+            train.backward_in_chunks = lambda *arguments: None  # the loss's backward pass has done it all
         train.DENSE_LIMIT, tiles.TILE = (0, 3) if tiled else (2**25, 2048)
         stages = STAGES if WHOLE.get(way, 1) == 1 else {"stage2-RN": STAGES["stage2-RN"]}
         for (act, (name, how)), targets in itertools.product(stages.items(), ("one-hot", "multi")):

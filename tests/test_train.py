@@ -99,21 +99,21 @@ PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915, "coco-cn": 20_065}
 def test_warm_up_and_steps_are_table_9s(name, data_set):
     """All fifteen: no warm-up is cut, and an epoch is of whole batches, as the official code counts."""
     cfg = train.parse(["--recipe", data_set, "--model", name, *TUNED])[data_set]
-    total = train.steps_of(cfg, PAIRS[data_set])
+    total = recipes.schedule(cfg, PAIRS[data_set])[0]
     assert total == cfg.epochs * math.ceil(PAIRS[data_set] / cfg.batch_size)
-    assert train.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][data_set][3]
+    assert recipes.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][data_set][3]
 
 
 def test_stage_2_of_vit_h_keeps_its_warm_up():
     cfg = train.parse(["--recipe", "stage2", "--model", "ViT-H-14", *TUNED])["stage2"]
-    assert train.warmup_steps(cfg, train.steps_of(cfg, 200_000_000)) == 5000
+    assert recipes.warmup_steps(cfg, recipes.schedule(cfg, 200_000_000)[0]) == 5000
 
 
 def test_the_336_model_goes_on_from_the_224_one(capsys):
     """Appendix A.2: two epochs from ViT-L-14's weights, and no stage 1."""
     cfg = train.parse(["--recipe", "stage2", "--model", "ViT-L-14-336", *TUNED])["stage2"]
     assert (cfg.epochs, cfg.peak_lr) == (2, 2e-5) and "no numbers" not in capsys.readouterr().out
-    with pytest.raises(train.ConfigError, match="no stage 1 .*--recipe stage2 --init ViT-L-14"):
+    with pytest.raises(recipes.ConfigError, match="no stage 1 .*--recipe stage2 --init ViT-L-14"):
         train.parse(["--recipe", "pretrain", "--model", "ViT-L-14-336", *TOWERS])
 
 
@@ -132,7 +132,7 @@ def test_the_336_model_goes_on_from_the_224_one(capsys):
     (["--image-init", "a"], "--image-init: --recipe demo"),
 ])
 def test_a_recipe_asks_for_what_it_needs(argv, words):
-    with pytest.raises(train.ConfigError, match=words):
+    with pytest.raises(recipes.ConfigError, match=words):
         train.parse(argv)
 
 
@@ -274,14 +274,14 @@ def equal(one: dict, other: dict) -> bool:
 
 def signalled(monkeypatch, number: int, at: int):
     """This process gets a signal in the middle of step `at`."""
-    real, steps = train.backward_in_chunks, []
+    real, steps = train.contrastive_loss, []
 
-    def backward(*args):
+    def loss(*args):
         steps.append(1)
         if len(steps) == at:
             os.kill(os.getpid(), number)
         return real(*args)
-    monkeypatch.setattr(train, "backward_in_chunks", backward)
+    monkeypatch.setattr(train, "contrastive_loss", loss)
 
 
 @pytest.mark.parametrize("number, at", [
@@ -320,11 +320,11 @@ def test_a_signal_during_a_measurement_is_answered_after_it(pairs, tmp_path, mon
 
 def test_a_write_that_failed_is_told_at_the_next_step(pairs, tmp_path):
     checkpoints = train.Checkpoints(flags(pairs, tmp_path), 24)
-    checkpoints.check_writer()  # nothing is being written
+    assert checkpoints.asked() == (False, False)  # nothing is being written
     checkpoints.writing = checkpoints.writer.submit(os.remove, tmp_path / "no such file")
     wait([checkpoints.writing])
     with pytest.raises(OSError, match="no such file"):
-        checkpoints.check_writer()
+        checkpoints.asked()
 
 
 def test_a_clock_saves(pairs, tmp_path, monkeypatch):
@@ -456,14 +456,14 @@ def test_out_may_move_with_its_acts(pairs, tmp_path):
 
 def test_an_act_is_gone_when_the_next_measures_memory(pairs, tmp_path, monkeypatch):
     """Its model and optimizer would count as used, and the second act would get chunks of a few pairs."""
-    models, alive, real = [], [], train.fitting_chunk
+    models, alive, real = [], [], train.choose_chunks
 
-    def measure(forward, clip, *args):
+    def measure(cfg, clip, before):
         alive.append([there() is not None for there in models])
         models.append(weakref.ref(clip))
         clip.circle = [clip]  # as torch makes some: only the collector can end it
-        return real(forward, clip, *args)
-    monkeypatch.setattr(train, "fitting_chunk", measure)
+        return real(cfg, clip, before)
+    monkeypatch.setattr(train, "choose_chunks", measure)
     gc.disable()  # the collector comes when it likes
     try:
         for act in ("one", "two"):
@@ -564,8 +564,8 @@ def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
     row = model.MODELS["ViT-tiny"]  # compiled dropout draws other numbers than eager dropout
     monkeypatch.setitem(model.MODELS, "dry", dataclasses.replace(
         row, text=dataclasses.replace(row.text, dropout=0.0)))
-    losses, replays, real = [], [], train.replay_distance
-    monkeypatch.setattr(train, "replay_distance", lambda *args: replays.append(real(*args)) or replays[-1])
+    losses, replays, real = [], [], chunks.replay_distance
+    monkeypatch.setattr(chunks, "replay_distance", lambda *args: replays.append(real(*args)) or replays[-1])
     for compiled, chunk in ((False, 0), (True, 4)):  # chunks run with and without gradient
         out = tmp_path / f"{compiled} {chunk}"
         train.train("act", train.Config(
@@ -629,7 +629,7 @@ def test_out_of_memory_can_be_answered_with_chunks(pairs, tmp_path, capsys):
 def test_cached_features_are_for_the_acts_with_a_frozen_tower():
     acts = train.parse(["--recipe", "pretrain", *TOWERS, "--cache-features", "3"])
     assert [acts[act].cache_features for act in ("stage1", "stage2")] == [3, 0]
-    with pytest.raises(train.ConfigError, match="only a frozen image tower"):
+    with pytest.raises(recipes.ConfigError, match="only a frozen image tower"):
         train.parse(["--recipe", "stage2", *TUNED, "--cache-features", "3"])
 
 
@@ -662,16 +662,15 @@ def test_wrong_command_is_one_line(argv, code, words, tmp_path):
 
 def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
     for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
-        with pytest.raises(train.ConfigError, match="--valid-data"):
-            train.train("act", train.Config(model="ViT-tiny", data=source, batch_size=8, device="cpu",
-                                            out=str(tmp_path)))
+        with pytest.raises(recipes.ConfigError, match="--valid-data"):
+            train.parse(["--recipe", "scratch", "--data", source, "--out", str(tmp_path)])
 
 
 def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
     argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(argv) is None
     message = "checkpoint.pt was made with --lr 0.001, this command says 0.5"
-    with pytest.raises(train.ConfigError, match=message):
+    with pytest.raises(recipes.ConfigError, match=message):
         train.main([*argv, "--lr", "0.5"])
 
 
@@ -700,8 +699,15 @@ def test_a_batch_larger_than_the_set_repeats_pairs(pairs, tmp_path, capsys):
         assert len(pictures) == 24 and set(pictures.values()) == {2, 3}
 
 
-def test_loss_that_is_no_number_stops_the_run(pairs, tmp_path):
-    with pytest.raises(DataError, match="the loss is nan at step"):
+def test_a_loss_that_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch):
+    real = train.contrastive_loss
+    monkeypatch.setattr(train, "contrastive_loss", lambda *args: real(*args) * math.nan)
+    with pytest.raises(DataError, match="the loss is nan at step 1; try a lower --lr"):
+        train.train("act", flags(pairs, tmp_path, log_every=1))
+
+
+def test_weights_that_diverge_stop_the_run(pairs, tmp_path):
+    with pytest.raises(DataError, match="too large to give features; try a lower --lr"):
         train.main([*TINY, "--data", pairs, "--steps", "20", "--lr", "1e30", "--log-every", "1",
                     "--out", str(tmp_path)])
 
@@ -712,7 +718,7 @@ def test_loss_that_is_no_number_stops_the_run(pairs, tmp_path):
     ["--distill", "inf"], ["--save-minutes", "0"], ["--patch-drop", "1"], ["--eval-every", "-1"],
     ["--freeze-image", "--patch-drop", "0.5"]])
 def test_numbers_out_of_range_are_refused(argv):
-    with pytest.raises(train.ConfigError, match=argv[-2]):
+    with pytest.raises(recipes.ConfigError, match=argv[-2]):
         train.parse([*TINY[:4], "--data", "x", *argv])
 
 

@@ -28,6 +28,7 @@ from sources.augment import augment
 from data import DRAFT, Loader, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
+from training.recipes import Config, loader_processes
 from common import write_json
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
@@ -85,11 +86,10 @@ def transform(how: str) -> str:
     return hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest()
 
 
-def open_features(
-    folder: str, clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, how: str, workers: int
-) -> Features:
-    """The cached features of a run, built as far as they are not there yet, by all ranks together. DataError
-    if those in `folder` are of something else."""
+def open_features(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> Features:
+    """The cached features of an act, in its folder; all ranks together encode what is missing there.
+    DataError if those that are there belong to something else."""
+    folder, views, seed, how = cfg.out, cfg.cache_features, cfg.seed, cfg.augment
     path, done_path = (os.path.join(folder, name) for name in ("features.f16", "features.done"))
     shape = (views, pairs.image_count, clip.config.embed_dim)
     count, row_bytes = views * pairs.image_count, 2 * clip.config.embed_dim
@@ -105,7 +105,8 @@ def open_features(
               f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
     mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
     loader = Loader(
-        Views(pairs, seed, clip.config.visual.resolution, how), num_workers=workers,
+        Views(pairs, seed, clip.config.visual.resolution, how),
+        num_workers=loader_processes(cfg, clip.logit_scale.device),
         batch_sampler=[range(start, min(start + BLOCK, count)) for start in mine])
     device, training = clip.logit_scale.device, clip.training
     clip.eval()

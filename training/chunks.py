@@ -1,6 +1,14 @@
 """
-A batch larger than memory: `backward_in_chunks` gives the gradient of the whole batch while it holds the
-activations of a part of it, and `fitting_chunk` says how large such a part may be.
+A batch larger than memory, in chunks: the gradient of the whole batch, while the activations of one chunk are
+held, and how large a chunk may be.
+
+    features = features_in_chunks(forward, towers, chunks)   # of all pairs, without activations
+    loss_of(*features).backward()                            # each feature, and the scale, has its gradient
+    backward_in_chunks(forward, towers, chunks, features)    # chunk by chunk again, on into the towers
+
+Adding up the gradients of small batches (gradient accumulation) is the gradient of another loss, in which a
+pair competes with its chunk alone. The three lines above are exact (GradCache, Gao et al., 2021); their price
+is a second forward pass. A frozen image tower is spared that: its features are there, and need no gradient.
 
 Shapes: b local batch, E joint width.
 """
@@ -8,72 +16,136 @@ Shapes: b local batch, E joint width.
 import contextlib
 import math
 import os
+import zlib
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from common import world_size
+import model
+from common import rank, world_size
+from data import on_device
+from training.recipes import Config, ConfigError
 
-SAME_DROPOUT = 0.05  # rounding to bfloat16 moves a feature by some 0.01, another dropout by 0.3 and more
+SAME_DROPOUT = 0.05  # rounding to bfloat16 moves a feature by some 0.01, other dropout by 0.3 and more
+FEW = 64  # pairs a chunk; below that most of a step goes into overhead
 
 
-def backward_in_chunks(forward, towers, parts, seed_chunk, loss_of, scale_loss=lambda loss: loss):
-    """One step's gradients, holding the activations of one part of the batch at a time -> (loss,
-    image_features [b, E], text_features [b, E]).
+class Chunk(NamedTuple):
+    pictures: torch.Tensor  # bytes [n, 3, S, S], or features [n, E] of a frozen tower
+    ids: torch.LongTensor  # [n, T]
+    seed: int  # of this chunk's dropout, so that a second pass draws the same
 
-    forward: (pixels, ids) -> (image_features, text_features, logit_scale) of `towers`, the module, perhaps in
-    DistributedDataParallel; in the place of pixels it takes features of a frozen tower. parts: the chunks of
-    the batch, (pixels, ids) each. seed_chunk(k): set the random numbers of chunk k. loss_of: what forward
-    returns, for all b -> a scalar.
 
-    Adding up the losses of small batches (gradient accumulation) is another loss: each pair would compete
-    with its chunk only. Instead, as in GradCache (Gao et al., 2021): all features first, without activations;
-    one loss over all of them, which gives each feature its gradient; then chunk by chunk again, with
-    activations, under the same random numbers, and each chunk's features pass their gradients on into the
-    towers. Exact, at the price of a second forward pass (not of a frozen image tower, whose features are
-    there). logit_scale is one more feature, counted once. BatchNorm in training sees its own chunk, and its
-    running statistics move in the second pass only."""
-    if len(parts) == 1:
-        seed_chunk(0)
-        image_features, text_features, logit_scale = forward(*parts[0])
-        loss = loss_of(image_features, text_features, logit_scale)
-        scale_loss(loss).backward()
-        return loss.detach(), image_features.detach(), text_features.detach()
+def seeded(batch: list, seed: int, step: int) -> list[Chunk]:
+    """The parts of this process's batch, each with a seed of its own: 32 bits, as a CPU's generator takes no
+    more."""
+    first = rank() * len(batch)
+    return [Chunk(part.pictures, part.ids, zlib.crc32(f"{seed} {step} {first + k}".encode()))
+            for k, part in enumerate(batch)]
 
+
+# ------------------------------------------------------------------------------------------------------------
+# the gradient
+
+
+def features_in_chunks(forward, towers: torch.nn.Module, chunks: list[Chunk]) -> list[torch.Tensor]:
+    """-> [image_features [b, E], text_features [b, E], logit_scale] of all chunks, as leaves: a loss gives
+    gradients to them, not to the towers. Image features of a frozen tower get none.
+
+    forward: Chunk -> these three for its pairs, computed by `towers` (the model, perhaps wrapped in
+    DistributedDataParallel) under the chunk's seed."""
     with torch.no_grad(), same_buffers(towers):
-        features = []
-        for k, part in enumerate(parts):
-            seed_chunk(k)
-            features.append(forward(*part))
-
+        images, texts, scales = zip(*map(forward, chunks))
+    features = [torch.cat(images), torch.cat(texts), scales[0]]
     frozen = not any(p.requires_grad for name, p in towers.named_parameters() if "visual." in name)
-    trained = slice(1 if frozen else 0, None)  # in stage 1 image features need no gradient
-    leaves = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
-    for leaf in leaves[trained]:
-        leaf.requires_grad_(True)
-    loss = loss_of(*leaves)
-    scale_loss(loss).backward()
+    for feature in features[1 if frozen else 0:]:
+        feature.requires_grad_(True)
+    return features
 
-    sizes = [len(f[0]) for f in features]
-    gradients = [leaf.grad.split(sizes) for leaf in leaves[:2][trained]]
-    for k, (pixels, ids) in enumerate(parts):
-        last = k == len(parts) - 1
+
+def backward_in_chunks(forward, towers: torch.nn.Module, chunks: list[Chunk], features: list[torch.Tensor]):
+    """Pass the gradients of `features` on into the towers: each chunk's features are computed again, now with
+    activations. BatchNorm normalises every chunk by itself, and its running statistics move in this pass
+    only. logit_scale counts once."""
+    image_features, text_features, logit_scale = features
+    frozen = not image_features.requires_grad
+    sizes = [len(chunk.ids) for chunk in chunks]
+    trained = (text_features,) if frozen else (image_features, text_features)
+    gradients = zip(*(x.grad.split(sizes) for x in trained))
+    for chunk, images, of_chunk in zip(chunks, image_features.detach().split(sizes), gradients):
+        last = chunk is chunks[-1]
         # DistributedDataParallel averages over ranks once, in the last backward pass
         with contextlib.nullcontext() if last or world_size() == 1 else towers.no_sync():
-            seed_chunk(k)
-            outputs = forward(features[k][0] if frozen else pixels, ids)[trained]
-            of_scale = leaves[2].grad if last else torch.zeros_like(leaves[2].grad)
-            torch.autograd.backward(outputs, [g[k] for g in gradients] + [of_scale])
-    return loss.detach(), leaves[0].detach(), leaves[1].detach()
+            again = forward(chunk._replace(pictures=images) if frozen else chunk)
+            of_scale = logit_scale.grad if last else torch.zeros_like(logit_scale.grad)
+            torch.autograd.backward(again[1 if frozen else 0:], [*of_chunk, of_scale])
+
+
+@contextlib.contextmanager
+def same_buffers(module: torch.nn.Module):
+    """BatchNorm's running statistics are afterwards what they were before."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    for buffer, value in zip(module.buffers(), before):
+        buffer.copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# how large
+
+
+def choose_chunks(cfg: Config, clip: model.ChineseCLIP, before: int) -> tuple[int, int]:
+    """-> (pairs of a chunk, number of chunks) of this process's share of a batch. A chunk has --chunk-size
+    pairs, or as many as in the run that is continued (`before`; 0: none), or as many as fit into the memory
+    that is free; then the share is cut into equal chunks."""
+    share = cfg.batch_size // world_size()
+    size = cfg.chunk_size or before
+    if not size:
+        forward, pictures, ids = trial(cfg, clip, 4)
+        size = fitting_chunk(forward, clip, pictures, ids, share)
+        if size < min(share, FEW):
+            print(f"   only {balanced(size, share)} pairs fit into the memory that is free, and many small "
+                  "chunks are slow: does another program hold memory? --chunk-size N tries more")
+    size = balanced(min(size, share), share)
+    return size, math.ceil(share / size)
+
+
+def compile_towers(cfg: Config, clip: model.ChineseCLIP, chunk_size: int):
+    """torch.compile both towers. ConfigError if the second pass over a chunk would then draw other dropout
+    than the first: its gradient would be wrong, and no loss would show that."""
+    clip.visual.compile()
+    clip.bert.encoder.compile()
+    if chunk_size < cfg.batch_size // world_size():
+        distance = replay_distance(*trial(cfg, clip, chunk_size), clip)
+        if not distance < SAME_DROPOUT:
+            raise ConfigError("--compile: the two passes over a chunk draw other dropout here (features are "
+                              f"{distance:.2f} apart), so its gradient would be wrong; leave it out")
+
+
+def trial(cfg: Config, clip: model.ChineseCLIP, count: int):
+    """-> (forward, pictures, ids) of so many pairs of full size, black pictures with the longest captions."""
+    device, size = clip.logit_scale.device, clip.config.visual.resolution
+    shape = (clip.config.embed_dim,) if cfg.cache_features else (3, size, size)
+
+    def forward(pictures: torch.Tensor, ids: torch.Tensor):
+        with model.autocast(device):
+            return clip(on_device(pictures, device), ids)
+
+    return forward, torch.zeros(count, *shape, device=device), torch.ones(count, cfg.context_length).long()
+
+
+def balanced(chunk: int, share: int) -> int:
+    """The size of equal chunks of at most `chunk` pairs, the last one a little smaller: if 1,749 pairs of
+    4,096 fit, the chunks are 1,366 + 1,366 + 1,364 and not 1,749 + 1,749 + 598."""
+    return math.ceil(share / math.ceil(share / chunk))
 
 
 def fitting_chunk(forward, towers, pictures: torch.Tensor, ids: torch.Tensor, most: int) -> int:
-    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now -> a number that
-    is the same on every rank. forward, towers: as above. pictures, ids: of four pairs, any, of full size.
+    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now. The same on all
+    ranks. forward: (pictures, ids) -> features; pictures, ids: of four pairs of full size.
 
-    Asked of autograd, not of a device, so that it holds for any: twice as many pairs keep how many bytes
-    more? Modules work in memory that nobody keeps, too, so the largest output is counted three times
-    again."""
+    Run 2 and 4 pairs, compare the bytes that autograd keeps for the backward pass, and extrapolate."""
     with same_buffers(towers):
         kept = [activation_bytes(forward, pictures[:n], ids[:n]) for n in (2, 4)]
     trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
@@ -86,16 +158,9 @@ def fitting_chunk(forward, towers, pictures: torch.Tensor, ids: torch.Tensor, mo
     return chunk
 
 
-def balanced(chunk: int, share: int) -> int:
-    """A chunk of at most `chunk` pairs that cuts `share` pairs into equal parts, the last one a little
-    smaller: 4,096 pairs of which 1,749 fit are 1,366 + 1,366 + 1,364, not 1,749 + 1,749 + 598."""
-    return math.ceil(share / math.ceil(share / chunk))
-
-
-def replay_distance(forward, towers, pictures: torch.Tensor, ids: torch.Tensor) -> float:
-    """The largest distance between features of unit norm without and with gradient, as the two passes of
-    `backward_in_chunks` compute them. Below SAME_DROPOUT it is rounding. Above it the passes drew other
-    dropout, as a compiler's might, and no loss would show that."""
+def replay_distance(forward, pictures: torch.Tensor, ids: torch.Tensor, towers) -> float:
+    """The largest distance between features of unit norm without and with gradient, under one seed. Below
+    SAME_DROPOUT it is rounding; above it, the passes drew other dropout."""
     passes = []
     with same_buffers(towers):
         for gradient in (False, True):
@@ -105,18 +170,10 @@ def replay_distance(forward, towers, pictures: torch.Tensor, ids: torch.Tensor) 
     return (passes[0] - passes[1]).norm(dim=1).max().item()
 
 
-@contextlib.contextmanager
-def same_buffers(module: torch.nn.Module):
-    """BatchNorm's running statistics are afterwards what they were before."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    yield
-    for buffer, value in zip(module.buffers(), before):
-        buffer.copy_(value)
-
-
 def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
-    """Bytes that a forward pass leaves for the backward pass (parameters among them, which need no copy), and
-    three times those of its largest output."""
+    """Bytes that a forward pass keeps for the backward pass. Modules also work in memory that nobody keeps,
+    which is counted as three times the largest output. (Parameters are counted too, but they are the same for
+    any number of pairs.)"""
     saved, largest = {}, 0
 
     def keep(x):
@@ -137,8 +194,8 @@ def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take. On a CPU: Linux's own estimate, its share where torchrun
-    started several; without one (macOS, Windows) as much as you like."""
+    """Bytes that this process may still take. On a CPU that is Linux's own estimate, divided among the
+    processes that torchrun started here; other systems give none, and nothing limits the chunk there."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the allocator keeps for later is free too, and the driver cannot know
         return torch.cuda.mem_get_info(device)[0]

@@ -13,29 +13,28 @@ from training.tiles import DENSE_LIMIT
 
 
 @torch.no_grad()
-def teach(teacher: model.ChineseCLIP, parts, device: torch.device) -> tuple:
-    """What the teacher makes of a batch, at its own resolution: unit features of images and captions, its
-    scale."""
+def teach(teacher: model.ChineseCLIP, chunks, device: torch.device) -> tuple:
+    """What the teacher makes of a batch, at its own resolution: unit features of its images [b, E'] and of
+    its captions [b, E'], and its logit_scale."""
     size = teacher.config.visual.resolution
     features = []
-    for pictures, ids in parts:
-        pixels = data.on_device(pictures, device)
+    for chunk in chunks:
+        pixels = data.on_device(chunk.pictures, device)
         if pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         with model.autocast(device):
-            features.append(teacher(pixels, ids))
+            features.append(teacher(pixels, chunk.ids))
     images, texts, scales = zip(*features)
     return torch.cat(images), torch.cat(texts), scales[0]
 
 
 def distillation_loss(image_features, text_features, logit_scale, teacher_features) -> torch.Tensor:
-    """How far the in-batch similarities are from a teacher's, this rank's share: for each image, the
-    cross-entropy of its distribution over the captions of the global batch under the teacher's, and for each
-    caption likewise. The widths of teacher and student need not agree. teacher_features: its (image_features
-    [b, E'], text_features [b, E'], logit_scale), of unit norm; they get no gradient.
+    """This rank's share of the cross-entropy between the student's in-batch similarities and the teacher's:
+    for each image, between their distributions over the captions of the global batch, and for each caption,
+    over the images. teacher_features: what `teach` returns; the widths E' and E may differ.
 
-    The [b, B] matrices are taken a few rows at a time, DENSE_LIMIT numbers, and computed again for the
-    gradient: as each row has a softmax of its own, the sum is the same."""
+    Every row has a softmax of its own. So the [b, B] matrices are computed a few rows at a time, at most
+    DENSE_LIMIT logits, and once more in the backward pass."""
     teacher_images, teacher_texts, teacher_scale = (x.detach() for x in teacher_features)
     total = 0.0
     for rows, columns, teacher_rows, teacher_columns in (

@@ -10,11 +10,13 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
 
 import model
+from sources.pairs import DataError
 
 
 class ConfigError(ValueError):
@@ -51,7 +53,7 @@ class Config:
     targets: str = flag(
         "one-hot", "one-hot, as in the paper, or multi: pairs that share picture or caption are positives")
     cache_features: int = flag(
-        0, "stage 1: encode this many views of every picture once (training/cache.py); 0: every picture every time")
+        0, "stage 1: encode so many views of every picture once (training/cache.py); 0: all at every step")
     teacher: str = flag("", "distil from this file or released name: learn its in-batch similarities too")
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
@@ -80,6 +82,28 @@ class Config:
     def peak_lr(self) -> float:
         """The peak learning rate that is used: the given one, or the recipe's for this batch."""
         return self.lr or self.recipe_lr * min(1.0, self.batch_size / self.lr_batch)
+
+
+def warmup_steps(cfg: Config, total: int) -> int:
+    """The warm-up that was asked for, or a tenth of the run if that would be more than half of it."""
+    return cfg.warmup if cfg.warmup <= total / 2 else max(1, total // 10)
+
+
+def schedule(cfg: Config, pairs: int) -> tuple[int, int, int]:
+    """-> (steps of a run on so many pairs, steps between measurements of recall, between checkpoints). An
+    epoch is whole batches, the last one filled with pairs of the next epoch, as in the official code and so
+    in table 9. DataError if there are no pairs."""
+    if not pairs:
+        raise DataError(f"{cfg.data}: no training pairs; `python -m tools.curate check {cfg.data}` says why")
+    total = cfg.steps or math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size))
+    eval_every = cfg.eval_every or max(1, min(pairs // cfg.batch_size, math.ceil(total / 5)))
+    return total, eval_every, cfg.save_every or eval_every
+
+
+def loader_processes(cfg: Config, device: torch.device) -> int:
+    """Processes that prepare pictures: --workers, or up to 8 with a GPU and 1 without."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # this process's share
+    return cfg.workers if cfg.workers >= 0 else max(1, min(8, cores)) if device.type == "cuda" else 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,7 +290,12 @@ def validate(cfg: Config):
         raise ConfigError(f"--model {cfg.model}: no such model; there are {', '.join(model.MODELS)}")
     positions = model.MODELS[cfg.model].text.max_positions
     is_vit = isinstance(model.MODELS[cfg.model].visual, model.ViTConfig)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     for wrong, text in (
+        (cfg.batch_size % world_size != 0,
+         f"--batch-size {cfg.batch_size}: expected a multiple of the {world_size} processes"),
+        (re.search(r"\.tar\s*(,|$)", cfg.data) and not cfg.valid_data,
+         f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data"),
         (cfg.augment not in ("none", "crop", "auto"),
          f"--augment {cfg.augment}: expected none, crop or auto"),
         (not 2 <= cfg.context_length <= positions,

@@ -1,24 +1,206 @@
 """
-What a run leaves for a person to look at: a table, a curve of recall and, for the demo, zero-shot
-classification and a contact sheet of Chinese queries with the pictures they retrieve. Drawn with Pillow;
-font.ttf is a subset of Noto Sans SC (see LICENSE) with the characters of sources/scenes.py, because many machines
-have no Chinese font.
+What a run says: its settings before the first step, a line now and then, and at its end a table, a curve of
+recall and, for the demo, zero-shot classification and a contact sheet of Chinese queries with the pictures
+they retrieve. Pictures are drawn with Pillow; assets/font.ttf is a subset of Noto Sans SC (see LICENSE) with
+the characters of sources/scenes.py, because many machines have no Chinese font.
 """
 
+import contextlib
+import json
+import math
 import os
+import re
+import signal
+import sys
+import time
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import data
 import model
-from sources import scenes
-from common import write_json
-from training.recipes import Config
-from sources.layouts import open_pairs
+from common import lost_process, rank, replace_text, world_size, write_json
 from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
+from loss import in_batch_accuracy
+from sources import scenes
+from sources.layouts import open_pairs
+from sources.pairs import DataError, Pairs
+from training.checkpoint import Stopped, leave
+from training.recipes import Config, ConfigError, warmup_steps
+from weights.read import WeightsError
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
 LINE_COLOURS = ((214, 69, 65), (52, 109, 189), (39, 144, 88), (148, 84, 176), (230, 140, 30))
+
+# ------------------------------------------------------------------------------------------------------------
+# before the first step
+
+
+def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, valid: Pairs, total: int,
+                   step: int, chunk_size: int):
+    """Print what an act derived from its flags and its data, and advice where a setting is unusual."""
+    def say(line: str):
+        print(f"   {line}", flush=True)
+
+    B, pairs, share = cfg.batch_size, len(stream.pairs), cfg.batch_size // world_size()
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    counts = (sum(p.numel() for p in some) for some in (
+        clip.parameters(), trained, [p for p in trained if p.ndim < 2]))
+    say("{:,} parameters, {:,} train, {:,} without decay".format(*counts))
+    say(f"{pairs:,} training pairs; validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
+    chunks = math.ceil(share / chunk_size)
+    say(f"batch {B:,} = {world_size()} x {share:,}"
+        + (f" in {chunks} chunks of {chunk_size:,}" if chunks > 1 else "")
+        + f"; {total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
+    if B > pairs:
+        say(f"a batch is larger than the set: every pair stands in it {B // pairs:,} times or once more; "
+            "--targets multi tells them from negatives, a smaller --batch-size needs less time")
+    if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
+        say("each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
+    say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
+    start = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
+    if start and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
+        say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
+    warmup = warmup_steps(cfg, total)
+    say(f"warm-up {warmup:,} steps"
+        + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
+    shared, floor = repeats(stream, B, max(1, min(8, 8192 // B))) if rank() == 0 else (0, 0)
+    say(f"loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
+        + (f"with another and keep the loss above {floor:.3f}: --targets multi"
+           if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
+
+
+def repeats(stream: data.Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
+    """`loss_floor` of a run's first batches, averaged."""
+    found = []
+    for step in range(batches):
+        first = data.first_position(step, batch_size, len(stream.pairs))
+        indices = [stream.index(first + i) for i in range(batch_size)]
+        keys = [stream.keys(i, caption) for i in indices if (caption := stream.readable(i))]
+        found.append(loss_floor(torch.tensor(keys, dtype=torch.long).view(-1, 2)))
+    return tuple(sum(column) / batches for column in zip(*found))
+
+
+def loss_floor(keys: torch.Tensor) -> tuple[float, float]:
+    """keys [B, 2], numbers of the picture and of the caption of every pair of a batch -> (the share of pairs
+    whose picture or caption another pair has, the lowest loss that one-hot targets then allow). n equal
+    captions get the same probabilities, so each gets at most 1/n, which costs ln n."""
+    if not len(keys):
+        return 0.0, 0.0
+    counts = [column.unique(return_inverse=True, return_counts=True)[1:] for column in keys.T]
+    counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
+    return (counts > 1).any(dim=1).float().mean().item(), counts.float().log().mean(dim=0).max().item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# during the run
+
+
+class Log:
+    """The lines of a run, for people on stdout and as JSON in log.jsonl; broken pairs on stderr."""
+
+    def __init__(self, cfg: Config, total: int, step: int, history: list[dict]):
+        self.cfg, self.total = cfg, total
+        self.file = open_log(cfg, step, history) if rank() == 0 else None
+        self.broken: dict[str, int] = {}  # problem -> how often it was met
+        self.clock, self.since = time.perf_counter(), step
+
+    def write(self, entry: dict):
+        if self.file:
+            print(json.dumps(entry), file=self.file, flush=True)
+
+    def measurement(self, history: list[dict], clip: model.ChineseCLIP):
+        """Say what was measured last, and keep the weights if it is the best so far."""
+        entry = history[-1]
+        best = entry is max(history, key=lambda one: one["mean_recall"])
+        t2i, i2t = entry["text_to_image"]["R@1"], entry["image_to_text"]["R@1"]
+        print(f"   step {entry['step']:>6,}  validation: mean recall {entry['mean_recall']:.1f}, R@1 text to "
+              f"image {t2i:.1f}, image to text {i2t:.1f}{', the best so far' if best else ''}", flush=True)
+        self.write(entry)
+        if best and rank() == 0:
+            model.save(clip, os.path.join(self.cfg.out, "best.safetensors"))
+        self.clock, self.since = time.perf_counter(), entry["step"]
+
+    def step(self, step: int, loss: float, features, optimizer: torch.optim.Optimizer):
+        """The loss beside that of guessing, in-batch accuracies, the factor, the rate, the time left."""
+        images, texts, logit_scale = (x.detach() for x in features)
+        (i2t, t2i), B = in_batch_accuracy(images, texts), self.cfg.batch_size
+        scale, lr = logit_scale.item(), optimizer.param_groups[0]["lr"]
+        rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
+        print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
+              f"in batch i2t {i2t:.0%} t2i {t2i:.0%}  scale {scale:.1f}  lr {lr:.1e}  "
+              f"{rate:,.0f} pairs/s  {(self.total - step) * B / rate:,.0f} s left", flush=True)
+        self.write({"step": step, "loss": loss, "in_batch_i2t": i2t, "in_batch_t2i": t2i,
+                    "logit_scale": scale, "lr": lr, "pairs_per_second": rate})
+
+    def skipped(self, batch: list[data.Batch]):
+        """Name every broken pair once, however many epochs meet it."""
+        for problem in (problem for part in batch for problem in part.problems):
+            if problem not in self.broken:
+                print(f"   rank {rank()} skips a pair, its number {len(self.broken) + 1}: {problem}",
+                      file=sys.stderr, flush=True)
+            self.broken[problem] = self.broken.get(problem, 0) + 1
+
+    def end(self, history: list[dict], clip: model.ChineseCLIP):
+        """What is left to say when an act is finished; writes last.safetensors."""
+        if self.broken:
+            print(f"   rank {rank()} met {len(self.broken)} broken pairs {sum(self.broken.values())} times",
+                  file=sys.stderr, flush=True)
+        if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
+            print("   never better than at step 0: best.safetensors is the start itself; lower --lr, or more "
+                  "pairs", flush=True)
+        if self.file:
+            self.file.close()
+            model.save(clip, os.path.join(self.cfg.out, "last.safetensors"))
+
+
+def open_log(cfg: Config, step: int, history: list[dict]):
+    """log.jsonl, without what a killed run wrote beyond the step that it saved."""
+    path = os.path.join(cfg.out, "log.jsonl")
+    if os.path.isfile(path) and not history:  # killed before anything was saved: all is done again
+        os.remove(path)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        replace_text(path, "".join(kept))
+    os.makedirs(cfg.out, exist_ok=True)
+    return open(path, "a", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around the whole command: a user's mistake ends it with one line and exit code 2 (a wrong command line)
+    or 1 (wrong data), a signal at once and without harm."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a scheduler; the loop has handlers of its own
+        signal.signal(number, leave)
+    try:
+        yield
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stopped)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (DataError, WeightsError) as error:
+        # a loader process sends its traceback along; the message proper is its last line
+        message = str(error).strip().split("\n")[-1]
+        sys.exit("error: " + re.sub(r"^sources\.pairs\.(DataError|SourceChanged): ", "", message))
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
+                 "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        sys.exit("error: another process is gone, see its message; "
+                 "the same command goes on from the last checkpoint")
+    except OSError as error:
+        sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
+    except KeyboardInterrupt:
+        leave()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pictures
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -26,7 +208,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
-    """Lines of (x, y in percent), one a name, over a common x axis in thousands, as a PNG."""
+    """A PNG with a line for every name, of points (pairs seen, percent)."""
     width, height, left, top, right, bottom = 900, 520, 60, 50, 30, 60
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image)
@@ -35,38 +217,29 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
     def place(x: float, y: float) -> tuple[float, float]:
         return left + x / x_max * (width - left - right), height - bottom - y / 100 * (height - top - bottom)
 
-    canvas.text((left, 12), title, font=font(20), fill="black")
+    def write(x: float, y: float, text: str, size: int = 14, anchor: str = "la"):
+        canvas.text((x, y), text, font=font(size), fill="black", anchor=anchor)
+
+    write(left, 12, title, 20)
     for percent in range(0, 101, 20):
         canvas.line((*place(0, percent), *place(x_max, percent)), fill=(225, 225, 225))
-        canvas.text(
-            (place(0, percent)[0] - 10, place(0, percent)[1]),
-            str(percent),
-            font=font(14),
-            fill="black",
-            anchor="rm",
-        )
-    for tick in range(6):
-        canvas.text(
-            (place(x_max * tick / 5, 0)[0], height - bottom + 8),
-            f"{x_max * tick / 5 / 1000:.0f}k",
-            font=font(14),
-            fill="black",
-            anchor="ma",
-        )
-    canvas.text((width / 2, height - 24), "pairs seen", font=font(14), fill="black", anchor="mm")
+        write(left - 10, place(0, percent)[1], str(percent), anchor="rm")
+    for x in (x_max * tick / 5 for tick in range(6)):
+        write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:.0f}k", anchor="ma")
+    write(width / 2, height - 24, "pairs seen", anchor="mm")
     for i, (name, points) in enumerate(series.items()):
-        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
-        canvas.line([place(x, y) for x, y in points], fill=colour, width=3, joint="curve")
-        for x, y in points:
-            cx, cy = place(x, y)
+        colour, y = LINE_COLOURS[i % len(LINE_COLOURS)], top + 12 + 22 * i
+        canvas.line([place(*point) for point in points], fill=colour, width=3, joint="curve")
+        for cx, cy in (place(*point) for point in points):
             canvas.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colour)
-        canvas.line((left + 20, top + 12 + 22 * i, left + 50, top + 12 + 22 * i), fill=colour, width=3)
-        canvas.text((left + 58, top + 12 + 22 * i), name, font=font(16), fill="black", anchor="lm")
+        canvas.line((left + 20, y, left + 50, y), fill=colour, width=3)
+        write(left + 58, y, name, 16, "lm")
     image.save(path)
 
 
 def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """Each row: a query above the images it retrieves, best first; the right answer has a green frame."""
+    """A PNG with a row for every query: the pictures that it retrieves, best first; the right one has a green
+    frame."""
     thumb, gap, text = 128, 12, 30
     width = max(len(images) for _, images in rows) * (thumb + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
@@ -75,14 +248,10 @@ def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]
         y = gap + r * (thumb + gap + text)
         canvas.text((gap, y), query, font=font(20), fill="black")
         for c, (picture, right) in enumerate(images):
-            x = gap + c * (thumb + gap)
+            x, below = gap + c * (thumb + gap), y + text
             if right:
-                canvas.rectangle(
-                    (x - 5, y + text - 5, x + thumb + 4, y + text + thumb + 4), fill=(40, 170, 80)
-                )
-            sheet.paste(
-                picture.convert("RGB").resize((thumb, thumb), Image.Resampling.BICUBIC), (x, y + text)
-            )
+                canvas.rectangle((x - 5, below - 5, x + thumb + 4, below + thumb + 4), fill=(40, 170, 80))
+            sheet.paste(picture.convert("RGB").resize((thumb, thumb), Image.Resampling.BICUBIC), (x, below))
     sheet.save(path)
 
 
@@ -140,17 +309,9 @@ def look_at_scenes(folder: str, path: str):
         print(f"zero-shot, {what} of a single thing: {result['accuracy']:.1f} % of {len(labels)} pictures, "
               f"{len(names)} names, {len(templates)} templates; {result['chance']:.1f} % by chance")
     valid = open_pairs("scenes-zh", "valid")
-    queries = range(0, 60, 10)
-    scores = (
-        encode_texts(clip, [valid.texts[q] for q in queries])
-        @ encode_images(clip, valid.image, valid.image_count).T
-    )  # [6, N]
-    sheet = os.path.join(folder, "retrieval.png")
-    contact_sheet(
-        sheet,
-        [
-            (valid.texts[q], [(valid.image(i), i == q) for i in row.topk(6).indices.tolist()])
-            for q, row in zip(queries, scores)
-        ],
-    )
+    queries, sheet = range(0, 60, 10), os.path.join(folder, "retrieval.png")
+    texts = encode_texts(clip, [valid.texts[q] for q in queries])  # [6, E]
+    scores = texts @ encode_images(clip, valid.image, valid.image_count).T  # [6, N]
+    contact_sheet(sheet, [(valid.texts[q], [(valid.image(i), i == q) for i in row.topk(6).indices.tolist()])
+                          for q, row in zip(queries, scores)])
     print(f"unseen captions and the pictures they retrieve (green: the right one): {sheet}")

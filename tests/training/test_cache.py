@@ -35,7 +35,8 @@ def tower(seed: int = 0) -> model.ChineseCLIP:
 
 
 def opened(folder, pairs, clip=None, views=3, seed=0, how="crop"):
-    return open_features(str(folder), clip or tower(), pairs, views, seed, how, workers=0)
+    cfg = train.Config(out=str(folder), cache_features=views, seed=seed, augment=how, workers=0)
+    return open_features(cfg, clip or tower(), pairs)
 
 
 def test_rows_are_the_features_of_augmented_pictures(pairs, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from conftest import whole_batch
 
 from training import chunks
 import model
-from training.chunks import backward_in_chunks
 from loss import contrastive_loss
+from training.chunks import Chunk, backward_in_chunks, features_in_chunks
 
 
 class Towers(torch.nn.Module):
@@ -27,6 +27,10 @@ class Towers(torch.nn.Module):
         images = self.visual(pixels) if pixels.shape[1] == 5 else pixels  # or features, of a frozen tower
         return *(F.normalize(x, dim=1) for x in (images, self.text(ids))), self.scale.exp()
 
+    def seeded(self, chunk: Chunk):
+        torch.manual_seed(chunk.seed)
+        return self(chunk.pictures, chunk.ids)
+
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5])
@@ -37,13 +41,15 @@ def test_chunks_equal_one_graph(chunk, frozen):
     batch = torch.randn(12, 5).double(), torch.randn(12, 3).double()
     if 12 % chunk == 1:
         batch = tuple(x[:-1] for x in batch)
-    seed = torch.manual_seed
     chunked, whole = Towers(frozen), Towers(frozen)
-    pieces = list(zip(*(x.split(chunk) for x in batch)))
-    value, image, _ = backward_in_chunks(chunked, chunked, pieces, seed, contrastive_loss)
-    expected, images, _ = whole_batch(whole, whole, pieces, seed, contrastive_loss)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(image, images, rtol=1e-12, atol=0)
+    pieces = [Chunk(*piece, seed=k) for k, piece in enumerate(zip(*(x.split(chunk) for x in batch)))]
+    features = features_in_chunks(chunked.seeded, chunked, pieces)
+    expected = whole_batch(whole.seeded, whole, pieces)
+    for one, other in zip(features, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+    contrastive_loss(*features).backward()
+    backward_in_chunks(chunked.seeded, chunked, pieces, features)
+    contrastive_loss(*expected).backward()
     for (name, p), q in zip(chunked.named_parameters(), whole.parameters()):
         assert (p.grad is None) == (q.grad is None) == (frozen and name.startswith("visual.")), name
         if p.grad is not None:
@@ -58,10 +64,12 @@ def test_adding_up_small_batches_is_another_gradient():
     exact, added = Towers(), Towers()
     exact.eval()
     added.eval()
-    parts = list(zip(*(x.split(4) for x in batch)))
-    backward_in_chunks(exact, exact, parts, torch.manual_seed, contrastive_loss)
+    parts = [Chunk(*part, seed=0) for part in zip(*(x.split(4) for x in batch))]
+    features = features_in_chunks(exact.seeded, exact, parts)
+    contrastive_loss(*features).backward()
+    backward_in_chunks(exact.seeded, exact, parts, features)
     for part in parts:
-        (contrastive_loss(*added(*part)) / 2).backward()
+        (contrastive_loss(*added.seeded(part)) / 2).backward()
     assert (exact.text[0].weight.grad - added.text[0].weight.grad).abs().max() > 1e-3
 
 
@@ -118,7 +126,7 @@ def test_dropout_that_differs_between_the_passes_is_noticed(gradient_has_its_own
         return features, features, torch.tensor(1.0)
 
     pictures = torch.randn(5, 6)
-    distance = chunks.replay_distance(forward, tower, pictures, None)
+    distance = chunks.replay_distance(forward, pictures, None, tower)
     assert distance > 2 * chunks.SAME_DROPOUT if gradient_has_its_own else distance == 0
     assert not tower[1].running_mean.any()
 
