@@ -1,5 +1,5 @@
 """
-What several files need: processes that find each other and agree on numbers, and files that appear only when
+What several files need: processes that find each other and add up numbers, and files that appear only when
 they are complete.
 """
 
@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 
 # ------------------------------------------------------------------------------------------------------------
-# processes
+# processes: alone, or started together by torchrun; each has a number, its rank
 
 
 def join_processes(device: str = "") -> torch.device:
-    """-> this process's device, of the kind named or the best there is; if torchrun started several processes
-    they find each other here. A tensor on the CPU travels by gloo, one on a GPU by nccl."""
+    """-> this process's device: of the kind named, or a GPU if there is one. The processes that torchrun
+    started find each other here. Tensors on CPUs travel by gloo, those on GPUs by nccl."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart torchrun's store still holds the addresses of the dead
+        # after a restart torchrun's store still holds the addresses of the processes that died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=datetime.timedelta(minutes=30))
@@ -40,7 +40,7 @@ def join_processes(device: str = "") -> torch.device:
 
 
 def one_process_a_device(device: str):
-    """SystemExit if two processes have the device of this name: nccl would only say that something is
+    """SystemExit if two processes have the device of this name; nccl would only say that something is
     invalid."""
     if dist.is_initialized():
         devices = [None] * dist.get_world_size()
@@ -57,14 +57,14 @@ def patient_group():
 
 
 def wait_for_all():
-    """Returns when every process has called it. For phases that may take longer than the half hour after
-    which nccl takes a process for dead, such as encoding a large set."""
+    """Return when every process has called it. For phases that may take longer than the half hour after which
+    nccl gives up, such as encoding a large set."""
     if dist.is_initialized():
         dist.barrier(group=patient_group())
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Whether it says that another process does not answer any more."""
+    """True if this error means that another process died."""
     reason = str(error).split("\n")[0]
     return dist.is_initialized() and any(word in reason for word in ("gloo", "NCCL", "Connection"))
 
@@ -77,25 +77,41 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """For numbers to print; without gradient."""
-    return sum_over_ranks(x) / world_size()  # gloo has no mean
-
-
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """In place; without gradient."""
+    """In place, without gradient."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    return sum_over_ranks(x) / world_size()  # gloo has no mean
 
 
 # ------------------------------------------------------------------------------------------------------------
 # files
 
 
-def write_json(path: str, value):
-    """Results as JSON, atomically; Chinese stays readable."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+def replace(path: str, write_to):
+    """Call write_to(temporary name) and rename the result to `path`: a reader sees the old file or the new,
+    never half of one, and a full disk or a kill leaves the old one as it was. OSError if it cannot be
+    written."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.tmp"  # in the same folder, as a rename across disks is not atomic
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # the usual one; safetensors would set 0600
+        try:
+            write_to(temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # their writers' word for a full disk
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk first, or a power cut could leave an empty file of this name
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def replace_text(path: str, text: str):
@@ -105,24 +121,6 @@ def replace_text(path: str, text: str):
     replace(path, write_to)
 
 
-def replace(path: str, write_to):
-    """Call `write_to(temporary name)` and rename the result to `path`: a reader sees the old file or the new,
-    never half of one, and a full disk or a kill leaves the old one as it was."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    # in the same folder, as a rename across disks is not atomic; one name, so that kills leave one at most
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what files usually get; safetensors would give 0600
-        try:
-            write_to(temporary)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # their writers' word for a full disk
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            # on disk before it gets its name, or a power cut could name an empty file
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+def write_json(path: str, value):
+    """Results as JSON; Chinese stays readable."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -22,6 +22,7 @@ from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from training.recipes import Config  # noqa: E402
 from weights import download  # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:  # many threads only wait for each other in models as small as these
@@ -112,6 +113,24 @@ def typed(program: str, *argv: str) -> tuple[int, str]:
         signal.signal(number, handler)
     code = caught.value.code
     return (1, said.getvalue() + code) if isinstance(code, str) else (code, said.getvalue())
+
+
+TINY = ["--recipe", "scratch", "--model", "ViT-tiny", "--batch-size", "8", "--lr", "1e-3",
+        "--workers", "0", "--device", "cpu"]
+
+
+def flags(pairs: str, out, **more) -> Config:
+    """A small run on a CPU."""
+    return Config(**dict(model="ViT-tiny", data=pairs, batch_size=8, steps=6, lr=1e-3, workers=0,
+                         out=str(out), device="cpu") | more)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder with 24 training and 24 validation pairs."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    write_folder(folder, 24)
+    return str(folder)
 
 
 @pytest.fixture

@@ -12,41 +12,23 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import weakref
 import zlib
-from concurrent.futures import wait
-from pathlib import Path
 
+import kills
 import pytest
 import torch
+from conftest import ROOT, TINY, flags, typed
 from safetensors.torch import load_file
 
-from training import checkpoint
-from training import distill
-from training import chunks
 import data
-import kills
 import model
-from training import recipes
-from sources import layouts
 import train
-from weights import read
-from conftest import ROOT, typed, write_folder
-from training.distill import distillation_loss
+from sources import layouts
 from sources.pairs import DataError
-
-TINY = ["--recipe", "scratch", "--model", "ViT-tiny", "--batch-size", "8", "--lr", "1e-3",
-        "--workers", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """A folder with 24 training and 24 validation pairs."""
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    write_folder(folder, 24)
-    return str(folder)
-
+from training import chunks, distill
+from training.distill import distillation_loss
+from weights.read import WeightsError, find
 
 # ------------------------------------------------------------------------------------------------------------
 # formulas
@@ -70,84 +52,6 @@ def test_only_matrices_decay():
     vectors = {"logit_scale", "visual.class_embedding", "bert.embeddings.LayerNorm.weight"}
     assert vectors <= {names[id(p)] for p in free}
     assert len(decayed) + len(free) == len(names)
-
-
-TOWERS = ["--data", "x", "--image-init", "a", "--text-init", "b"]
-TUNED = ["--data", "x", "--init", "a"]
-
-
-def test_recipes_are_the_papers():
-    cfg = train.parse(["--recipe", "flickr30k-cn", "--model", "ViT-H-14", *TUNED])["flickr30k-cn"]
-    assert (cfg.batch_size, cfg.peak_lr, cfg.epochs, cfg.warmup) == (4096, 6e-6, 18, 6)  # table 9, last row
-    cfg = train.parse(["--recipe", "icr", "--model", "ViT-L-14", *TUNED])["icr"]
-    assert cfg.context_length == 128  # appendix A.4
-    acts = train.parse(["--recipe", "pretrain", "--model", "RN50", *TOWERS])
-    one, two = acts["stage1"], acts["stage2"]
-    assert (one.batch_size, one.peak_lr, one.epochs) == (32768, 1e-4, 20)
-    assert (one.freeze_image, one.image_init) == (True, "a")
-    assert (two.batch_size, two.peak_lr, two.epochs, two.freeze_image) == (16384, 2e-5, 44, False)
-    assert (two.init, two.image_init) == ("@stage1", "")
-    assert recipes.chained("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
-
-
-# of training, about (as remembered)
-PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915, "coco-cn": 20_065}
-
-
-@pytest.mark.parametrize("name", recipes.TABLE_9)
-@pytest.mark.parametrize("data_set", PAIRS)
-def test_warm_up_and_steps_are_table_9s(name, data_set):
-    """All fifteen: no warm-up is cut, and an epoch is of whole batches, as the official code counts."""
-    cfg = train.parse(["--recipe", data_set, "--model", name, *TUNED])[data_set]
-    total = recipes.schedule(cfg, PAIRS[data_set])[0]
-    assert total == cfg.epochs * math.ceil(PAIRS[data_set] / cfg.batch_size)
-    assert recipes.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][data_set][3]
-
-
-def test_stage_2_of_vit_h_keeps_its_warm_up():
-    cfg = train.parse(["--recipe", "stage2", "--model", "ViT-H-14", *TUNED])["stage2"]
-    assert recipes.warmup_steps(cfg, recipes.schedule(cfg, 200_000_000)[0]) == 5000
-
-
-def test_the_336_model_goes_on_from_the_224_one(capsys):
-    """Appendix A.2: two epochs from ViT-L-14's weights, and no stage 1."""
-    cfg = train.parse(["--recipe", "stage2", "--model", "ViT-L-14-336", *TUNED])["stage2"]
-    assert (cfg.epochs, cfg.peak_lr) == (2, 2e-5) and "no numbers" not in capsys.readouterr().out
-    with pytest.raises(recipes.ConfigError, match="no stage 1 .*--recipe stage2 --init ViT-L-14"):
-        train.parse(["--recipe", "pretrain", "--model", "ViT-L-14-336", *TOWERS])
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--recipe", "muge", "--data", "x"], "--recipe muge needs --init"),
-    (["--recipe", "muge", "--init", "a"], "--recipe muge needs --data"),
-    (["--recipe", "coco-cn"], "needs --data and --init"),
-    (["--recipe", "icr", "--data", "x", "--image-init", "a"], "--recipe icr needs --init"),
-    (["--recipe", "stage1", "--data", "x", "--image-init", "a"], "needs --text-init, or --init"),
-    (["--recipe", "stage2", "--data", "x"], "needs --image-init and --text-init, or --init"),
-    (["--recipe", "pretrain", "--data", "x"], "--recipe scratch trains from nothing"),
-    (["--recipe", "direct", *TUNED[2:]], "--data"),
-    (["--recipe", "scratch"], "--recipe scratch needs --data"),
-    (["--data", "photos"], "--data: --recipe demo draws its own pairs"),
-    (["--recipe", "compare", "--init", "a"], "--init: --recipe compare"),
-    (["--image-init", "a"], "--image-init: --recipe demo"),
-])
-def test_a_recipe_asks_for_what_it_needs(argv, words):
-    with pytest.raises(recipes.ConfigError, match=words):
-        train.parse(argv)
-
-
-def test_rate_falls_with_the_batch_unless_it_was_given():
-    muge = ["--recipe", "muge", "--model", "ViT-B-16", *TUNED]
-    assert train.parse([*muge])["muge"].peak_lr == 2e-5  # table 9
-    scaled = train.parse([*muge, "--batch-size", "128"])["muge"].peak_lr
-    assert math.isclose(scaled, 5e-5 * 128 / 1024, rel_tol=0.01)
-    assert train.parse([*muge, "--batch-size", "128", "--lr", "3e-6"])["muge"].peak_lr == 3e-6
-
-
-def test_every_flag_is_read_somewhere():
-    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.py", "training/recipes.py"))
-    for f in dataclasses.fields(train.Config):
-        assert f"cfg.{f.name}" in source, f.name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +91,7 @@ def test_history_starts_before_the_first_step_and_best_is_its_maximum(pairs, tmp
 
 def test_the_folder_of_a_run_stands_for_its_best_weights(pairs, tmp_path):
     train.train("act", flags(pairs, tmp_path, steps=2))
-    assert read.find(str(tmp_path)) == str(tmp_path / "best.safetensors")
+    assert find(str(tmp_path)) == str(tmp_path / "best.safetensors")
 
 
 def test_finished_run_is_not_run_again(pairs, tmp_path):
@@ -231,227 +135,6 @@ def test_torchrun_restarts_after_a_process_died(pairs, tmp_path):
     assert alone.returncode == 0
     one, other = ((tmp_path / out / "scratch" / "last.safetensors").read_bytes() for out in ("whole", "died"))
     assert one == other
-
-
-def test_a_disk_that_fills_up_during_a_checkpoint_loses_nothing(pairs, tmp_path, monkeypatch):
-    cfg = train.Config(model="ViT-tiny", data=pairs, batch_size=8, steps=4, save_every=1, lr=1e-2, workers=0,
-                       out=str(tmp_path), device="cpu")
-    real, calls = torch.save, []
-
-    def full(content, path):
-        calls.append(path)
-        if len(calls) == 3:
-            with open(path, "wb") as file:
-                file.write(b"half of it")
-            raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed")
-        real(content, path)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint.pt could not be written .*file write failed"):
-        train.train("act", cfg)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
-    assert not (tmp_path / "checkpoint.pt.tmp").exists()
-    monkeypatch.setattr(torch, "save", real)
-    assert train.train("act", cfg)[-1]["step"] == 4  # goes on
-
-
-def flags(pairs: str, out, **more) -> train.Config:
-    """A small run on a CPU."""
-    return train.Config(**dict(model="ViT-tiny", data=pairs, batch_size=8, steps=6, lr=1e-3, workers=0,
-                               out=str(out), device="cpu") | more)
-
-
-def tensors(out) -> dict:
-    return load_file(out / "last.safetensors")
-
-
-def saved_in(out) -> dict:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def equal(one: dict, other: dict) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def signalled(monkeypatch, number: int, at: int):
-    """This process gets a signal in the middle of step `at`."""
-    real, steps = train.contrastive_loss, []
-
-    def loss(*args):
-        steps.append(1)
-        if len(steps) == at:
-            os.kill(os.getpid(), number)
-        return real(*args)
-    monkeypatch.setattr(train, "contrastive_loss", loss)
-
-
-@pytest.mark.parametrize("number, at", [
-    (signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGTERM, 3), (signal.SIGTERM, 6)])
-def test_a_signal_saves_and_stops(number, at, pairs, tmp_path, monkeypatch):
-    """In any step, also in one after which recall is measured, and in the last."""
-    train.train("act", flags(pairs, tmp_path / "whole", eval_every=3))
-    before = signal.getsignal(number)
-    signalled(monkeypatch, number, at)
-    with pytest.raises(train.Stopped, match=f"stopped at step {at} of 6"):
-        train.train("act", flags(pairs, tmp_path / "cut", eval_every=3))
-    assert signal.getsignal(number) is before
-    assert saved_in(tmp_path / "cut")["step"] == at
-    for _ in range(2):  # the second time it is finished
-        train.train("act", flags(pairs, tmp_path / "cut", eval_every=3))
-    assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
-    assert saved_in(tmp_path / "whole")["history"] == saved_in(tmp_path / "cut")["history"]
-    logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("whole", "cut")]
-    assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
-
-
-def test_a_signal_during_a_measurement_is_answered_after_it(pairs, tmp_path, monkeypatch):
-    """Also during the last one: the next act must not begin."""
-    real, measured = train.retrieval, []
-
-    def retrieval(*args):
-        measured.append(1)
-        if len(measured) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-    monkeypatch.setattr(train, "retrieval", retrieval)
-    with pytest.raises(train.Stopped, match="stopped at step 3 of 3"):
-        train.train("act", flags(pairs, tmp_path, steps=3, eval_every=3))
-    assert [entry["step"] for entry in saved_in(tmp_path)["history"]] == [0, 3]
-
-
-def test_a_write_that_failed_is_told_at_the_next_step(pairs, tmp_path):
-    checkpoints = train.Checkpoints(flags(pairs, tmp_path), 24)
-    assert checkpoints.asked() == (False, False)  # nothing is being written
-    checkpoints.writing = checkpoints.writer.submit(os.remove, tmp_path / "no such file")
-    wait([checkpoints.writing])
-    with pytest.raises(OSError, match="no such file"):
-        checkpoints.asked()
-
-
-def test_a_clock_saves(pairs, tmp_path, monkeypatch):
-    """With --save-minutes the state is saved after every step that ends later than that."""
-    saved, real = [], train.Checkpoints.save
-    monkeypatch.setattr(train.Checkpoints, "save",
-                        lambda self, *args: saved.append(args[3]) or real(self, *args))
-    train.train("act", flags(pairs, tmp_path / "scheduled", eval_every=4))
-    train.train("act", flags(pairs, tmp_path / "often", eval_every=4, save_minutes=1e-9))
-    assert saved == [0, 4, 6] + list(range(7))
-    assert equal(tensors(tmp_path / "scheduled"), tensors(tmp_path / "often"))
-    logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("scheduled", "often")]
-    assert len(logs[0]) == len(logs[1])
-
-
-def test_a_checkpoint_is_written_while_the_run_goes_on(pairs, tmp_path, monkeypatch):
-    """The file of step 1 is written when the second step has begun, or never: a slow disk stalls nobody."""
-    real, second = torch.save, threading.Event()
-    step_made = train.get_lr
-
-    def slow(content, path):
-        assert content["step"] != 1 or second.wait(60)
-        real(content, path)
-
-    def get_lr(step, cfg, total):
-        if step == 1:  # asked for when the second step begins
-            second.set()
-        return step_made(step, cfg, total)
-    monkeypatch.setattr(torch, "save", slow)
-    monkeypatch.setattr(train, "get_lr", get_lr)
-    train.train("act", flags(pairs, tmp_path, steps=3, save_every=1))
-    steps = [torch.load(path, weights_only=True)["step"] for path in checkpoint.paths(str(tmp_path))]
-    assert steps == [3, 2]  # the last two are kept
-
-
-def nan_in(path):
-    saved = torch.load(path, weights_only=True)
-    saved["model"]["text_projection"][0, 0] = math.nan
-    torch.save(saved, path)
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: os.truncate(path, 10_000), "not a checkpoint of ours"),
-    (nan_in, "text_projection is not finite"),
-    (os.remove, ""),
-])
-def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, words, pairs, tmp_path, capsys):
-    train.train("act", flags(pairs, tmp_path / "whole", save_every=2))
-    train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
-    newest, previous = checkpoint.paths(str(tmp_path / "cut"))
-    before = Path(previous).read_bytes()
-    damage(newest)
-    os.remove(tmp_path / "cut" / "last.safetensors")
-    capsys.readouterr()
-    train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
-    said = capsys.readouterr().out
-    assert words in said and (not words or f"going on from {previous}, step 4" in said)
-    assert "from step 4" in said and equal(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
-    assert Path(previous).read_bytes() == before  # the unusable one did not take its place
-    for path in (newest, previous):
-        os.truncate(path, 10_000)
-    with pytest.raises(read.WeightsError, match="checkpoint.pt: not a checkpoint of ours .*delete it"):
-        train.train("act", flags(pairs, tmp_path / "cut", save_every=2))
-
-
-def test_weights_that_give_no_features_are_never_saved(pairs, tmp_path):
-    """At a rate of 1e30 the first step's loss is a number and its weights are too, but no feature of them."""
-    for _ in range(2):
-        with pytest.raises(DataError, match="too large to give features; try a lower --lr than 1.0e\\+30"):
-            train.train("act", flags(pairs, tmp_path, lr=1e30, warmup=0, save_every=1))
-        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        assert saved["step"] == 0
-        assert max(value.abs().max() for value in saved["model"].values()) < 100
-
-
-def test_moments_get_the_layout_of_their_parameters(tmp_path):
-    """A ResNet is channels_last on a GPU alone, and the fused AdamW goes by memory. Saved there, resumed here:
-    the next step is the one that the first model makes."""
-    def made(layout):
-        torch.manual_seed(0)
-        clip = model.ChineseCLIP(model.MODELS["RN-tiny"]).to(memory_format=layout)
-        return clip, train.build_optimizer(train.Config(lr=0.1), clip)
-
-    def step(clip, optimizer, seed: int):
-        g = torch.Generator().manual_seed(seed)
-        for p in clip.parameters():
-            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g))
-        optimizer.step()
-
-    there, optimizer = made(torch.channels_last)
-    step(there, optimizer, 1)
-    torch.save((there.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
-    here, resumed = made(torch.contiguous_format)
-    state, moments = torch.load(tmp_path / "state.pt", weights_only=True)
-    here.load_state_dict(state)
-    resumed.load_state_dict(moments)
-    checkpoint.own_layout(resumed)
-    step(there, optimizer, 2)
-    step(here, resumed, 2)
-    for (name, p), q in zip(there.named_parameters(), here.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks for the mapping in /proc")
-def test_a_checkpoint_is_mapped_not_copied(pairs, tmp_path):
-    train.train("act", flags(pairs, tmp_path, steps=1))
-    saved = checkpoint.read(str(tmp_path / "checkpoint.pt"))
-    assert str(tmp_path / "checkpoint.pt") in Path("/proc/self/maps").read_text()
-    assert saved["step"] == 1
-    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
-    optimizer = train.build_optimizer(train.Config(), clip)
-    del saved
-    train.Checkpoints(flags(pairs, tmp_path, steps=1), 24).load(clip, optimizer, torch.amp.GradScaler("cpu"))
-    # what goes on from it holds none of it, or its disk space would stay taken, and Windows could not replace it
-    assert str(tmp_path / "checkpoint.pt") not in Path("/proc/self/maps").read_text()
-
-
-def test_out_may_move_with_its_acts(pairs, tmp_path):
-    """The acts of a chained run name each other by act, not by path."""
-    start = str(tmp_path / "start.safetensors")
-    model.save(model.ChineseCLIP(model.MODELS["ViT-tiny"]), start)
-    argv = ["--recipe", "pretrain", *TINY[2:], "--data", pairs, "--init", start, "--steps", "2"]
-    train.main([*argv, "--out", str(tmp_path / "here")])
-    os.rename(tmp_path / "here", tmp_path / "there")
-    written = (tmp_path / "there" / "stage2" / "best.safetensors").stat().st_mtime_ns
-    train.main([*argv, "--out", str(tmp_path / "there")])  # finished: nothing is run again
-    assert (tmp_path / "there" / "stage2" / "best.safetensors").stat().st_mtime_ns == written
 
 
 def test_an_act_is_gone_when_the_next_measures_memory(pairs, tmp_path, monkeypatch):
@@ -626,13 +309,6 @@ def test_out_of_memory_can_be_answered_with_chunks(pairs, tmp_path, capsys):
     assert "goes on, but not bit for bit" in capsys.readouterr().out
 
 
-def test_cached_features_are_for_the_acts_with_a_frozen_tower():
-    acts = train.parse(["--recipe", "pretrain", *TOWERS, "--cache-features", "3"])
-    assert [acts[act].cache_features for act in ("stage1", "stage2")] == [3, 0]
-    with pytest.raises(recipes.ConfigError, match="only a frozen image tower"):
-        train.parse(["--recipe", "stage2", *TUNED, "--cache-features", "3"])
-
-
 def test_every_seed_and_step_has_its_own_dropout():
     """torch's generator on a CPU takes 32 bits of a seed, so they must differ in these."""
     seeds = [zlib.crc32(f"{seed} {step} {k}".encode()) for seed in (0, 1, 7) for step in (0, 1, 65536)
@@ -660,24 +336,10 @@ def test_wrong_command_is_one_line(argv, code, words, tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
-    for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
-        with pytest.raises(recipes.ConfigError, match="--valid-data"):
-            train.parse(["--recipe", "scratch", "--data", source, "--out", str(tmp_path)])
-
-
-def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
-    argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
-    assert train.main(argv) is None
-    message = "checkpoint.pt was made with --lr 0.001, this command says 0.5"
-    with pytest.raises(recipes.ConfigError, match=message):
-        train.main([*argv, "--lr", "0.5"])
-
-
 def test_weights_of_another_model_are_refused(pairs, tmp_path):
     path = str(tmp_path / "rn.safetensors")
     model.save(model.ChineseCLIP(model.MODELS["RN-tiny"]), path)
-    with pytest.raises(read.WeightsError, match="does not fit this model: .*it looks like RN-tiny"):
+    with pytest.raises(WeightsError, match="does not fit this model: .*it looks like RN-tiny"):
         train.main([*TINY, "--data", pairs, "--init", path, "--out", str(tmp_path / "out")])
 
 
@@ -712,16 +374,3 @@ def test_weights_that_diverge_stop_the_run(pairs, tmp_path):
                     "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("argv", [
-    ["--lr", "-1"], ["--lr", "nan"], ["--recipe-lr", "0"], ["--weight-decay", "-1"], ["--beta2", "1.5"],
-    ["--eps", "-1"], ["--epochs", "inf"], ["--epochs", "-1"], ["--warmup", "-1"], ["--lr-batch", "0"],
-    ["--distill", "inf"], ["--save-minutes", "0"], ["--patch-drop", "1"], ["--eval-every", "-1"],
-    ["--freeze-image", "--patch-drop", "0.5"]])
-def test_numbers_out_of_range_are_refused(argv):
-    with pytest.raises(recipes.ConfigError, match=argv[-2]):
-        train.parse([*TINY[:4], "--data", "x", *argv])
-
-
-def test_patches_are_dropped_where_the_image_tower_trains():
-    acts = train.parse(["--recipe", "pretrain", *TOWERS, "--patch-drop", "0.5"])
-    assert [acts[act].patch_drop for act in ("stage1", "stage2")] == [0, 0.5]

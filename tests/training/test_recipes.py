@@ -1,0 +1,117 @@
+"""The paper's numbers, and what a wrong command gets."""
+
+import dataclasses
+import math
+import os
+
+import pytest
+from conftest import ROOT, TINY
+
+from training import recipes
+from training.recipes import ConfigError, parse
+
+TOWERS = ["--data", "x", "--image-init", "a", "--text-init", "b"]
+TUNED = ["--data", "x", "--init", "a"]
+
+
+def test_recipes_are_the_papers():
+    cfg = parse(["--recipe", "flickr30k-cn", "--model", "ViT-H-14", *TUNED])["flickr30k-cn"]
+    assert (cfg.batch_size, cfg.peak_lr, cfg.epochs, cfg.warmup) == (4096, 6e-6, 18, 6)  # table 9, last row
+    cfg = parse(["--recipe", "icr", "--model", "ViT-L-14", *TUNED])["icr"]
+    assert cfg.context_length == 128  # appendix A.4
+    acts = parse(["--recipe", "pretrain", "--model", "RN50", *TOWERS])
+    one, two = acts["stage1"], acts["stage2"]
+    assert (one.batch_size, one.peak_lr, one.epochs) == (32768, 1e-4, 20)
+    assert (one.freeze_image, one.image_init) == (True, "a")
+    assert (two.batch_size, two.peak_lr, two.epochs, two.freeze_image) == (16384, 2e-5, 44, False)
+    assert (two.init, two.image_init) == ("@stage1", "")
+    assert recipes.chained("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
+
+
+# pairs of training, about (as remembered)
+PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915, "coco-cn": 20_065}
+
+
+@pytest.mark.parametrize("name", recipes.TABLE_9)
+@pytest.mark.parametrize("data_set", PAIRS)
+def test_warm_up_and_steps_are_table_9s(name, data_set):
+    """All fifteen: no warm-up is cut, and an epoch is of whole batches, as the official code counts."""
+    cfg = parse(["--recipe", data_set, "--model", name, *TUNED])[data_set]
+    total = recipes.schedule(cfg, PAIRS[data_set])[0]
+    assert total == cfg.epochs * math.ceil(PAIRS[data_set] / cfg.batch_size)
+    assert recipes.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][data_set][3]
+
+
+def test_stage_2_of_vit_h_keeps_its_warm_up():
+    cfg = parse(["--recipe", "stage2", "--model", "ViT-H-14", *TUNED])["stage2"]
+    assert recipes.warmup_steps(cfg, recipes.schedule(cfg, 200_000_000)[0]) == 5000
+
+
+def test_the_336_model_goes_on_from_the_224_one(capsys):
+    """Appendix A.2: two epochs from ViT-L-14's weights, and no stage 1."""
+    cfg = parse(["--recipe", "stage2", "--model", "ViT-L-14-336", *TUNED])["stage2"]
+    assert (cfg.epochs, cfg.peak_lr) == (2, 2e-5) and "no numbers" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no stage 1 .*--recipe stage2 --init ViT-L-14"):
+        parse(["--recipe", "pretrain", "--model", "ViT-L-14-336", *TOWERS])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--recipe", "muge", "--data", "x"], "--recipe muge needs --init"),
+    (["--recipe", "muge", "--init", "a"], "--recipe muge needs --data"),
+    (["--recipe", "coco-cn"], "needs --data and --init"),
+    (["--recipe", "icr", "--data", "x", "--image-init", "a"], "--recipe icr needs --init"),
+    (["--recipe", "stage1", "--data", "x", "--image-init", "a"], "needs --text-init, or --init"),
+    (["--recipe", "stage2", "--data", "x"], "needs --image-init and --text-init, or --init"),
+    (["--recipe", "pretrain", "--data", "x"], "--recipe scratch trains from nothing"),
+    (["--recipe", "direct", *TUNED[2:]], "--data"),
+    (["--recipe", "scratch"], "--recipe scratch needs --data"),
+    (["--data", "photos"], "--data: --recipe demo draws its own pairs"),
+    (["--recipe", "compare", "--init", "a"], "--init: --recipe compare"),
+    (["--image-init", "a"], "--image-init: --recipe demo"),
+])
+def test_a_recipe_asks_for_what_it_needs(argv, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(argv)
+
+
+def test_rate_falls_with_the_batch_unless_it_was_given():
+    muge = ["--recipe", "muge", "--model", "ViT-B-16", *TUNED]
+    assert parse([*muge])["muge"].peak_lr == 2e-5  # table 9
+    scaled = parse([*muge, "--batch-size", "128"])["muge"].peak_lr
+    assert math.isclose(scaled, 5e-5 * 128 / 1024, rel_tol=0.01)
+    assert parse([*muge, "--batch-size", "128", "--lr", "3e-6"])["muge"].peak_lr == 3e-6
+
+
+def test_every_flag_is_read_somewhere():
+    files = ROOT / "train.py", *(ROOT / "training").glob("*.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    for f in dataclasses.fields(recipes.Config):
+        assert f"cfg.{f.name}" in source, f.name
+
+
+def test_cached_features_are_for_the_acts_with_a_frozen_tower():
+    acts = parse(["--recipe", "pretrain", *TOWERS, "--cache-features", "3"])
+    assert [acts[act].cache_features for act in ("stage1", "stage2")] == [3, 0]
+    with pytest.raises(ConfigError, match="only a frozen image tower"):
+        parse(["--recipe", "stage2", *TUNED, "--cache-features", "3"])
+
+
+def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
+    for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
+        with pytest.raises(ConfigError, match="--valid-data"):
+            parse(["--recipe", "scratch", "--data", source, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("argv", [
+    ["--lr", "-1"], ["--lr", "nan"], ["--recipe-lr", "0"], ["--weight-decay", "-1"], ["--beta2", "1.5"],
+    ["--eps", "-1"], ["--epochs", "inf"], ["--epochs", "-1"], ["--warmup", "-1"], ["--lr-batch", "0"],
+    ["--distill", "inf"], ["--save-minutes", "0"], ["--patch-drop", "1"], ["--eval-every", "-1"],
+    ["--freeze-image", "--patch-drop", "0.5"]])
+def test_numbers_out_of_range_are_refused(argv):
+    with pytest.raises(ConfigError, match=argv[-2]):
+        parse([*TINY[:4], "--data", "x", *argv])
+
+
+def test_patches_are_dropped_where_the_image_tower_trains():
+    acts = parse(["--recipe", "pretrain", *TOWERS, "--patch-drop", "0.5"])
+    assert [acts[act].patch_drop for act in ("stage1", "stage2")] == [0, 0.5]
