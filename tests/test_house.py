@@ -2,12 +2,14 @@
 
 import ast
 import re
+import subprocess
 
 import pytest
 
 from conftest import ROOT
 
-CORE = ["loss", "model", "vit", "bert", "resnet", "data", "train", "eval", "common"]
+CORE = {"loss": 130, "model": 200, "vit": 180, "bert": 165, "resnet": 130, "data": 240, "train": 260, "eval": 270,
+        "common": 130}  # the nine files of the tutorial, in reading order, and how long each may be
 FOLDERS = [".ci", "assets", "docs", "labels", "sources", "tests", "tools", "training", "weights"]
 # room -> rooms that it may import: the arrows of the house, which run downward. tools may import anything.
 ARROWS = {
@@ -22,6 +24,10 @@ ARROWS = {
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")
                if path.relative_to(ROOT).parts[0] not in ("tests", "out") and path.parts[-2][0] != ".")
+
+
+def lines(file: str) -> list[str]:
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()
 
 
 def tree(file: str) -> ast.Module:
@@ -79,6 +85,57 @@ def test_no_arrow_is_hidden(file):
     for function in ast.walk(tree(file)):
         if isinstance(function, ast.FunctionDef):
             assert not {room(module) for module in imports(function)} & {*ARROWS, "tools"}, function.name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what stands where, and how long it is
+
+
+def test_the_top_holds_the_nine_files_and_the_folders():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout, so there may be files of other kinds here")
+    top = {path.split("/")[0] for path in tracked.stdout.splitlines()}
+    assert {name for name in top if name.endswith(".py")} == {f"{name}.py" for name in CORE}
+    assert {name for name in top if (ROOT / name).is_dir()} == set(FOLDERS)
+
+
+def test_the_tutorial_is_read_in_an_evening():
+    lengths = {name: len(lines(f"{name}.py")) for name in CORE}
+    assert all(lengths[name] <= most for name, most in CORE.items()), lengths
+    assert sum(lengths.values()) <= 1680
+
+
+def test_all_of_it_is_small():
+    assert sum(len(lines(file)) for file in FILES) <= 7400
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_lines_and_functions_are_short(file):
+    assert max(map(len, lines(file))) <= 110
+    for function in ast.walk(tree(file)):
+        if isinstance(function, ast.FunctionDef):
+            assert function.end_lineno - function.lineno < 90, function.name
+
+
+def test_the_first_files_need_no_other():
+    for name in ("vit", "bert", "resnet", "loss"):
+        assert reached(name) <= {name, "common"}
+    allowed = {"model", "vit", "bert", "resnet", "data", "common", "sources.pairs", "sources.augment", "sources.order"}
+    assert {file for file in reached("model") if room(file) != "weights"} <= allowed
+
+
+@pytest.mark.parametrize("language", ["README.md", "README_zh.md"])
+def test_readme_is_short_and_its_tree_is_right(language):
+    """The tree names every file and folder at the top, with the lines of the nine files rounded to tens."""
+    text = (ROOT / language).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for name in CORE:
+        (said,) = re.findall(rf"^{name}\.py +(\d+) ", text, re.MULTILINE)
+        assert int(said) == round(len(lines(f"{name}.py")), -1), name
+    for folder in FOLDERS:
+        assert re.search(rf"(^| ){re.escape(folder)}/", text, re.MULTILINE), folder
+    assert sum(path.stat().st_size for path in (ROOT / "docs").glob("*.png")) <= 200_000
 
 
 @pytest.mark.parametrize("file", FILES)
