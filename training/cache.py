@@ -1,13 +1,12 @@
 """
-The frozen tower's features, computed once. In stage 1 the image tower never changes, so encoding the same
-pictures every epoch is nearly all of the work: a ViT-B/16 costs 35 GFLOP a picture, and the text tower that
-is being trained 2 for a caption of a dozen characters.
+The frozen image tower's features, computed once. In stage 1 the image tower never changes, and encoding the
+same pictures again at every epoch would be nearly all of the work: ViT-B/16 costs 35 GFLOP a picture, its
+text tower in training 6 for a caption of ten characters.
 
-    --cache-features K     K views of every picture (K random crops), encoded before the first step and kept
-                           as float16 in out/ACT/features.f16, [K, pictures, E]; epoch e reads view e mod K
-
-Beside it features.json says what they are features of. A file of other weights, pictures or augmentation is
-refused, not used. Killed while it is being built, it goes on where it was: features.done has a byte a block.
+--cache-features K encodes K views (K random crops) of every picture before the first step and keeps them as
+float16 in out/ACT/features.f16, [K, pictures, E]. Epoch e reads view e % K. features.json beside it says what
+the features belong to; features of other weights, pictures or augmentation are refused. features.done has a
+byte for every block that is encoded, so that an interrupted run goes on there.
 """
 
 import dataclasses
@@ -35,20 +34,20 @@ BLOCK = 256  # pictures encoded, written and ticked off at a time
 
 
 class Features:
-    """Cached unit features, mapped from a file [K, pictures, E]: whoever reads holds only what it reads."""
+    """Cached unit features, mapped from a file [K, pictures, E]: a reader holds only what it reads."""
 
     def __init__(self, path: str, shape: tuple[int, int, int]):
         self.path, self.shape, self.rows = path, shape, None
 
     def view(self, epoch: int, image: int) -> torch.FloatTensor:
-        """[E], the view of a picture that an epoch sees; not finite if the picture is broken."""
+        """The view of a picture that an epoch sees, [E]; not finite if the picture is broken."""
         if self.rows is None:  # opened by each worker for itself
             self.rows = np.memmap(self.path, np.float16, "r", shape=self.shape)
         return torch.from_numpy(self.rows[epoch % self.shape[0], image].astype(np.float32))
 
 
 class Views(torch.utils.data.Dataset):
-    """Pixels of view n div pictures of picture n mod pictures; not a number where the picture is broken."""
+    """Item n is the pixels of view n // pictures of picture n % pictures; nan if the picture is broken."""
 
     def __init__(self, pairs: Pairs, seed: int, resolution: int, how: str):
         self.pairs, self.seed, self.resolution, self.how = pairs, seed, resolution, how
@@ -65,47 +64,42 @@ class Views(torch.utils.data.Dataset):
         return preprocess(augment(image, self.resolution, self.how, rng), self.resolution)
 
 
-def description(clip: model.ChineseCLIP, pairs: Pairs, views: int, seed: int, how: str) -> dict:
-    """What the features depend on."""
-    digest = hashlib.sha256()
+def origin(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> dict:
+    """Everything that the features depend on, as it reads after JSON."""
+    weights = hashlib.sha256()
     for name, tensor in clip.visual.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return {
-        "image_tower": digest.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
-        "views": views, "augment": how, "seed": seed, "visual": dataclasses.asdict(clip.config.visual),
-        "embed_dim": clip.config.embed_dim, "block": BLOCK, "transform": transform(how),
-        "precision": str(model.precision(clip.logit_scale.device)),
-    }
-
-
-def transform(how: str) -> str:
-    """Digest of what `augment` and `preprocess` make of a picture: changes when their code does."""
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    # what `augment` and `preprocess` make of one picture: changes when their code does
     rng = random.Random(0)
     picture = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
-    views = [preprocess(augment(picture, 32, how, rng), 32).numpy().tobytes() for _ in range(20)]
-    return hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest()
+    views = [preprocess(augment(picture, 32, cfg.augment, rng), 32).numpy().tobytes() for _ in range(20)]
+    return json.loads(json.dumps({
+        "image_tower": weights.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
+        "views": cfg.cache_features, "augment": cfg.augment, "seed": cfg.seed,
+        "visual": dataclasses.asdict(clip.config.visual), "embed_dim": clip.config.embed_dim, "block": BLOCK,
+        "transform": hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest(),
+        "precision": str(model.precision(clip.logit_scale.device)),
+    }))
 
 
 def open_features(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> Features:
     """The cached features of an act, in its folder; all ranks together encode what is missing there.
     DataError if those that are there belong to something else."""
-    folder, views, seed, how = cfg.out, cfg.cache_features, cfg.seed, cfg.augment
-    path, done_path = (os.path.join(folder, name) for name in ("features.f16", "features.done"))
-    shape = (views, pairs.image_count, clip.config.embed_dim)
-    count, row_bytes = views * pairs.image_count, 2 * clip.config.embed_dim
+    path, done_path = (os.path.join(cfg.out, name) for name in ("features.f16", "features.done"))
+    shape = (cfg.cache_features, pairs.image_count, clip.config.embed_dim)
+    count, row_bytes = cfg.cache_features * pairs.image_count, 2 * clip.config.embed_dim
     blocks = range(0, count, BLOCK)
     if rank() == 0:
-        wanted = json.loads(json.dumps(description(clip, pairs, views, seed, how)))  # as it reads after JSON
-        prepare(folder, wanted, count * row_bytes, len(blocks))
+        prepare(cfg.out, origin(cfg, clip, pairs), count * row_bytes, len(blocks))
     wait_for_all()
     with open(done_path, "rb") as file:
         done = file.read()
     if rank() == 0:
-        print(f"   {path}: {views} views of {pairs.image_count:,} pictures, "
+        print(f"   {path}: {cfg.cache_features} views of {pairs.image_count:,} pictures, "
               f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
     mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
     loader = Loader(
-        Views(pairs, seed, clip.config.visual.resolution, how),
+        Views(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment),
         num_workers=loader_processes(cfg, clip.logit_scale.device),
         batch_sampler=[range(start, min(start + BLOCK, count)) for start in mine])
     device, training = clip.logit_scale.device, clip.training
@@ -128,8 +122,8 @@ def open_features(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> Feature
 
 
 def prepare(folder: str, wanted: dict, size: int, blocks: int):
-    """Files of the right size for these features, kept if they are there; DataError if they are of something
-    else."""
+    """Make files of the right size for these features, or leave those that are there. DataError if they
+    belong to something else."""
     header = os.path.join(folder, "features.json")
     lengths = {os.path.join(folder, "features.f16"): size, os.path.join(folder, "features.done"): blocks}
     if os.path.isfile(header):

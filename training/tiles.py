@@ -1,5 +1,8 @@
 """
-The contrastive loss of a batch whose matrix of logits is never held: tile by tile.
+The contrastive loss of a large batch, tile by tile: the same value and gradient as loss.py's, without ever
+holding the matrix of logits. At the paper's batch of 32,768 that matrix has 4 GB.
+
+Shapes: B global batch, b = B / world_size local batch, E joint width.
 """
 
 import torch
@@ -18,18 +21,17 @@ def tiled_loss(image_features, text_features, logit_scale, keys=None) -> torch.T
 
 
 class TiledLoss(torch.autograd.Function):
-    """`contrastive_loss` of a matrix that is never held. Of S = scale * I @ T.T the loss needs four sums: log
-    sum exp over each row and each column, kept running from tile to tile, and the mean of S over the right
-    pairs of each row and each column. Its gradient,
+    """Let S = scale * I @ T.T. The loss needs log sum exp over each row and each column of S, which can be
+    kept running from tile to tile, and the mean of S over the right pairs of each row and column. Its gradient,
 
         dS = (softmax over the row + softmax over the column - targets of the row - of the column) / (2 b),
 
-    is taken tile by tile too, from S computed again: four products of [B, E] with [E, B] in all.
+    is computed tile by tile too, from S computed again: four products of [B, E] with [E, B] in all.
 
-    With many ranks the images stay and the captions travel: each rank in turn sends its block [b, E] to all,
-    and what all find as the block's gradient is added up at its owner. A rank holds that block, its gradient
-    and the gradients of its own features, 16 b E bytes in float32, and beside them a few [B] vectors and a
-    dozen arrays of a tile's size, but never [B, E]."""
+    With several ranks the images stay and the captions travel. Each rank in turn sends its block [b, E] to
+    all, and the gradients that all find for this block are added up at its owner. A rank holds the block, its
+    gradient and the gradients of its own features (16 b E bytes in float32), a few [B] vectors, and a dozen
+    arrays of a tile's size; never [B, E]."""
 
     @staticmethod
     def forward(ctx, images, texts, scale, keys):
@@ -37,9 +39,9 @@ class TiledLoss(torch.autograd.Function):
         mine = slice(rank() * b, (rank() + 1) * b)
         lse_row, lse_column = images.new_full((b,), -torch.inf), images.new_full((B,), -torch.inf)
         sums = [images.new_zeros(n) for n in (b, B, b, B)]
-        sum_row, sum_column, count_row, count_column = sums  # of S over right pairs; of right pairs
+        sum_row, sum_column, count_row, count_column = sums  # sums of S over right pairs, and their number
         all_keys = None if keys is None else gather(keys)
-        if keys is None:  # each pair is right for itself alone: a row and a column have one right pair
+        if keys is None:  # every row and every column has one right pair
             sum_row += scale * (images * texts).sum(1)
             sum_column[mine] = sum_row
             count_row += 1
@@ -101,7 +103,7 @@ class TiledLoss(torch.autograd.Function):
 
 
 def tiles(b: int, owner: int):
-    """-> (rows of our images, columns of the owner's captions, the same columns among all B) of each tile."""
+    """Yields for every tile (rows of our images, columns of the owner's captions, these among all B)."""
     for i in range(0, b, TILE):
         for j in range(0, b, TILE):
             end = min(j + TILE, b)
