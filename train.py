@@ -140,6 +140,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     # 2. model and optimizer
     clip = build(cfg, device)
     optimizer = build_optimizer(cfg, clip)
+    # a scaler keeps small gradients from vanishing in float16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision(device) == torch.float16)
     checkpoints = Checkpoints(cfg, len(pairs))
     step, history, chunk_size = checkpoints.load(clip, optimizer, scaler)
@@ -152,12 +153,12 @@ def train(act: str, cfg: Config) -> list[dict]:
     if cfg.compile:
         compile_towers(cfg, clip, chunk_size)
     towers = distribute(clip)
-    in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # neither does the matrix of logits
+    in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # then the matrix of logits is too large too
     stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, cached)
     report.print_settings(cfg, clip, stream, valid, total, step, chunk_size)
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        torch.manual_seed(chunk.seed)  # of dropout
+        torch.manual_seed(chunk.seed)  # the same dropout, should this chunk be computed again
         with model.autocast(device):
             return towers(data.on_device(chunk.pictures, device), chunk.ids)
 
@@ -183,7 +184,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             if step == total:
                 break
 
-            # one step: learning rate, batch, forward, loss, backward, update
+            # one step: learning rate, batch, features, loss, gradients, update
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, cfg, total)
             batch = [next(loader) for _ in range(chunk_count)]
@@ -213,7 +214,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             if save or step % cfg.log_every == 0:
                 mean_loss = check_finite(cfg, step, loss.detach(), clip, chunks[0])
             if scheduled or step % cfg.log_every == 0:
-                log.step(step, mean_loss, features, optimizer)
+                log.step(step, mean_loss, features, clip, optimizer)
     log.end(history, clip)
     return history
 

@@ -121,11 +121,11 @@ class Log:
             model.save(clip, os.path.join(self.cfg.out, "best.safetensors"))
         self.clock, self.since = time.perf_counter(), entry["step"]
 
-    def step(self, step: int, loss: float, features, optimizer: torch.optim.Optimizer):
+    def step(self, step: int, loss: float, features, clip, optimizer: torch.optim.Optimizer):
         """The loss beside that of guessing, in-batch accuracies, the factor, the rate, the time left."""
-        images, texts, logit_scale = (x.detach() for x in features)
-        (i2t, t2i), B = in_batch_accuracy(images, texts), self.cfg.batch_size
-        scale, lr = logit_scale.item(), optimizer.param_groups[0]["lr"]
+        image_features, text_features, _ = features
+        (i2t, t2i), B = in_batch_accuracy(image_features, text_features), self.cfg.batch_size
+        scale, lr = clip.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
         rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
               f"in batch i2t {i2t:.0%} t2i {t2i:.0%}  scale {scale:.1f}  lr {lr:.1e}  "
