@@ -40,7 +40,7 @@ import data
 import model
 from training import report
 from weights import read
-from training.cache import open_features
+from training.cache import CachedStream, open_features
 from training.checkpoint import Checkpoints, Requests, Stopped
 from training.chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
 from data import on_device
@@ -193,7 +193,9 @@ def train(act: str, cfg: Config) -> list[dict]:
             warnings.simplefilter("ignore", FutureWarning)
             # BatchNorm's statistics are averaged below; broadcast, they would be those of rank 0 alone
             towers = torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
-    stream = data.Stream(pairs, cfg.seed, size, cfg.augment, features)
+    stream = data.Stream(pairs, cfg.seed, size, cfg.augment)
+    if features is not None:
+        stream = CachedStream(pairs, cfg.seed, features)
 
     # 4. what was derived
     decayed, free = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
@@ -219,7 +221,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     warmup = warmup_steps(cfg, total)
     say(f"   warm-up {warmup:,} steps"
         + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
-    shared, floor = data.repeats(stream, B, max(1, min(8, 8192 // B))) if rank == 0 else (0, 0)
+    shared, floor = report.repeats(stream, B, max(1, min(8, 8192 // B))) if rank == 0 else (0, 0)
     say(f"   loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
         + (f"with another and keep the loss above {floor:.3f}: --targets multi"
            if floor > 0.01 and cfg.targets == "one-hot" else "with another"))

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import model
 from sources.augment import augment
-from data import DRAFT, Loader, preprocess
+from data import DRAFT, Stream, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
+from sources.workers import Loader
 from common import write_json
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
@@ -44,6 +45,24 @@ class Features:
         if self.rows is None:  # opened by each worker for itself
             self.rows = np.memmap(self.path, np.float16, "r", shape=self.shape)
         return torch.from_numpy(self.rows[epoch % self.shape[0], image].astype(np.float32))
+
+
+class CachedStream(Stream):
+    """A Stream whose pictures are features: in each epoch another cached view of every picture."""
+
+    def __init__(self, pairs: Pairs, seed: int, features: Features):
+        super().__init__(pairs, seed, 0, "none")
+        self.features = features
+
+    def pair(self, index: int, position: int) -> tuple[torch.FloatTensor, str]:
+        """Features [E] and caption of a training pair as seen at this position; DataError if it is broken."""
+        number = self.pairs.image_number(index)
+        row = self.features.view(position // len(self.pairs), number)
+        if not row.isfinite().all():
+            self.pairs.image(number)  # raises a DataError if the picture is still broken
+            raise DataError(f"picture {number} can be read now, but could not when its features were cached; "
+                            "delete features.* in --out to encode it")
+        return row, self.pairs.caption(index)
 
 
 class Views(torch.utils.data.Dataset):

@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 import model
 from sources import scenes
 from common import write_json
+from data import Stream, first_position
 from training.recipes import Config
 from sources.layouts import open_pairs
+from sources.pairs import DataError
 from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
@@ -154,3 +156,30 @@ def look_at_scenes(folder: str, path: str):
         ],
     )
     print(f"unseen captions and the pictures they retrieve (green: the right one): {sheet}")
+
+
+def repeats(stream: Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
+    """-> (share of the pairs of a batch whose picture or caption another pair of it has, the loss below which
+    one-hot targets then cannot come), over the first batches. n equal captions cannot be told apart, so each
+    gets at most 1/n: ln n."""
+    shared, floors = [], []
+    for step in range(batches):
+        first = first_position(step, batch_size, len(stream.pairs))
+        indices = [stream.index(first + i) for i in range(batch_size)]
+        keys = [stream.keys(i, caption) for i in indices if (caption := readable(stream, i))]
+        keys = torch.tensor(keys, dtype=torch.long).view(-1, 2)
+        if not len(keys):
+            continue
+        counts = [column.unique(return_inverse=True, return_counts=True)[1:] for column in keys.T]
+        counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
+        shared.append((counts > 1).any(dim=1).float().mean().item())
+        floors.append(counts.float().log().mean(dim=0).max().item())
+    return sum(shared) / batches, sum(floors) / batches
+
+
+def readable(stream: Stream, index: int) -> str:
+    """The caption of a training pair, "" if it is broken."""
+    try:
+        return stream.pairs.caption(index)
+    except DataError:
+        return ""

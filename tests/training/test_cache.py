@@ -18,8 +18,8 @@ import model
 from sources import layouts
 import train
 from sources.augment import augment
-from training.cache import open_features
-from data import Stream, preprocess
+from training.cache import CachedStream, open_features
+from data import preprocess
 from sources.layouts import DataError
 
 
@@ -144,7 +144,7 @@ def test_broken_pictures_are_named_when_their_turn_comes(pairs, tmp_path):
     (tmp_path / "pairs" / "train3.png").write_bytes(b"no picture")
     features = opened(tmp_path, pairs)
     assert features.view(0, 3).isnan().all() and features.view(0, 2).isfinite().all()
-    stream = Stream(pairs, 0, 32, "crop", features)
+    stream = CachedStream(pairs, 0, features)
     samples = [stream[position] for position in range(10)]
     Image.new("RGB", (32, 32)).save(tmp_path / "pairs" / "train3.png")  # readable again: still not a feature
     later = [stream[position] for position in range(10)]
