@@ -53,14 +53,14 @@ def clean(char: str) -> str:
 def separate(char: str) -> str:
     """Step 2: an accent vanishes, a punctuation mark stands alone."""
     category = unicodedata.category(char)
-    if category.startswith("P") or char in string.punctuation:  # $ and + are in no category P
+    if category.startswith("P") or char in string.punctuation:  # Unicode does not count $ and + as P
         return f" {char} "
     return "" if category == "Mn" else char
 
 
 class CharacterTable(dict):
-    """A function of a character as a table for `str.translate`, filled as characters turn up. The result is
-    "".join(map(function, text)), in little more than half the time."""
+    """A function of a character as a table for `str.translate`, filled as characters turn up. It gives the
+    same as "".join(map(function, text)) in little more than half the time."""
 
     def __init__(self, function):
         super().__init__()

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 # ------------------------------------------------------------------------------------------------------------
 # the words and the shapes
 
-# English singular, plural | Chinese names | classifier | worlds. The lines below it draw the thing by outlines
+# English singular, plural | Chinese names | classifier | worlds. The lines below draw the thing by outlines
 # in a box from -1 to 1, x to the right and y down: `o x y r` is a circle, `e x y rx ry` an ellipse, and
 # `p x y x y ...` a polygon. They have the main colour, after + a lighter shade, after - a darker one.
 KINDS_TABLE = """

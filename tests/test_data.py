@@ -1,4 +1,4 @@
-"""Pictures against the formulas, and the batches of a run: every pair once an epoch, whatever the workers and ranks."""
+"""Pictures against the formulas, and batches: every pair once in an epoch, for any workers and ranks."""
 
 import numpy as np
 import pytest

@@ -20,7 +20,8 @@ def test_worked_example():
     assert separated == "hello ,   世  界 "  # and each punctuation mark
     assert separated.split() == words("Hello, 世界") == ["hello", ",", "世", "界"]
     assert [word_ids(word) for word in ("hello", ",", "世", "界")] == [[8701], [117], [686], [4518]]
-    assert tokenize("Hello, 世界", 8).tolist() == [[101, 8701, 117, 686, 4518, 102, 0, 0]]  # [CLS] ... [SEP] 0 0
+    # [CLS], the four words, [SEP] and two zeros
+    assert tokenize("Hello, 世界", 8).tolist() == [[101, 8701, 117, 686, 4518, 102, 0, 0]]
 
 
 def test_a_table_is_the_function_of_each_character():
