@@ -36,7 +36,7 @@ from eval import retrieval
 from loss import contrastive_loss
 from sources.layouts import open_pairs
 from training import checkpoint, report
-from training.cache import open_features
+from training.cache import cached_stream
 from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, seeded)
@@ -145,7 +145,8 @@ def train(act: str, cfg: Config) -> list[dict]:
     checkpoints = Checkpoints(cfg, len(pairs))
     step, history, chunk_size = checkpoints.load(clip, optimizer, scaler)
     teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
-    cached = open_features(cfg, clip, pairs) if cfg.cache_features else None
+    stream = (cached_stream(cfg, clip, pairs) if cfg.cache_features else
+              data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment))
 
     # 3. every process takes its share of a batch, in chunks if the share does not fit into memory
     set_train_mode(clip, cfg.freeze_image)
@@ -154,7 +155,6 @@ def train(act: str, cfg: Config) -> list[dict]:
         compile_towers(cfg, clip, chunk_size)
     towers = distribute(clip)
     in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # then the matrix of logits is too large too
-    stream = data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment, cached)
     report.print_settings(cfg, clip, stream, valid, total, step, chunk_size)
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,13 +1,13 @@
 """
-The embedded data set: small drawn scenes with captions, deterministic in their seed, nothing to download.
+The built-in data set: small drawn scenes with captions, made from a seed without any download.
 
 There are two worlds, so that the paper's story can be told on a laptop. `en` stands for what OpenAI's CLIP
 learned from: flat, bright pictures with English captions. `zh` stands for the Chinese web: the same kind of
-scene painted in ink on paper, with things the first world has never seen (lanterns, kites, gourds ...),
-captioned in Chinese. A scene has a place and one or two groups of things; a thing has a kind, a colour, a
-size; a group has a number and a position. That makes some thirty million different scenes a world, and every
-scene can be said in dozens of ways, so a network that ranks unseen captions well has learned the words, not
-the sentences.
+scene, painted in ink on paper, with things that the first world has never seen (lanterns, kites, gourds ...)
+and with Chinese captions. A scene has a place and one or two groups of things. A thing has a kind, a colour
+and a size; a group has a number and a position. That makes some thirty million scenes in each world, and each
+of them can be described in dozens of ways. So a network that ranks new captions well has learned the words,
+not the sentences.
 
     image, caption = scenes.pair("zh", "train", index=7)
 """
@@ -20,15 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 64  # pixels a side of a picture
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the words and the shapes
 
-# English singular, plural | Chinese names | classifier | worlds, and below it a drawing: a list of outlines
-# in a box from -1 to 1, x to the right, y down: `o x y r` circle, `e x y rx ry` ellipse, `p x y x y ...`
-# polygon; in the main colour, after + in a lighter shade, after - in a darker one.
+# English singular, plural | Chinese names | classifier | worlds. The lines below draw the thing by outlines
+# in a box from -1 to 1, x to the right and y down: `o x y r` is a circle, `e x y rx ry` an ellipse, and
+# `p x y x y ...` a polygon. They have the main colour, after + a lighter shade, after - a darker one.
 KINDS_TABLE = """
 apple apples | 苹果 | 个 | en zh
     o 0 .15 .75; -p -.06 -.5 .08 -.5 .14 -.95 0 -.95; +e .35 -.7 .3 .16
@@ -88,44 +85,23 @@ pagoda pagodas | 宝塔 塔 | 座 | zh
     -p -.95 .75 -.5 .45 .5 .45 .95 .75
 """
 
-# English | Chinese (before a noun: X色的, X色 or X) | RGB
-COLOURS_TABLE = """
-red | 红 | 222 40 40
-orange | 橙 | 247 140 22
-yellow | 黄 | 248 218 40
-green | 绿 | 38 160 60
-blue | 蓝 | 40 90 220
-purple | 紫 | 140 50 180
-pink | 粉 | 250 150 195
-black | 黑 | 38 38 42
-white | 白 | 248 248 248
-"""
+COLOURS = [  # English, Chinese (X色的, X色 or X before a noun), RGB
+    ("red", "红", (222, 40, 40)), ("orange", "橙", (247, 140, 22)), ("yellow", "黄", (248, 218, 40)),
+    ("green", "绿", (38, 160, 60)), ("blue", "蓝", (40, 90, 220)), ("purple", "紫", (140, 50, 180)),
+    ("pink", "粉", (250, 150, 195)), ("black", "黑", (38, 38, 42)), ("white", "白", (248, 248, 248)),
+]
 
-# English phrase | Chinese places | colour of the upper half | of the lower half
-PLACES_TABLE = """
-on the grass | 草地 草坪 | 190 228 250 | 120 200 90
-on the snow | 雪地 | 150 178 205 | 228 236 244
-on the beach | 沙滩 | 120 205 235 | 236 214 150
-at night | 夜空 夜色 | 22 26 66 | 44 46 98
-in the desert | 沙漠 | 252 214 150 | 214 150 80
-in the forest | 树林 森林 | 84 128 84 | 46 84 52
-"""
+PLACES = [  # English phrase, Chinese places, RGB of the upper half and of the lower half
+    ("on the grass", ["草地", "草坪"], (190, 228, 250), (120, 200, 90)),
+    ("on the snow", ["雪地"], (150, 178, 205), (228, 236, 244)),
+    ("on the beach", ["沙滩"], (120, 205, 235), (236, 214, 150)),
+    ("at night", ["夜空", "夜色"], (22, 26, 66), (44, 46, 98)),
+    ("in the desert", ["沙漠"], (252, 214, 150), (214, 150, 80)),
+    ("in the forest", ["树林", "森林"], (84, 128, 84), (46, 84, 52)),
+]
 
-NUMBERS = {"en": ("a", "two", "three"), "zh": ("一", "两", "三")}
-SIZES = {"small": 0.72, "big": 1.3, "": 1.0}  # "" is a middle size of which captions say nothing
-
-
-def outline(shape: str, steps: int = 14) -> tuple[str, np.ndarray]:
-    """One entry of a drawing -> (its shade: "", "+" or "-", its corners [n, 2])."""
-    shape = shape.strip()
-    shade = shape[0] if shape[0] in "+-" else ""
-    kind, *numbers = shape.removeprefix(shade).split()
-    numbers = [float(number) for number in numbers]
-    if kind == "p":
-        return shade, np.array(numbers).reshape(-1, 2)
-    x, y, rx, ry = numbers if kind == "e" else numbers + numbers[-1:]
-    turn = np.arange(steps) * (2 * math.pi / steps)
-    return shade, np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
+SIZE = 64  # pixels a side of a picture
+SIZES = {"small": 0.72, "big": 1.3, "": 1.0}  # of things; captions do not mention the middle size, ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +111,7 @@ class Kind:
     zh: list[str]
     classifier: str
     worlds: list[str]
-    drawing: list[tuple[str, np.ndarray]]  # outlines, back to front
+    drawing: list[tuple[str, np.ndarray]]  # (shade, corners [n, 2]) of each outline, back to front
 
 
 def read_kinds() -> list[Kind]:
@@ -149,17 +125,19 @@ def read_kinds() -> list[Kind]:
     return kinds
 
 
-def read_table(table: str) -> list[list[str]]:
-    return [row.split(" | ") for row in table.strip().split("\n")]
-
-
-def rgb(text: str) -> tuple[int, ...]:
-    return tuple(int(v) for v in text.split())
+def outline(shape: str, steps: int = 14) -> tuple[str, np.ndarray]:
+    """One outline of a drawing -> its shade ("", "+" or "-") and its corners [n, 2]."""
+    kind, *numbers = shape.split()
+    shade = kind[:-1]
+    numbers = np.array(numbers, dtype=float)
+    if kind.endswith("p"):
+        return shade, numbers.reshape(-1, 2)
+    x, y, rx, ry = numbers if kind.endswith("e") else (*numbers, numbers[-1])
+    turn = np.arange(steps) * (2 * math.pi / steps)
+    return shade, np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
 
 
 KINDS = read_kinds()
-COLOURS = [(en, zh, rgb(value)) for en, zh, value in read_table(COLOURS_TABLE)]
-PLACES = [(en, zh.split(), rgb(upper), rgb(lower)) for en, zh, upper, lower in read_table(PLACES_TABLE)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,7 +150,7 @@ class Group:
     colour: int
     count: int  # 1 to 3
     size: str  # a key of SIZES
-    where: str  # "left", "right", "above", "below", or "" for a group that is alone in the middle
+    where: str  # "left", "right", "above", "below", or "" in the middle of a scene of one group
 
 
 @dataclass(frozen=True)
@@ -183,6 +161,7 @@ class Scene:
 
 
 def make_scene(world: str, rng: random.Random) -> Scene:
+    """A random scene. Two groups always differ in kind and colour."""
     kinds = rng.sample([i for i, kind in enumerate(KINDS) if world in kind.worlds], 2)
     colours = rng.sample(range(len(COLOURS)), 2)
     wheres = rng.choice((("left", "right"), ("above", "below"))) if rng.random() < 0.5 else ("",)
@@ -193,12 +172,12 @@ def make_scene(world: str, rng: random.Random) -> Scene:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """One full caption of a scene, in its world's language; another `rng` says it in other words."""
+    """A caption that mentions everything in a scene, in its world's language. `rng` chooses the words."""
     return (describe_zh if scene.world == "zh" else describe_en)(scene, rng)
 
 
 def describe_briefly(scene: Scene, rng: random.Random) -> str:
-    """A caption that says little more than what there is, as most captions of the web do: 一张猫和灯笼的图片."""
+    """A caption that only says what there is, like most captions on the web: 一张猫和灯笼的图片."""
     kinds = [KINDS[group.kind] for group in scene.groups]
     rng.shuffle(kinds)
     if scene.world == "zh":
@@ -209,13 +188,13 @@ def describe_briefly(scene: Scene, rng: random.Random) -> str:
 
 
 def noun_zh(group: Group, rng: random.Random) -> str:
-    """三只红色的猫咪 / 三只小小的红猫 / 红色猫三只"""
-    kind, colour = KINDS[group.kind], COLOURS[group.colour][1]
-    number = NUMBERS["zh"][group.count - 1] + kind.classifier
-    size = {"small": rng.choice(("小小的", "很小的", "小号的")),
-            "big": rng.choice(("大大的", "很大的", "大号的")), "": ""}[group.size]
+    """A group in words: 三只红色的猫咪, 三只小小的红猫 or 红色猫三只."""
+    kind = KINDS[group.kind]
+    number = "一两三"[group.count - 1] + kind.classifier
+    small, big = rng.choice(("小小的", "很小的", "小号的")), rng.choice(("大大的", "很大的", "大号的"))
+    size = {"small": small, "big": big, "": ""}[group.size]
     name = rng.choice(kind.zh)
-    colour = colour + rng.choice(("色的", "色", ""))
+    colour = COLOURS[group.colour][1] + rng.choice(("色的", "色", ""))
     if not size and rng.random() < 0.15:
         return colour + name + number
     first, second = (colour, size) if colour.endswith("的") and rng.random() < 0.5 else (size, colour)
@@ -233,23 +212,19 @@ def describe_zh(scene: Scene, rng: random.Random) -> str:
     left_right = scene.groups[0].where == "left"
     first, second = ("左" + side, "右" + side) if left_right else rng.choice((("上面", "下面"), ("上方", "下方")))
     return rng.choice((
-        f"{at}，{first}是{a}，{second}是{b}",
-        f"{at}，{second}是{b}，{first}是{a}",
-        f"{at}有{a}，{second}还有{b}",
-        f"{a}在{b}的{first}，背景是{place}",
-        f"{b}在{a}的{second}，在{at}",
-        f"{at}，{b}的{first}有{a}",
-        f"{place}的画，{first}画着{a}，{second}画着{b}",
-    ))
+        f"{at}，{first}是{a}，{second}是{b}", f"{at}，{second}是{b}，{first}是{a}",
+        f"{at}有{a}，{second}还有{b}", f"{a}在{b}的{first}，背景是{place}", f"{b}在{a}的{second}，在{at}",
+        f"{at}，{b}的{first}有{a}", f"{place}的画，{first}画着{a}，{second}画着{b}"))
 
 
 def noun_en(group: Group, rng: random.Random) -> str:
+    """A group in words: three red cats, or three little red cats."""
     kind, colour = KINDS[group.kind], COLOURS[group.colour][0]
-    size = {"small": rng.choice(("small ", "little ")),
-            "big": rng.choice(("big ", "large ")), "": ""}[group.size]
-    number = NUMBERS["en"][group.count - 1]
-    article = "an" if group.count == 1 and not size and colour[0] in "aeiou" else number
-    return f"{article} {size}{colour} {kind.en if group.count == 1 else kind.plural}"
+    small, big = rng.choice(("small ", "little ")), rng.choice(("big ", "large "))
+    size = {"small": small, "big": big, "": ""}[group.size]
+    article = "an" if colour[0] in "aeiou" and not size else "a"
+    number = (article, "two", "three")[group.count - 1]
+    return f"{number} {size}{colour} {kind.en if group.count == 1 else kind.plural}"
 
 
 def describe_en(scene: Scene, rng: random.Random) -> str:
@@ -271,17 +246,16 @@ def describe_en(scene: Scene, rng: random.Random) -> str:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """A picture of the scene, SIZE x SIZE, RGB: drawn at twice the size and halved, which smooths the
-    edges."""
+    """An RGB picture of the scene, SIZE x SIZE. It is drawn at twice the size and halved for smooth edges."""
     side = 2 * SIZE
     _, _, upper, lower = PLACES[scene.place]
     ink = scene.world == "zh"
-    if ink:  # on paper, with pale washes of colour
+    if ink:  # paint pale colours on paper
         upper, lower = (mix(colour, (235, 222, 190), 0.45) for colour in (upper, lower))
     image = Image.new("RGB", (side, side), upper)
     canvas = ImageDraw.Draw(image)
     horizon = side * rng.uniform(0.4, 0.65)
-    if ink:  # the horizon is a line of hills
+    if ink:  # draw hills along the horizon
         points = [(side * i / 8, horizon + side * rng.uniform(-0.12, 0.05)) for i in range(9)]
         canvas.polygon([(0, side), *points, (side, side)], fill=lower)
         canvas.line(points, fill=mix(lower, (0, 0, 0), 0.5), width=2)
@@ -289,15 +263,16 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         canvas.rectangle((0, horizon, side, side), fill=lower)
     for group in scene.groups:
         alone = group.where == "" and group.count == 1
-        radius = (0.3 if alone else 0.21) * SIZES[group.size] * (1, 0.8, 0.7)[group.count - 1]
+        share = (0.3 if alone else 0.21) * SIZES[group.size] * (1, 0.8, 0.7)[group.count - 1]
         for x, y in layout(group, rng):
-            draw_thing(canvas, KINDS[group.kind], COLOURS[group.colour][2], x * side, y * side,
-                       radius * side * rng.uniform(0.92, 1.08), rng.uniform(-0.3, 0.3) if ink else 0.0, ink)
+            radius = side * share * rng.uniform(0.92, 1.08)
+            angle = rng.uniform(-0.3, 0.3) if ink else 0.0
+            draw_thing(canvas, group, (x * side, y * side), radius, angle, ink)
     return image.reduce(2)
 
 
 def layout(group: Group, rng: random.Random) -> list[tuple[float, float]]:
-    """Centres of the things of a group, as shares of the side."""
+    """The centre (x, y) of each thing of a group, as fractions of the picture's side."""
     x, y = {"": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5),
             "above": (0.5, 0.27), "below": (0.5, 0.73)}[group.where]
     spread = 0.17 if group.where in ("left", "right", "") else 0.2
@@ -308,26 +283,24 @@ def layout(group: Group, rng: random.Random) -> list[tuple[float, float]]:
             else (x + rng.uniform(-0.03, 0.03), y + offset) for offset in offsets]
 
 
-def draw_thing(
-    canvas: ImageDraw.ImageDraw, kind: Kind, colour, x: float, y: float,
-    radius: float, angle: float, ink: bool,
-):
-    """One thing at (x, y) in pixels. In ink it is a little turned, its colours are dulled, and a brush
+def draw_thing(canvas: ImageDraw.ImageDraw, group: Group, centre, radius: float, angle: float, ink: bool):
+    """Draw one thing of a group; centre and radius are in pixels. In ink, its colours are dull and a brush
     outlines its parts."""
+    colour = COLOURS[group.colour][2]
     turn = radius * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     main = mix(colour, (120, 105, 90), 0.2) if ink else colour
-    shades = {"": main, "+": mix(main, (255, 255, 255), 0.55), "-": mix(main, (0, 0, 0), 0.5)}
-    if sum(colour) < 150:  # black has no darker shade
-        shades["-"] = mix(main, (255, 255, 255), 0.3)
-    for shade, points in kind.drawing:
-        corners = (points @ turn + (x, y)).ravel().tolist()
+    is_black = sum(colour) < 150  # which has no darker shade
+    dark = mix(main, (255, 255, 255), 0.3) if is_black else mix(main, (0, 0, 0), 0.5)
+    shades = {"": main, "+": mix(main, (255, 255, 255), 0.55), "-": dark}
+    for shade, points in KINDS[group.kind].drawing:
+        corners = (points @ turn + centre).ravel().tolist()
         canvas.polygon(corners, fill=shades[shade], outline=shades["-"])
-        if ink:  # a line, because a polygon with a wide outline takes Pillow three times as long
+        if ink:  # Pillow draws a polygon with a wide outline three times as slowly as this line.
             canvas.line(corners + corners[:2], fill=(30, 24, 20), width=3)
 
 
 def mix(a, b, share: float) -> tuple[int, ...]:
-    """Colour a with `share` of colour b."""
+    """Mix colour a with a share (0 to 1) of colour b."""
     return tuple(round(u + (v - u) * share) for u, v in zip(a, b))
 
 
@@ -336,9 +309,8 @@ def mix(a, b, share: float) -> tuple[int, ...]:
 
 
 def scene(world: str, split: str, index: int, seed: int = 0) -> tuple[Scene, random.Random]:
-    """Scene number `index` of a world and split, and the random numbers that word and draw it: a pure
-    function. One scene in ten belongs to "valid", by a hash of what is in it: no scene, and so no caption, of
-    one split is ever in the other."""
+    """Scene number `index` of a world and split, and the random generator that describes and draws it. A hash
+    of its contents puts one scene in ten into "valid", so the splits share neither a scene nor a caption."""
     rng = random.Random(f"{world} {split} {seed} {index}")
     while True:
         candidate = make_scene(world, rng)
@@ -347,28 +319,27 @@ def scene(world: str, split: str, index: int, seed: int = 0) -> tuple[Scene, ran
 
 
 def captioned(world: str, split: str, index: int, seed: int = 0) -> tuple[str, Scene, random.Random]:
-    """Caption of scene number `index`, and what is needed to draw it. In training one caption in three is a
-    brief one; validation has full ones only, or no one could tell which picture is meant."""
+    """The caption of scene number `index`, the scene, and the generator that draws it. In training, one
+    caption in three is brief. In validation all are full, because a brief one fits many pictures."""
     it, rng = scene(world, split, index, seed)
     brief = split == "train" and rng.random() < 1 / 3
     return (describe_briefly if brief else describe)(it, rng), it, rng
 
 
 def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image, str]:
-    """Picture and caption of scene number `index`."""
+    """The picture and the caption of scene number `index`."""
     caption, it, rng = captioned(world, split, index, seed)
     return draw(it, rng), caption
 
 
 def class_example(world: str, index: int, seed: int = 0) -> tuple[Image.Image, int, int]:
-    """For zero-shot classification: a picture of one thing, and the numbers of its kind among `kind_names`
-    and of its colour among `colour_names`."""
+    """A picture of one thing, for zero-shot classification, the number of its kind in `kind_names` and that
+    of its colour in `colour_names`."""
     rng = random.Random(f"class {world} {seed} {index}")
     kinds = [i for i, kind in enumerate(KINDS) if world in kind.worlds]
     label = index % len(kinds)
     group = Group(kinds[label], rng.randrange(len(COLOURS)), 1, rng.choice(("", "big")), "")
-    picture = draw(Scene(world, rng.randrange(len(PLACES)), (group,)), rng)
-    return picture, label, group.colour
+    return draw(Scene(world, rng.randrange(len(PLACES)), (group,)), rng), label, group.colour
 
 
 def kind_names(world: str) -> list[str]:

@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py: threads that wait leave the core to others
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from sources.pairs import DataError  # noqa: E402
 from training.recipes import Config  # noqa: E402
 from weights import download  # noqa: E402
 
@@ -52,6 +54,24 @@ def shake(module: nn.Module, seed: int = 0) -> nn.Module:
 def random_pixels(batch: int, resolution: int, seed: int = 0) -> torch.Tensor:
     """[B, 3, S, S] of about unit variance, as `preprocess` gives."""
     return torch.randn(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)  # [h, w, 3]
+
+
+def says(action, *parts: str):
+    """`action` raises a DataError of one line that holds each of `parts`."""
+    with pytest.raises(DataError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
 
 
 def features(seed: int, n: int, E: int = 6, dtype=torch.float64) -> torch.Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sources.pairs import Pairs, as_text
+from conftest import noise
+from sources.pairs import DataError, Pairs, as_text
 
 TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有三棵树，左边还有一座房子", "a cat", "船", "两艘帆船", "花"]
 
@@ -63,6 +64,22 @@ class Six(Pairs):
     def image(self, row: int, size: int = 0) -> Image.Image:
         return picture(row)
 
+
+
+class Counted(Pairs):
+    """`count` pairs without a file: caption i is the number i, picture i a noise; `broken` ones fail."""
+
+    def __init__(self, count: int, broken=()):
+        self.texts, self.image_count, self.broken = [str(i) for i in range(count)], count, set(broken)
+        self.positives = torch.arange(count)[:, None].expand(-1, 2)
+
+    def text(self, row: int) -> str:
+        return as_text(self.texts[row], f"list line {row + 1}")
+
+    def image(self, row: int, size: int = 0) -> Image.Image:
+        if row in self.broken:
+            raise DataError(f"picture {row} is broken")
+        return noise(9, 8, row)
 
 
 def restated(scores: list[list[float]], positives: list[list[int]]) -> dict[str, float]:

@@ -1,61 +1,21 @@
-"""Pictures against the formulas, data sets of every layout and with every fault, the order of training."""
-
-import base64
-import io
-import json
-import math
-import multiprocessing
-import os
-import random
-import signal
-import subprocess
-import sys
+"""Pictures against the formulas, and batches: every pair once in an epoch, for any workers and ranks."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import noise, says
 from PIL import Image
+from stand_ins import Counted
 
-from sources import augment
 import data
-from sources import pairs as pairs_module
 from sources import layouts
-from sources.augment import apply_operation
 from sources.order import permutation
-from sources.pairs import DataError, Pairs, as_text, decode
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs_module, "CACHE", str(tmp_path / "cache"))
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format)
-    return buffer.getvalue()
-
-
-def array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)  # [h, w, 3]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# preprocess
-
-
-def test_preprocess_gives_float32_of_the_asked_size():
-    for size in ((64, 48), (1, 1), (3, 500), (224, 224)):
-        pixels = data.preprocess(noise(*size), 32)
-        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
-    assert data.preprocess(noise(5, 5)).shape == (3, 224, 224)
+# pictures to pixels
 
 
 def test_one_colour_by_hand():
@@ -63,6 +23,13 @@ def test_one_colour_by_hand():
     for channel, value in enumerate((1.0, 0.0, 0.2)):
         expected = torch.full((8, 8), (value - MEAN[channel]) / STD[channel])
         torch.testing.assert_close(pixels[channel], expected, rtol=0, atol=1e-6)
+
+
+def test_preprocess_gives_float32_of_the_asked_size():
+    for size in ((64, 48), (1, 1), (3, 500), (224, 224)):
+        pixels = data.preprocess(noise(*size), 32)
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
+    assert data.preprocess(noise(5, 5)).shape == (3, 224, 224)
 
 
 def test_pictures_are_squashed_not_cropped():
@@ -90,446 +57,7 @@ def test_every_mode_is_read_as_rgb(mode):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# augment
-
-
-@pytest.mark.parametrize("kind", ("none", "crop", "auto"))
-def test_augment_is_a_function_of_its_random_numbers(kind):
-    image, before = noise(60, 50), global_random_state()
-    views = [data.preprocess(augment.augment(image, 32, kind, random.Random(seed)), 32) for seed in (1, 1, 2)]
-    assert torch.equal(views[0], views[1])
-    assert torch.equal(views[0], views[2]) == (kind == "none")
-    assert global_random_state() == before
-
-
-def global_random_state() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def test_augment_none_is_preprocess():
-    view = augment.augment(noise(60, 50), 32, "none", random.Random(0))
-    assert torch.equal(data.preprocess(view, 32), data.preprocess(noise(60, 50), 32))
-
-
-@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"))
-def test_every_mode_can_be_augmented(mode):
-    image = Image.new("I;16", (20, 20), 77) if mode == "I;16" else noise(20, 20).convert(mode)
-    for seed in range(30):
-        view = augment.augment(image, 16, "auto", random.Random(seed))
-        assert view.size == (16, 16) and view.mode == "RGB"
-
-
-def boxes_of(monkeypatch, size: tuple[int, int], count: int = 300) -> list[tuple]:
-    """The boxes that random_resized_crop cuts out of a picture; the whole picture where it names none."""
-    boxes = []
-
-    def resize(image, size, resample=None, box=None, reducing_gap=None):
-        boxes.append(box or (0, 0, *image.size))
-        return image
-
-    image, rng = noise(*size), random.Random(0)
-    monkeypatch.setattr(Image.Image, "resize", resize)
-    for _ in range(count):
-        augment.random_resized_crop(image, 32, rng)
-    assert len(boxes) == count
-    return boxes
-
-
-@pytest.mark.parametrize("size", ((400, 400), (480, 400), (400, 500)))
-def test_crop_keeps_nine_tenths_of_the_area_and_bounds_the_aspect(monkeypatch, size):
-    boxes = boxes_of(monkeypatch, size)
-    for left, top, right, bottom in boxes:
-        w, h = right - left, bottom - top
-        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-        assert 0.9 - 0.004 <= w * h / (size[0] * size[1]) <= 1.0 + 0.004  # sides are rounded to whole pixels
-        assert 3 / 4 - 0.004 <= w / h <= 4 / 3 + 0.004
-    assert len(set(boxes)) > 100
-
-
-def test_of_a_very_long_picture_the_middle_is_used():
-    image = noise(600, 30)
-    view = augment.random_resized_crop(image, 32, random.Random(0))
-    middle = image.resize((32, 32), Image.Resampling.BICUBIC, box=(280, 0, 320, 30))  # 4:3, as in timm
-    assert view.tobytes() == middle.tobytes()
-
-
-OPERATIONS = "posterize rotate solarize autocontrast equalize color contrast sharpness invert shearx".split()
-
-
-def test_auto_augment_has_25_pairs_of_known_operations():
-    assert len(augment.AUTO_AUGMENT) == 25
-    for row in augment.AUTO_AUGMENT:
-        assert len(row) == 6
-        for name, probability, magnitude in (row[:3], row[3:]):
-            assert name in OPERATIONS and 0 <= float(probability) <= 1 and 0 <= int(magnitude) <= 10
-    # the paper's table 9 begins and ends so
-    assert augment.AUTO_AUGMENT[0] == ["posterize", ".4", "8", "rotate", ".6", "9"]
-    assert augment.AUTO_AUGMENT[-1] == ["equalize", ".8", "8", "equalize", ".6", "3"]
-
-
-def test_auto_augment_applies_operations_as_often_as_its_table_says(monkeypatch):
-    seen, rng, count = [], random.Random(0), 5000
-    monkeypatch.setattr(augment, "apply_operation", lambda image, *rest: seen.append(rest) or image)
-    for _ in range(count):
-        augment.auto_augment(None, rng)
-    for name in OPERATIONS:
-        cells = [cell for row in augment.AUTO_AUGMENT for cell in (row[:3], row[3:]) if cell[0] == name]
-        expected = sum(float(probability) for _, probability, _ in cells) / 25
-        assert abs(sum(n == name for n, _, _ in seen) / count - expected) < 0.03, name
-        magnitudes = {int(magnitude) for _, _, magnitude in cells}
-        assert {(m, s) for n, m, s in seen if n == name} <= {(m, s) for m in magnitudes for s in (-1, 1)}
-    assert abs(sum(sign for _, _, sign in seen)) < 0.05 * len(seen)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_keep_size_and_mode_and_only_geometry_has_a_direction(name):
-    image = noise(24, 17)
-    for magnitude in (0, 5, 10):
-        left, right = (apply_operation(image, name, magnitude, sign) for sign in (-1, 1))
-        assert left.size == right.size == image.size and left.mode == right.mode == "RGB"
-        same = np.array_equal(array(left), array(right))
-        assert same == (name not in ("rotate", "shearx") or magnitude == 0)
-
-
-def test_operations_on_each_pixel_against_their_formulas():
-    image = noise(16, 12)
-    x = array(image)
-    formulas = {
-        "invert": lambda m: 255 - x,
-        "posterize": lambda m: x >> (4 - 4 * m // 10) << (4 - 4 * m // 10),  # 4, 6, 8 bits stay
-        "solarize": lambda m: np.where(x < 256 * m // 10, x, 255 - x),
-    }
-    for name, formula in formulas.items():
-        for magnitude in (0, 5, 10):
-            result = array(apply_operation(image, name, magnitude, 1))
-            assert np.array_equal(result, formula(magnitude)), (name, magnitude)
-
-
-def test_enhancements_blend_with_a_dull_picture():
-    # result = dull + (0.1 + 1.8 m / 10) * (image - dull); at 5 the picture stays as it is
-    image = noise(16, 12)
-    x, grey = array(image), array(image.convert("L").convert("RGB"))
-    dull = {"color": grey, "contrast": np.full_like(x, round(grey.mean()))}
-    for name in ("color", "contrast", "sharpness"):
-        assert np.array_equal(array(apply_operation(image, name, 5, 1)), x), name
-        for magnitude in (0, 10) if name in dull else ():
-            expected = (dull[name] + (0.1 + 0.18 * magnitude) * (x - dull[name])).clip(0, 255)
-            assert np.abs(array(apply_operation(image, name, magnitude, 1)) - expected).max() <= 1, name
-    blurred, sharp = (array(apply_operation(image, "sharpness", magnitude, 1)) for magnitude in (0, 10))
-    assert blurred.std() < x.std() < sharp.std()
-
-
-def test_autocontrast_stretches_and_equalize_flattens():
-    image = noise(64, 64).point(lambda v: 100 + v // 8)
-    x = array(image)
-    low, high = x.min((0, 1)), x.max((0, 1))
-    stretched = array(apply_operation(image, "autocontrast", 3, 1))
-    assert np.abs(stretched - 255 * (x - low) / (high - low)).max() <= 1
-    equalized = array(apply_operation(image, "equalize", 3, 1))
-    assert 65 < equalized.std() < 85  # uniform values have 256 / sqrt(12) = 74
-    # every value equally often in every channel: flat already
-    values = np.tile(np.arange(256, dtype=np.uint8).repeat(16)[:, None], (1, 3))
-    flat = Image.fromarray(np.random.default_rng(0).permuted(values, axis=0).reshape(64, 64, 3))
-    assert np.array_equal(array(apply_operation(flat, "equalize", 3, 1)), array(flat))
-
-
-def test_shear_moves_each_row_and_rotation_turns():
-    ramp = Image.fromarray(np.tile(2 * np.arange(100, dtype=np.uint8)[None, :, None], (40, 1, 3)))
-    x, y = np.meshgrid(np.arange(100), np.arange(40))
-    for magnitude in (0, 5, 10):
-        for sign in (-1, 1):
-            source = x + sign * 0.03 * magnitude * (y + 0.5)  # the column a pixel comes from
-            inside = (source > 3) & (source < 96)
-            sheared = array(apply_operation(ramp, "shearx", magnitude, sign))[..., 0]
-            assert np.abs(sheared - 2 * source)[inside].max() <= 2
-            turned = apply_operation(noise(41, 41), "rotate", magnitude, sign)
-            back = apply_operation(turned, "rotate", magnitude, -sign)
-            assert np.array_equal(array(turned)[20, 20], array(noise(41, 41))[20, 20])
-            assert magnitude or np.array_equal(array(back), array(noise(41, 41)))
-    bar = Image.new("RGB", (41, 41), "black")
-    bar.paste("white", (20, 0, 21, 20))  # from the centre up; 30 degrees anticlockwise
-    points = np.argwhere(array(apply_operation(bar, "rotate", 10, 1)).min(-1) > 200)
-    end = points[points[:, 0].argmin()]
-    assert abs(end - (20 - 20 * 3**0.5 / 2, 20 - 10)).max() <= 3
-
-
-def test_what_a_turn_uncovers_becomes_zero():
-    for name in ("rotate", "shearx"):
-        pixels = data.preprocess(apply_operation(Image.new("RGB", (40, 40), "white"), name, 10, 1))
-        assert min(pixels[:, y, x].abs().max() for y in (0, -1) for x in (0, -1)) < 0.01
-
-
-# ------------------------------------------------------------------------------------------------------------
-# data sets that are right
-
-
-def write_official(folder, pictures: list[tuple], captions: list, split: str = "train"):
-    """pictures: (id, base64 as bytes); captions: objects, or lines as they are."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, f"{split}_imgs.tsv"), "wb") as file:
-        file.writelines(str(image_id).encode() + b"\t" + text + b"\n" for image_id, text in pictures)
-    with open(os.path.join(folder, f"{split}_texts.jsonl"), "w", encoding="utf-8") as file:
-        for line in captions:
-            file.write((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n")
-    return str(folder)
-
-
-def write_folder(folder, list_name: str, text: str, pictures=("a.png", "b.png")) -> str:
-    os.makedirs(folder / "pictures", exist_ok=True)
-    for seed, name in enumerate(pictures):
-        noise(9, 7, seed).save(folder / "pictures" / name)
-    (folder / list_name).write_bytes(text.encode("utf-8"))
-    return str(folder)
-
-
-PICTURES = [noise(12, 10, seed) for seed in range(4)]
-BASE64 = [base64.b64encode(encoded(image)) for image in PICTURES]
-CAPTIONS = [
-    {"text_id": 1, "text": "甲", "image_ids": [7]},
-    {"text_id": 2, "text": "乙", "image_ids": ["a-b", 7]},
-    {"text_id": "t3", "text": "丙", "image_ids": []},
-    {"text_id": 4, "text": "丁，“丁”", "image_ids": ["99", "深"]},
-]
-
-
-def write_good(folder) -> str:
-    urlsafe = base64.urlsafe_b64encode(encoded(PICTURES[1]))
-    assert b"-" in urlsafe or b"_" in urlsafe
-    pictures = [(7, BASE64[0]), ("a-b", urlsafe), ("99", urlsafe.rstrip(b"=")), ("深", BASE64[3])]
-    return write_official(folder, pictures, [*CAPTIONS, ""])  # with a blank last line
-
-
-def same_picture(a: Image.Image, b: Image.Image) -> bool:
-    return a.size == b.size and np.array_equal(array(a.convert("RGB")), array(b))
-
-
-def test_the_official_layout(tmp_path):
-    pairs = layouts.open_pairs(write_good(tmp_path / "set"), "train")
-    assert pairs.texts == ["甲", "乙", "丙", "丁，“丁”"]
-    assert pairs.positives.tolist() == [[0, 0], [1, 1], [1, 0], [3, 2], [3, 3]]
-    assert pairs.image_count == 4 and len(pairs) == 5
-    for row, expected in enumerate((0, 1, 1, 3)):
-        assert same_picture(pairs.image(row), PICTURES[expected])
-    image, caption = pairs.pair(2)
-    assert caption == "乙" and same_picture(image, PICTURES[0])
-
-
-@pytest.mark.parametrize("ending", (b"", b"\r\n", b"\n\n"))
-def test_any_line_ending_will_do(tmp_path, ending):
-    folder = write_good(tmp_path / "set")
-    path = tmp_path / "set" / "train_imgs.tsv"
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"\n", b"\r\n") if ending == b"\r\n" else whole.rstrip(b"\n") + ending)
-    pairs = layouts.open_pairs(folder, "train")
-    assert pairs.image_count == 4
-    assert all(same_picture(pairs.image(row), PICTURES[i]) for row, i in enumerate((0, 1, 1, 3)))
-
-
-def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
-    folder, cache = write_good(tmp_path / "set"), tmp_path / "cache"
-    layouts.open_pairs(folder, "train")
-    built = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len([path for path in built if path.is_dir()]) == 2  # of pictures, of captions
-    again = layouts.open_pairs(folder, "train")
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == built
-    assert same_picture(again.image(3), PICTURES[3])
-    # the same size, other offsets: only the time tells
-    path = tmp_path / "set" / "train_imgs.tsv"
-    lines, time = path.read_bytes().splitlines(keepends=True), path.stat().st_mtime_ns
-    path.write_bytes(b"".join(lines[::-1]))
-    os.utime(path, ns=(time + 1_000_000, time + 1_000_000))
-    changed = layouts.open_pairs(folder, "train")
-    assert [changed.image_id(n) for n in range(4)] == ["深", "99", "a-b", "7"] and same_picture(changed.image(3), PICTURES[0])
-    path.write_bytes(path.read_bytes() + b"new\t" + BASE64[2] + b"\n")
-    assert same_picture(layouts.open_pairs(folder, "train").image(4), PICTURES[2])
-
-
-JSONL = """{"image": "pictures/a.png", "text": "甲"}
-{"image": "pictures/b.png", "text": "乙, \\"丙\\""}
-
-{"image": "pictures/a.png", "text": "丁"}
-"""
-CSV = 'text,note,image\r\n甲,,pictures/a.png\r\n"乙, ""丙""",x,pictures/b.png\r\n丁,,pictures/a.png\r\n'
-
-
-@pytest.mark.parametrize("mark", ("", "\ufeff"))  # a byte order mark, as Excel writes
-@pytest.mark.parametrize("name, text", (("train.jsonl", JSONL), ("train.csv", CSV)))
-def test_a_folder_with_a_list_of_captions(tmp_path, name, text, mark):
-    pairs = layouts.open_pairs(write_folder(tmp_path, name, mark + text), "train")
-    assert pairs.texts == ["甲", '乙, "丙"', "丁"]
-    assert pairs.positives.tolist() == [[0, 0], [1, 1], [2, 0]] and pairs.image_count == 2
-    assert all(same_picture(pairs.image(row), noise(9, 7, row)) for row in range(2))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# data sets that are wrong
-
-
-def says(action, *parts: str):
-    """`action` raises a DataError of one line that holds each of `parts`."""
-    with pytest.raises(DataError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-
-
-def open_official(tmp_path, pictures=None, captions=None):
-    folder = write_official(tmp_path / "set", pictures or [(7, BASE64[0])], captions or CAPTIONS[:1])
-    return layouts.open_pairs(folder, "train")
-
-
-def test_tsv_line_with_one_column(tmp_path):
-    path = tmp_path / "set" / "train_imgs.tsv"
-    open_official(tmp_path)
-    path.write_bytes(path.read_bytes() + b"8 no-tab\n")
-    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
-
-
-def test_image_id_twice(tmp_path):
-    pictures = [(7, BASE64[0]), (8, BASE64[1]), (7, BASE64[2])]
-    says(lambda: open_official(tmp_path, pictures), "train_imgs.tsv line 3", "7", "line 1")
-
-
-@pytest.mark.parametrize("fault", ("base64", "length", "no picture", "truncated", "empty"))
-def test_picture_that_cannot_be_decoded(tmp_path, fault):
-    text = {
-        "base64": BASE64[1][:30] + b"!?!?" + BASE64[1][34:],
-        "length": BASE64[1].rstrip(b"=")[: 4 * 20 + 1],  # no base64 has 4 n + 1 letters
-        "no picture": base64.b64encode("没有图".encode() * 20),
-        "truncated": base64.b64encode(encoded(noise(80, 80), "JPEG")[:1500]),
-        "empty": b"",
-    }[fault]
-    pairs = open_official(tmp_path, [(7, BASE64[0]), ("bad one", text)])
-    kind = "base64" if fault in ("base64", "length") else "picture"
-    says(lambda: pairs.image(1), "train_imgs.tsv line 2", "bad one", kind)
-    assert same_picture(pairs.image(0), PICTURES[0])
-
-
-# what Pillow's decoders raise; AVIF's a RuntimeError, DDS's a NotImplementedError
-ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, NotImplementedError, Image.DecompressionBombError)
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_whatever_a_decoder_raises_is_a_data_error(monkeypatch, error):
-    def fail(*_, **__):
-        raise error("broken")
-
-    monkeypatch.setattr(Image, "open", fail)
-    says(lambda: decode(b"", "here"), "here", "broken")
-
-
-@pytest.mark.parametrize(
-    "line, parts",
-    (
-        ('{"text_id": 3, "text": ', ("line 3",)),  # JSON that ends too early
-        ('["text_id", "text"]', ("line 3", "list")),
-        ("3", ("line 3", "int")),
-        ('{"text_id": 3, "image_ids": [7]}', ("line 3", "'text'")),
-        ('{"text": "丙", "image_ids": [7]}', ("line 3", "'text_id'")),
-        ('{"text_id": 3, "text": "丙", "image_ids": [7, 8]}', ("line 3", "8", "train_imgs.tsv")),
-    ),
-)
-def test_texts_line_that_is_wrong(tmp_path, line, parts):
-    says(lambda: open_official(tmp_path, captions=[*CAPTIONS[:1], "", line]), "train_texts.jsonl", *parts)
-
-
-@pytest.mark.parametrize("ids", (None, 7, "7"))
-def test_image_ids_that_is_no_list(tmp_path, ids):
-    captions = [CAPTIONS[0], {"text_id": 3, "text": "丙", "image_ids": ids}]
-    says(lambda: open_official(tmp_path, captions=captions), "train_texts.jsonl line 2", "image_ids")
-
-
-def test_texts_that_are_not_utf8(tmp_path):
-    open_official(tmp_path)
-    (tmp_path / "set" / "train_texts.jsonl").write_bytes('{"text_id": 1, "text": "甲"}\n'.encode("gbk"))
-    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl line 1")
-
-
-def test_no_positives_at_all(tmp_path):
-    captions = [{"text_id": 1, "text": "甲"}, CAPTIONS[2]]
-    says(lambda: open_official(tmp_path, captions=captions), "train_texts.jsonl", "image_ids")
-
-
-def test_texts_file_missing(tmp_path):
-    open_official(tmp_path)
-    os.remove(tmp_path / "set" / "train_texts.jsonl")
-    says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_texts.jsonl")
-
-
-@pytest.mark.parametrize(
-    "kind, text, parts",
-    (
-        ("csv", "image,words\npictures/a.png,甲\n", ("line 2", "'text'", "words")),
-        ("csv", "image,text\npictures/a.png,甲\npictures/c.png,乙\n", ("line 3", "pictures/c.png")),
-        ("csv", "image,text\n", ("empty",)),
-        ("csv", "text,image\n甲,pictures/a.png\n乙\n", ("line 3",)),  # a row with a cell too few
-        ("jsonl", JSONL + '{"image": "pictures/c.png", "text": "乙"}\n', ("line 5", "pictures/c.png")),
-        ("jsonl", '{"image": "pictures/a.png"}\n', ("line 1", "'text'")),
-        ("jsonl", '{"image": 7, "text": "甲"}\n', ("line 1",)),
-        ("jsonl", '{"image": ["pictures/a.png"], "text": "甲"}\n', ("line 1",)),
-    ),
-)
-def test_list_of_captions_that_is_wrong(tmp_path, kind, text, parts):
-    folder = write_folder(tmp_path, f"train.{kind}", text)
-    says(lambda: layouts.open_pairs(folder, "train"), f"train.{kind}", *parts)
-
-
-def test_csv_that_is_not_utf8(tmp_path):
-    folder = write_folder(tmp_path, "train.csv", "")
-    (tmp_path / "train.csv").write_bytes("image,text\npictures/a.png,甲\n".encode("gbk"))
-    says(lambda: layouts.open_pairs(folder, "train"), "train.csv")
-
-
-def test_picture_of_a_folder_that_cannot_be_decoded(tmp_path):
-    pairs = layouts.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
-    (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
-    says(lambda: pairs.image(1), "b.png")
-
-
-def test_picture_of_a_folder_that_went_away(tmp_path):
-    pairs = layouts.open_pairs(write_folder(tmp_path, "train.jsonl", JSONL), "train")
-    os.remove(tmp_path / "pictures" / "b.png")
-    says(lambda: pairs.image(1), "b.png")
-
-
-def test_unknown_source_and_split(tmp_path):
-    says(lambda: layouts.open_pairs("no/such/set", "train"), "no/such/set")
-    says(lambda: layouts.open_pairs(write_good(tmp_path / "set"), "vaild"), str(tmp_path / "set"), "'vaild'")
-
-
-def test_scenes_have_no_other_split_than_theirs():
-    says(lambda: layouts.open_pairs("scenes-zh", "vaild"), "scenes-zh", "'vaild'")
-
-
-@pytest.mark.parametrize("text", (5, None, ["甲"]))
-def test_caption_that_is_no_text_is_named_with_its_file(tmp_path, text):
-    lines = [json.dumps({"image": "pictures/a.png", "text": caption}) for caption in ("甲", text)]
-    folder = write_folder(tmp_path, "train.jsonl", "\n".join(lines))
-    says(lambda: layouts.open_pairs(folder, "train").pair(1), "train.jsonl", "not text")
-    captions = [CAPTIONS[0], {"text_id": 2, "text": text, "image_ids": [7]}]
-    says(lambda: open_official(tmp_path, captions=captions).pair(1), "train_texts.jsonl", "not text")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the order of training
-
-
-class Counted(Pairs):
-    """`count` pairs without a file: caption i is the number i, picture i a noise; `broken` ones fail."""
-
-    def __init__(self, count: int, broken=()):
-        self.texts, self.image_count, self.broken = [str(i) for i in range(count)], count, set(broken)
-        self.positives = torch.arange(count)[:, None].expand(-1, 2)
-
-    def text(self, row: int) -> str:
-        return as_text(self.texts[row], f"list line {row + 1}")
-
-    def image(self, row: int, size: int = 0) -> Image.Image:
-        if row in self.broken:
-            raise DataError(f"picture {row} is broken")
-        return noise(9, 8, row)
+# pairs to batches
 
 
 def stream(count: int, broken=(), seed: int = 0, augment: str = "crop") -> data.Stream:
@@ -552,14 +80,6 @@ def assert_same(left: list, right: list):
     assert len(left) == len(right)
     for a, b in zip(left, right):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a.problems == b.problems
-
-
-def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
-    orders = [permutation(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    permutation.cache_clear()
-    assert permutation(50, 0, 0).tolist() == orders[0]
 
 
 def test_every_pair_is_seen_once_an_epoch_across_batches_that_straddle_its_end():
@@ -647,55 +167,8 @@ def test_equal_pictures_and_captions_have_equal_keys():
     assert it.keys(0, "猫")[0] == it.keys(1, "狗")[0] == 3
 
 
-def test_repeats_and_the_loss_they_leave():
-    """Twelve pairs of three captions, in batches of twelve: each caption four times, so ln 4."""
-    it = stream(12)
-    it.pairs.texts = ["猫", "狗", "鱼"] * 4
-    shared, floor = data.repeats(it, 12, batches=2)
-    assert shared == 1 and floor == pytest.approx(math.log(4))
-    assert data.repeats(stream(12), 12, batches=2) == (0, 0)
-
-
 def test_drawn_scenes_have_keys_too():
     it = data.Stream(layouts.open_pairs("scenes-zh", "train"), 0, 8, "none")
     sample, index = it[5], it.index(5)
     assert sample.keys == it.keys(index, sample.caption) and sample.keys[0] == index
     assert sample.caption == it.pairs.pair(index)[1] == it.pairs.caption(index)
-
-
-class Counting(torch.utils.data.Dataset):
-    """Numbers, of which number 5 is broken."""
-
-    def __len__(self):
-        return 100
-
-    def __getitem__(self, i):
-        return 1 / (i - 5)
-
-
-class Handlers(torch.utils.data.Dataset):
-    """Whether the process it is asked in ignores SIGTERM and SIGINT."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, i):
-        return [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT)]
-
-
-@pytest.mark.parametrize("way", ["fork", "spawn"])
-def test_workers_ignore_signals_however_they_are_started(way):
-    if way not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system does not start processes so")
-    (ignored,) = data.Loader(Handlers(), num_workers=1, multiprocessing_context=way)
-    assert all(ignored)
-
-
-def test_a_process_that_fails_does_not_wait_for_workers_that_hear_no_signal():
-    """multiprocessing would send them a SIGTERM and wait for ever."""
-    code = ("import data, test_data\n"
-            "loader = iter(data.Loader(test_data.Counting(), num_workers=1))\n"
-            "for _ in loader: pass")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -1,4 +1,4 @@
-"""Token ids: worked examples, and the rules of Google's BERT tokenizer restated independently."""
+"""Token ids: examples, and the rules of Google's BERT tokenizer restated independently."""
 
 import functools
 import hashlib
@@ -9,7 +9,27 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import tokenize
+from data import CLEAN, SEPARATE, clean, separate, tokenize, word_ids, words
+
+
+def test_worked_example():
+    """The three steps, as data.py shows them."""
+    cleaned = "Hello, 世界".lower().translate(CLEAN)
+    assert cleaned == "hello,  世  界 "  # each Chinese character between spaces
+    separated = cleaned.translate(SEPARATE)
+    assert separated == "hello ,   世  界 "  # and each punctuation mark
+    assert separated.split() == words("Hello, 世界") == ["hello", ",", "世", "界"]
+    assert [word_ids(word) for word in ("hello", ",", "世", "界")] == [[8701], [117], [686], [4518]]
+    # [CLS], the four words, [SEP] and two zeros
+    assert tokenize("Hello, 世界", 8).tolist() == [[101, 8701, 117, 686, 4518, 102, 0, 0]]
+
+
+def test_a_table_is_the_function_of_each_character():
+    text = "Hello, “世界”\t☃ cafe\u0301 \ud83d\x00"
+    for _ in range(2):  # filled, then read
+        assert text.translate(CLEAN) == "".join(map(clean, text))
+        assert text.translate(SEPARATE) == "".join(map(separate, text))
+
 
 EXAMPLES = {
     "": [101, 102],
@@ -42,7 +62,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("text, ids", EXAMPLES.items(), ids=[ascii(text[:12]) for text in EXAMPLES])
-def test_worked_example(text, ids):
+def test_example(text, ids):
     assert tokenize(text).tolist() == [ids + [0] * (52 - len(ids))]
 
 

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import model
 from sources.augment import augment
-from data import DRAFT, Loader, preprocess
+from data import DRAFT, Stream, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
+from sources.workers import Loader
 from training.recipes import Config, loader_processes
 from common import write_json
 
@@ -44,6 +45,24 @@ class Features:
         if self.rows is None:  # opened by each worker for itself
             self.rows = np.memmap(self.path, np.float16, "r", shape=self.shape)
         return torch.from_numpy(self.rows[epoch % self.shape[0], image].astype(np.float32))
+
+
+class CachedStream(Stream):
+    """A Stream whose pictures are features, in every epoch another view."""
+
+    def __init__(self, pairs: Pairs, seed: int, features: Features):
+        super().__init__(pairs, seed, 0, "none")
+        self.features = features
+
+    def pair(self, index: int, position: int) -> tuple[torch.FloatTensor, str]:
+        """Features [E] and caption of a training pair as seen at this position; DataError if it is broken."""
+        number = self.pairs.image_number(index)
+        row = self.features.view(position // len(self.pairs), number)
+        if not row.isfinite().all():
+            self.pairs.image(number)  # raises a DataError if the picture is still broken
+            raise DataError(f"picture {number} can be read now, but could not when its features were cached; "
+                            "delete features.* in --out to encode it")
+        return row, self.pairs.caption(index)
 
 
 class Views(torch.utils.data.Dataset):
@@ -82,9 +101,9 @@ def origin(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> dict:
     }))
 
 
-def open_features(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> Features:
-    """The cached features of an act, in its folder; all ranks together encode what is missing there.
-    DataError if those that are there belong to something else."""
+def cached_stream(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> CachedStream:
+    """The pairs of an act with cached features, in its folder; all ranks together encode what is missing
+    there. DataError if the features that are there belong to something else."""
     path, done_path = (os.path.join(cfg.out, name) for name in ("features.f16", "features.done"))
     shape = (cfg.cache_features, pairs.image_count, clip.config.embed_dim)
     count, row_bytes = cfg.cache_features * pairs.image_count, 2 * clip.config.embed_dim
@@ -118,7 +137,7 @@ def open_features(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> Feature
             ticks.flush()
     clip.train(training)
     wait_for_all()
-    return Features(path, shape)
+    return CachedStream(pairs, cfg.seed, Features(path, shape))
 
 
 def prepare(folder: str, wanted: dict, size: int, blocks: int):

@@ -76,9 +76,17 @@ def repeats(stream: data.Stream, batch_size: int, batches: int = 8) -> tuple[flo
     for step in range(batches):
         first = data.first_position(step, batch_size, len(stream.pairs))
         indices = [stream.index(first + i) for i in range(batch_size)]
-        keys = [stream.keys(i, caption) for i in indices if (caption := stream.readable(i))]
+        keys = [stream.keys(i, caption) for i in indices if (caption := readable(stream, i))]
         found.append(loss_floor(torch.tensor(keys, dtype=torch.long).view(-1, 2)))
     return tuple(sum(column) / batches for column in zip(*found))
+
+
+def readable(stream: data.Stream, index: int) -> str:
+    """The caption of a training pair, "" if it is broken."""
+    try:
+        return stream.pairs.caption(index)
+    except DataError:
+        return ""
 
 
 def loss_floor(keys: torch.Tensor) -> tuple[float, float]:

@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import array
 
 import data
-from sources import layouts
-from training import report
-from sources import scenes
+from sources import layouts, scenes
 from sources.pairs import Pairs
+from training import report
 
 WORLDS = ("en", "zh")
 
@@ -30,8 +30,18 @@ def valid_pairs() -> Pairs:
     return layouts.open_pairs("scenes-zh", "valid")
 
 
-def array(image) -> np.ndarray:
-    return np.asarray(image).astype(int)
+def test_worked_example():
+    """One red cat on the grass, put in words and drawn."""
+    kind = [kind.en for kind in scenes.KINDS].index("cat")
+    colour = [english for english, _, _ in scenes.COLOURS].index("red")
+    cat = scenes.Scene("en", 0, (scenes.Group(kind, colour, 1, "", ""),))
+    captions = {scenes.describe(cat, random.Random(seed)) for seed in range(50)}
+    assert captions == {"a red cat on the grass", "on the grass there is a red cat",
+                        "a picture of a red cat on the grass"}
+    picture = scenes.draw(cat, random.Random(0))
+    assert picture.getpixel((0, 0)) == (190, 228, 250)  # the upper half of the place
+    assert picture.getpixel((0, 63)) == (120, 200, 90)  # the lower half
+    assert (array(picture) == (222, 40, 40)).all(axis=-1).any()  # the cat
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import model
 from sources import layouts
 import train
 from sources.augment import augment
-from training.cache import open_features
-from data import Stream, preprocess
+from training.cache import cached_stream
+from data import preprocess
 from sources.layouts import DataError
 
 
@@ -36,13 +36,13 @@ def tower(seed: int = 0) -> model.ChineseCLIP:
 
 def opened(folder, pairs, clip=None, views=3, seed=0, how="crop"):
     cfg = train.Config(out=str(folder), cache_features=views, seed=seed, augment=how, workers=0)
-    return open_features(cfg, clip or tower(), pairs)
+    return cached_stream(cfg, clip or tower(), pairs)
 
 
 def test_rows_are_the_features_of_augmented_pictures(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BLOCK", 7)  # 30 rows: blocks that straddle views, and a short last one
     clip = tower()
-    features = opened(tmp_path, pairs, clip, how="auto")
+    features = opened(tmp_path, pairs, clip, how="auto").features
     assert os.path.getsize(tmp_path / "features.f16") == 3 * 10 * 16 * 2
     clip.eval()
     for epoch, image in ((0, 0), (1, 4), (2, 9), (5, 3)):  # epoch 5 sees view 2 again
@@ -97,7 +97,7 @@ def test_a_cache_of_something_else_is_refused(change, word, pairs, tmp_path):
 def test_a_cache_that_is_there_is_not_built_again(pairs, tmp_path, monkeypatch):
     opened(tmp_path, pairs)
     monkeypatch.setattr(model.ChineseCLIP, "encode_image", lambda *_: 1 / 0)
-    assert opened(tmp_path, pairs).view(0, 0).shape == (16,)
+    assert opened(tmp_path, pairs).features.view(0, 0).shape == (16,)
 
 
 def test_an_unfinished_cache_goes_on(pairs, tmp_path, monkeypatch):
@@ -143,9 +143,9 @@ def test_two_processes_share_the_work(pairs, tmp_path, monkeypatch):
 
 def test_broken_pictures_are_named_when_their_turn_comes(pairs, tmp_path):
     (tmp_path / "pairs" / "train3.png").write_bytes(b"no picture")
-    features = opened(tmp_path, pairs)
+    stream = opened(tmp_path, pairs)
+    features = stream.features
     assert features.view(0, 3).isnan().all() and features.view(0, 2).isfinite().all()
-    stream = Stream(pairs, 0, 32, "crop", features)
     samples = [stream[position] for position in range(10)]
     Image.new("RGB", (32, 32)).save(tmp_path / "pairs" / "train3.png")  # readable again: still not a feature
     later = [stream[position] for position in range(10)]

@@ -1,8 +1,13 @@
 """The two pictures of a run: the right size, something on them, the frame around the right answer."""
 
-import numpy as np
-from PIL import Image
+import math
 
+import numpy as np
+import pytest
+from PIL import Image
+from stand_ins import Counted
+
+from data import Stream
 from training import report
 
 
@@ -64,3 +69,12 @@ def test_contact_sheet_has_a_cell_a_picture_and_a_green_frame_around_the_right_o
 def test_chinese_text_is_drawn_in_glyphs_of_its_own(tmp_path):
     masks = {bytes(report.font(20).getmask(char)) for char in "猫船花一上ab1"}
     assert len(masks) == 8
+
+
+def test_repeats_and_the_loss_they_leave():
+    """Twelve pairs of three captions, in batches of twelve: each caption four times, so ln 4."""
+    pairs = Counted(12)
+    assert report.repeats(Stream(pairs, 0, 8, "none"), 12, batches=2) == (0, 0)
+    pairs.texts = ["猫", "狗", "鱼"] * 4
+    shared, floor = report.repeats(Stream(pairs, 0, 8, "none"), 12, batches=2)
+    assert shared == 1 and floor == pytest.approx(math.log(4))

@@ -1,0 +1,52 @@
+"""Worker processes: they ignore the signals that end a run, and end with it."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from sources.workers import Loader
+
+
+class Counting(torch.utils.data.Dataset):
+    """Numbers; reading number 5 fails."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        return 1 / (i - 5)
+
+
+class Handlers(torch.utils.data.Dataset):
+    """Says whether the process that reads it ignores SIGTERM and SIGINT."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_workers_ignore_signals_however_they_are_started(way):
+    if way not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {way} processes")
+    (ignored,) = Loader(Handlers(), num_workers=1, multiprocessing_context=way)
+    assert all(ignored)
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers():
+    """multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever."""
+    code = ("import test_workers\n"
+            "loader = iter(test_workers.Loader(test_workers.Counting(), num_workers=1))\n"
+            "for _ in loader: pass")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sources")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
