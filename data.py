@@ -11,7 +11,6 @@ import os
 import random
 import string
 import unicodedata
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from tokenizers.models import WordPiece
 from sources.augment import as_rgb, augment
 from sources.order import order
 from sources.pairs import DataError, Pairs, SourceChanged
-from sources.workers import Loader
 
 # ------------------------------------------------------------------------------------------------------------
 # captions to ids, in the three steps of BERT's tokenizer (Devlin et al., 2019):
@@ -214,22 +212,24 @@ def first_position(step: int, batch_size: int, pairs: int) -> int:
 def batches(
     stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
     rank: int = 0, world_size: int = 1, chunk: int = 0,
-) -> Iterator[Batch]:
-    """Iterate over the batches of these steps, which worker processes prepare ahead. Rank r gets rows
-    r * B / world_size to (r + 1) * B / world_size of a batch, so features gathered from all ranks are in its
-    order. The rows come in chunks of at most `chunk` (0: in one), as memory may not hold all of them."""
+) -> torch.utils.data.DataLoader:
+    """A loader, to be read once, of the batches of these steps, which worker processes prepare ahead. Rank r
+    gets rows r * B / world_size to (r + 1) * B / world_size of a batch, so that features gathered from all
+    ranks are in its order. The rows come in chunks of at most `chunk` (0: all together), as memory may not
+    hold the whole batch."""
     share = batch_size // world_size
     size = chunk or share
 
-    def positions() -> Iterator[range]:
+    def positions():
         for step in steps:
             start = first_position(step, batch_size, len(stream.pairs)) + rank * share
             for first in range(start, start + share, size):
                 yield range(first, min(first + size, start + share))
 
     together = functools.partial(collate, context_length=context_length)
-    return iter(Loader(stream, batch_sampler=positions(), collate_fn=together, num_workers=workers,
-                       pin_memory=torch.cuda.is_available()))
+    return torch.utils.data.DataLoader(
+        stream, batch_sampler=positions(), collate_fn=together, num_workers=workers,
+        pin_memory=torch.cuda.is_available())
 
 
 def on_device(pictures: torch.Tensor, device: torch.device) -> torch.FloatTensor:

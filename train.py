@@ -43,6 +43,7 @@ from training.chunks import (
 from training.distill import distillation_loss, teach
 from training.recipes import Config, chained, loader_processes, parse, schedule, warmup_steps
 from training.tiles import DENSE_LIMIT, tiled_loss
+from training.workers import started
 
 # ------------------------------------------------------------------------------------------------------------
 # parts of the recipe
@@ -166,7 +167,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     log = report.Log(cfg, total, step, history)
     save, stop = not history, False
     with checkpoints:
-        loader = iter(data.batches(
+        loader = started(data.batches(
             stream, cfg.batch_size, range(step, total), cfg.context_length, loader_processes(cfg, device),
             rank(), world_size(), chunk_size))
         while True:

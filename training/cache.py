@@ -27,7 +27,7 @@ from sources.augment import augment
 from data import DRAFT, Stream, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
-from sources.workers import Loader
+from training.workers import started
 from training.recipes import Config, loader_processes
 from common import write_json
 
@@ -117,14 +117,14 @@ def cached_stream(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> CachedS
         print(f"   {path}: {cfg.cache_features} views of {pairs.image_count:,} pictures, "
               f"{count * row_bytes / 1e6:,.1f} MB; {sum(done)} of {len(blocks)} blocks are there", flush=True)
     mine = [start for i, start in enumerate(blocks) if not done[i] and i % world_size() == rank()]
-    loader = Loader(
+    loader = torch.utils.data.DataLoader(
         Views(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment),
         num_workers=loader_processes(cfg, clip.logit_scale.device),
         batch_sampler=[range(start, min(start + BLOCK, count)) for start in mine])
     device, training = clip.logit_scale.device, clip.training
     clip.eval()
     with open(path, "r+b") as file, open(done_path, "r+b") as ticks, torch.inference_mode():
-        bar = tqdm(zip(mine, loader), "caching features", len(mine), disable=None if rank() == 0 else True)
+        bar = tqdm(zip(mine, started(loader)), "caching features", len(mine), disable=None if rank() == 0 else True)
         for start, pixels in bar:
             with model.autocast(device):
                 features = model.normalise(clip.encode_image(pixels.to(device)))

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.data import DataLoader
 
-from sources.workers import Loader
+from training.workers import started
 
 
 class Counting(torch.utils.data.Dataset):
@@ -37,16 +38,15 @@ class Handlers(torch.utils.data.Dataset):
 def test_workers_ignore_signals_however_they_are_started(way):
     if way not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {way} processes")
-    (ignored,) = Loader(Handlers(), num_workers=1, multiprocessing_context=way)
+    (ignored,) = started(DataLoader(Handlers(), num_workers=1, multiprocessing_context=way))
     assert all(ignored)
 
 
 def test_a_process_that_fails_does_not_wait_for_its_workers():
     """multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever."""
-    code = ("import test_workers\n"
-            "loader = iter(test_workers.Loader(test_workers.Counting(), num_workers=1))\n"
-            "for _ in loader: pass")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sources")))
+    code = ("from test_workers import Counting, DataLoader, started\n"
+            "for _ in started(DataLoader(Counting(), num_workers=1)): pass")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
