@@ -39,7 +39,8 @@ from training import checkpoint
 import data
 import model
 from training import report
-from weights import read
+from weights.read import WeightsError
+from weights.start import initialise
 from training.cache import open_features
 from training.checkpoint import Checkpoints, Requests, Stopped
 from training.chunks import SAME_DROPOUT, backward_in_chunks, balanced, fitting_chunk, replay_distance
@@ -104,7 +105,7 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
     if not checkpoint.paths(cfg.out):  # which would replace it all
         starts = cfg.image_init, cfg.text_init, cfg.init
-        model.initialise(clip, *(chained(start, cfg.out) for start in starts))
+        initialise(clip, model.MODELS, *(chained(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
@@ -380,7 +381,7 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (DataError, read.WeightsError) as error:
+    except (DataError, WeightsError) as error:
         # a loader process sends its traceback along; the message proper is its last line
         message = str(error).strip().split("\n")[-1]
         sys.exit("error: " + re.sub(r"^sources\.pairs\.(DataError|SourceChanged): ", "", message))

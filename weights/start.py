@@ -1,0 +1,88 @@
+"""
+Training starts from published weights (paper, app. A.2): a whole model, or the image tower, its projection
+and the temperature from a CLIP file and the text tower from a RoBERTa file.
+"""
+
+import json
+import os
+
+from torch import nn
+
+from vit import ViTConfig, resize_positions
+from weights import download
+from weights.names import WeightsError, image_tower, text_tower, whole_model
+from weights.read import find, read, read_description
+from weights.sizes import NOT_A_CONFIG, check, config_of, from_hugging_face_config, heads, read_config
+
+PARTS = {"": whole_model, "visual.": image_tower, "bert.": text_tower}
+
+
+def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: str = "", init: str = ""):
+    """Overwrite the weights of a ChineseCLIP with those of `init`, then its image tower with that of
+    `image_init`, then its text tower with that of `text_init`. Each is a file, a folder, a published name, or
+    "" for none. `models` is model.MODELS. Prints what was taken over.
+
+    A position table of another resolution is interpolated, as from ViT-L-14 to ViT-L-14-336. WeightsError if
+    a file does not fit."""
+    for source, part in ((init, ""), (image_init, "visual."), (text_init, "bert.")):
+        if not source:
+            continue
+        path = find(source)
+        state, config, _ = read(path)
+        check_config(config, clip.config, part, path)
+        state, dropped = PARTS[part](state, path)
+        mine = clip.state_dict()
+        for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
+            if name in state and name in mine and len(state[name]) != len(mine[name]):
+                try:
+                    resized = resize_positions(state[name], len(mine[name]))
+                except ValueError as error:
+                    raise WeightsError(f"{path}: {name}: {error}") from None
+                print(f"{path}: {name} interpolated from {len(state[name])} to {len(mine[name])} rows")
+                state[name] = resized
+        wanted = {k: v for k, v in mine.items() if k.startswith(part) or k in state}
+        check(state, wanted, path, models)
+        clip.load_state_dict(state, strict=False)
+        print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
+
+
+def check_config(config: str, mine, part: str, path: str):
+    """Compare what no shape shows: heads and activation. WeightsError if a tower that is taken over from the
+    file has another number of heads than `mine`, because every feature would be wrong. If its image tower was
+    trained with another activation, print a line."""
+    found: dict[str, int] = {}
+    try:
+        raw = json.loads(config or "{}")
+        if "vision_config" in raw:
+            found["visual."] = config_of(raw, "vision").get("num_attention_heads", 12)
+            if part != "visual.":  # the text tower of a CLIPModel is no BERT, and is not taken over
+                found["bert."] = from_hugging_face_config(raw)[2].heads
+        elif raw:
+            _, visual, text = read_config(config, path)
+            if type(visual) is not type(mine.visual):
+                return  # an altogether different model, which `check` describes better
+            found = {"visual.": heads(visual), "bert.": text.heads}
+        theirs = activation(raw, path)
+        if part == "visual." and isinstance(mine.visual, ViTConfig) and theirs != "quick_gelu":
+            print(f"{path}: this image tower was trained with {theirs!r:.99}; here it computes QuickGELU, as "
+                  "in the official code, and its features differ until training has made up for it")
+    except NOT_A_CONFIG as error:
+        raise WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
+    for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
+        if tower.startswith(part) and found.get(tower, wanted) != wanted:
+            raise WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, but "
+                               f"this model's has {wanted}; the features would differ")
+
+
+def activation(raw: dict, path: str) -> str:
+    """Hugging Face's word for the activation of a CLIP's image tower. It stands in the file's config (`raw`,
+    {} if there is none) or in open_clip's config beside it; of a published name it is known."""
+    if "vision_config" in raw:
+        return config_of(raw, "vision").get("hidden_act", "quick_gelu")
+    folder = os.path.dirname(path)
+    beside = os.path.join(folder, "open_clip_config.json")
+    if os.path.isfile(beside):
+        exact = not json.loads(read_description(beside))["model_cfg"].get("quick_gelu", False)
+    else:
+        exact = os.path.basename(folder) in download.EXACT_GELU
+    return "gelu" if exact else "quick_gelu"
