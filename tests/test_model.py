@@ -15,6 +15,7 @@ from bert import BertConfig
 from model import MODELS, ChineseCLIP, ModelConfig
 from resnet import ResNetConfig
 from vit import ViTConfig
+from weights.sizes import guess, read_config
 
 RELEASED = {  # all, visual, bert: counted on the official code
     "RN50": (76_989_537, 38_316_896, 37_886_208),
@@ -342,7 +343,7 @@ def test_head_counts_travel_with_the_file(tmp_path):  # they cannot be read off 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_configs_survive_json(name):
-    config = model.config_from_json(json.dumps(dataclasses.asdict(MODELS[name])), "file")
+    config = ModelConfig(*read_config(json.dumps(dataclasses.asdict(MODELS[name])), "file"))
     assert config == MODELS[name] and hash(config) == hash(MODELS[name])
     assert isinstance(config.visual, ResNetConfig if name.startswith("RN") else ViTConfig)
 
@@ -350,8 +351,8 @@ def test_configs_survive_json(name):
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_state_dict_tells_which_model_it_is(name):
     state = on_meta(name).state_dict()
-    assert model.guess(state) == name
-    assert model.guess({key: value for key, value in state.items() if key.startswith("visual.")}) == name
+    assert guess(state, MODELS) == name
+    assert guess({key: value for key, value in state.items() if key.startswith("visual.")}, MODELS) == name
 
 
 def test_loaded_models_learn(tmp_path):  # no tensor is left read-only by the file it came from

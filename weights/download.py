@@ -22,6 +22,8 @@ import filelock
 import requests
 from tqdm import tqdm
 
+from weights.names import WeightsError
+
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip")
 
 # name -> owner/repository/file on Hugging Face, or a whole address. The first five are the released Chinese
@@ -57,8 +59,8 @@ TRIES = 5  # in a row that bring nothing
 CHUNK = 1 << 20
 
 
-class DownloadError(ValueError):
-    """No file: one line with the address, what happened and what to do."""
+class DownloadError(WeightsError):
+    """There is no file. The message is one line: the address, what happened, and what to do."""
 
 
 class Interrupted(Exception):

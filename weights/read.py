@@ -164,7 +164,7 @@ def plain(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         named = isinstance(key, str) and key.isprintable() and len(key) < 1000
         if not named or value.dtype not in torchfile.DTYPES.values() or value.ndim > 8:
-            raise WeightsError(f"{path}: {key!r:.99} is no ordinary tensor, which has a name and real numbers")
+            raise WeightsError(f"{path}: {key!r:.99} is no ordinary tensor; expected a name and real numbers")
         total += value.numel() * (4 if value.is_floating_point() else value.element_size())
     if total > 2 * os.path.getsize(path) + 4 * 21128 * 1024:
         raise WeightsError(f"{path}: its tensors claim {total:,} bytes, more than the file holds; refused")

@@ -33,21 +33,40 @@ HUGGING_FACE_TEXT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size
 
 
 def read_config(text: str, path: str) -> Sizes:
-    """The config of the file at `path`: `text` is Hugging Face's config.json, or ours, which model.save wrote
-    into the file. WeightsError if no model can be built from it."""
+    """The config of the file at `path`: `text` is the JSON that model.save wrote into it, or Hugging Face's
+    config.json. WeightsError if no model can be built from it."""
     try:
         raw = json.loads(text)
-        if "vision_config" in raw:
-            return buildable(*from_hugging_face_config(raw))
-        visual = raw["visual"]
-        if "blocks" in visual:
-            visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
-        else:
-            visual = ViTConfig(**visual)
-        return buildable(raw["embed_dim"], visual, BertConfig(**raw["text"]))
+        check_activations(raw)
+        return buildable(*sizes_of(raw))
     except NOT_A_CONFIG as error:
         raise WeightsError(f"{path}: the config in it, or in config.json beside it, describes no model of "
                            f"ours ({error!r:.200})") from None
+
+
+def sizes_of(raw: dict) -> Sizes:
+    """The sizes in a config, whatever they are."""
+    if "vision_config" in raw:
+        vision, text = config_of(raw, "vision"), config_of(raw, "text")
+        visual = {mine: vision.get(*theirs) for mine, theirs in HUGGING_FACE_VISION.items()}
+        head_width = visual["width"] // vision.get("num_attention_heads", 12)
+        return (raw.get("projection_dim", 512), ViTConfig(**visual, head_width=head_width),
+                BertConfig(**{mine: text.get(*theirs) for mine, theirs in HUGGING_FACE_TEXT.items()}))
+    visual = raw["visual"]
+    if "blocks" in visual:
+        visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
+    else:
+        visual = ViTConfig(**visual)
+    return raw["embed_dim"], visual, BertConfig(**raw["text"])
+
+
+def check_activations(raw: dict):
+    """ValueError if a config of Hugging Face's asks for others than ours. Our own config names none."""
+    if "vision_config" in raw:
+        for tower, ours in (("vision", "quick_gelu"), ("text", "gelu")):
+            found = config_of(raw, tower).get("hidden_act", ours)
+            if found != ours:
+                raise ValueError(f"hidden_act is {found}, expected {ours}")
 
 
 def buildable(embed_dim: int, visual: ViTConfig | ResNetConfig, text: BertConfig) -> Sizes:
@@ -64,31 +83,17 @@ def buildable(embed_dim: int, visual: ViTConfig | ResNetConfig, text: BertConfig
         raise ValueError(f"dropout is {dropout!r}, expected 0 to below 1")
     if isinstance(visual, ResNetConfig) and len(visual.blocks) != 4:
         raise ValueError(f"{len(visual.blocks)} stages of blocks, expected 4")
-    if isinstance(visual, ResNetConfig):
-        divides = 32 * visual.width % visual.heads == 0
-    else:
-        divides = visual.width % visual.head_width == 0
-    if not divides or text.width % text.heads:
+    width = 32 * visual.width if isinstance(visual, ResNetConfig) else visual.width
+    divisor = visual.heads if isinstance(visual, ResNetConfig) else visual.head_width
+    if width % divisor or text.width % text.heads:
         raise ValueError("the heads do not divide the width")
     return embed_dim, visual, text
-
-
-def from_hugging_face_config(raw: dict) -> Sizes:
-    """config.json of a ChineseCLIPModel -> ours. ValueError if it asks for another activation."""
-    vision, text = config_of(raw, "vision"), config_of(raw, "text")
-    for part, ours in ((vision, "quick_gelu"), (text, "gelu")):
-        if part.get("hidden_act", ours) != ours:
-            raise ValueError(f"hidden_act is {part['hidden_act']}, expected {ours}")
-    visual = {mine: vision.get(*theirs) for mine, theirs in HUGGING_FACE_VISION.items()}
-    head_width = visual["width"] // vision.get("num_attention_heads", 12)
-    return (raw.get("projection_dim", 512), ViTConfig(**visual, head_width=head_width),
-            BertConfig(**{mine: text.get(*theirs) for mine, theirs in HUGGING_FACE_TEXT.items()}))
 
 
 def config_of(raw: dict, tower: str) -> dict:
     """The "vision" or "text" part of config.json. Files of 2022 hold each twice, and the first of these
     counts."""
-    return raw.get(f"{tower}_config_dict") or raw[f"{tower}_config"]
+    return raw.get(f"{tower}_config_dict") or raw.get(f"{tower}_config", {})
 
 
 def heads(visual: ViTConfig | ResNetConfig) -> int:
@@ -99,29 +104,37 @@ def heads(visual: ViTConfig | ResNetConfig) -> int:
 # from the shapes of tensors
 
 
-def signature(state: dict[str, torch.Tensor]) -> tuple:
-    """The depths and shapes of a (perhaps partial) state dict that tell one model from another. The number of
-    heads is not among them: no shape shows it."""
-    depths = [len({key.split(part)[1].split(".")[0] for key in state if part in key})
-              for part in ("visual.transformer.resblocks.", "visual.layer1.", "visual.layer3.",
-                           "bert.encoder.layer.")]
-    tables = ("visual.conv1.weight", "visual.positional_embedding", "visual.attnpool.positional_embedding",
-              "visual.proj", "visual.attnpool.c_proj.weight", "bert.embeddings.word_embeddings.weight",
-              "text_projection")
-    return *depths, *(tuple(state[key].shape) if key in state else None for key in tables)
-
-
-def signature_of(config) -> tuple:
-    """The signature of a row of MODELS, computed without building the model."""
+def landmarks(config) -> dict[str, tuple[int, ...]]:
+    """A few tensors that tell a row of MODELS from the others, with their shapes. The last block of a stack
+    shows its depth. Nothing shows the number of heads."""
     v, t, E = config.visual, config.text, config.embed_dim
-    words, projection = (t.vocab_size, t.width), (t.width, E)
+    text = {"bert.embeddings.word_embeddings.weight": (t.vocab_size, t.width),
+            f"bert.encoder.layer.{t.layers - 1}.output.dense.bias": (t.width,),
+            "text_projection": (t.width, E)}
     if isinstance(v, ViTConfig):
-        positions = ((v.resolution // v.patch_size) ** 2 + 1, v.width)
-        patches = (v.width, 3, v.patch_size, v.patch_size)
-        return v.layers, 0, 0, t.layers, patches, positions, None, (v.width, E), None, words, projection
-    D = 32 * v.width  # of the last feature map
-    positions, stem = ((v.resolution // 32) ** 2 + 1, D), (v.width // 2, 3, 3, 3)
-    return 0, v.blocks[0], v.blocks[2], t.layers, stem, None, positions, None, (E, D), words, projection
+        return text | {
+            "visual.conv1.weight": (v.width, 3, v.patch_size, v.patch_size),
+            "visual.positional_embedding": ((v.resolution // v.patch_size) ** 2 + 1, v.width),
+            f"visual.transformer.resblocks.{v.layers - 1}.ln_1.bias": (v.width,),
+            "visual.proj": (v.width, E)}
+    return text | {
+        "visual.conv1.weight": (v.width // 2, 3, 3, 3),
+        "visual.attnpool.positional_embedding": ((v.resolution // 32) ** 2 + 1, 32 * v.width),
+        f"visual.layer3.{v.blocks[2] - 1}.bn3.bias": (16 * v.width,),
+        "visual.attnpool.c_proj.weight": (E, 32 * v.width)}
+
+
+def guess(state: dict[str, torch.Tensor], models: dict) -> str:
+    """The name of the model with most of its landmarks in a (perhaps partial) state dict, or "" if no model
+    has half of them there. Of a part that is missing altogether, no landmarks are expected."""
+    parts = {key.split(".")[0] for key in state}
+
+    def share(name: str) -> float:
+        expected = {key: shape for key, shape in landmarks(models[name]).items() if key.split(".")[0] in parts}
+        found = [key for key, shape in expected.items() if key in state and tuple(state[key].shape) == shape]
+        return len(found) / max(1, len(expected))
+    best = max(models, key=lambda name: (share(name), models[name].text.layers))  # 12 layers contain 3, too
+    return best if share(best) >= 0.5 else ""
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -132,17 +145,6 @@ class SkipInit(torch.overrides.TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if kwargs else args[0]
         return func(*args, **(kwargs or {}))
-
-
-def guess(state: dict[str, torch.Tensor], models: dict) -> str:
-    """The name of the model that a (perhaps partial) state dict looks most like, or "" if none of them shares
-    half of its signature."""
-    mine = signature(state)
-    known = [i for i, value in enumerate(mine) if value]
-    share = {name: sum(mine[i] == signature_of(row)[i] for i in known) / max(1, len(known))
-             for name, row in models.items()}
-    best = max(share, key=share.get)
-    return best if share[best] >= 0.5 else ""
 
 
 def describe(config, models: dict) -> str:

@@ -12,7 +12,7 @@ from vit import ViTConfig, resize_positions
 from weights import download
 from weights.names import WeightsError, image_tower, text_tower, whole_model
 from weights.read import find, read, read_description
-from weights.sizes import NOT_A_CONFIG, check, config_of, from_hugging_face_config, heads, read_config
+from weights.sizes import NOT_A_CONFIG, check, check_activations, config_of, heads, sizes_of
 
 PARTS = {"": whole_model, "visual.": image_tower, "bert.": text_tower}
 
@@ -47,29 +47,25 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
 
 
 def check_config(config: str, mine, part: str, path: str):
-    """Compare what no shape shows: heads and activation. WeightsError if a tower that is taken over from the
-    file has another number of heads than `mine`, because every feature would be wrong. If its image tower was
-    trained with another activation, print a line."""
-    found: dict[str, int] = {}
+    """Compare what no shape shows, the heads and the activation. WeightsError if a tower that is taken over
+    has another number of heads in the file than in `mine`, because every feature would be wrong. If the
+    image tower was trained with another activation, print a line."""
     try:
         raw = json.loads(config or "{}")
-        if "vision_config" in raw:
-            found["visual."] = config_of(raw, "vision").get("num_attention_heads", 12)
-            if part != "visual.":  # the text tower of a CLIPModel is no BERT, and is not taken over
-                found["bert."] = from_hugging_face_config(raw)[2].heads
-        elif raw:
-            _, visual, text = read_config(config, path)
-            if type(visual) is not type(mine.visual):
-                return  # an altogether different model, which `check` describes better
-            found = {"visual.": heads(visual), "bert.": text.heads}
         theirs = activation(raw, path)
-        if part == "visual." and isinstance(mine.visual, ViTConfig) and theirs != "quick_gelu":
-            print(f"{path}: this image tower was trained with {theirs!r:.99}; here it computes QuickGELU, as "
-                  "in the official code, and its features differ until training has made up for it")
+        if part != "visual.":
+            check_activations(raw)
+        _, visual, text = sizes_of(raw) if raw else (0, mine.visual, mine.text)
+        found = {"visual.": heads(visual), "bert.": text.heads}
     except NOT_A_CONFIG as error:
         raise WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
+    if part != "bert." and type(visual) is not type(mine.visual):
+        return  # an altogether different model, which `check` describes better
+    if part == "visual." and isinstance(visual, ViTConfig) and theirs != "quick_gelu":
+        print(f"{path}: this image tower was trained with {theirs!r:.99}; here it computes QuickGELU, as in "
+              "the official code, and its features differ until training has made up for it")
     for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
-        if tower.startswith(part) and found.get(tower, wanted) != wanted:
+        if tower.startswith(part) and found[tower] != wanted:
             raise WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, but "
                                f"this model's has {wanted}; the features would differ")
 

@@ -23,6 +23,9 @@ from weights import download
 import model
 from weights import read
 from model import MODELS
+from weights.names import from_hugging_face, to_hugging_face
+from weights.sizes import sizes_of
+from weights.start import initialise
 
 TEXTS = ["一只猫", "“红色”的灯笼，挂在树上！", "iPhone 15 Pro手机壳", "", "Ünïcödé café ﬁ", "长" * 80, "a" * 150,
          "tab\tnew\nline\u3000wide\u00a0hard\u200bnone\x00\x07\ufffd\ue000 private", "🙂旗: 中国",
@@ -104,14 +107,14 @@ def test_folders_of_hugging_face(container, tmp_path, capsys):
 
 def test_a_single_file_of_hugging_face_without_its_config(tmp_path):
     clip = built(VIT)
-    safetensors.torch.save_file(read.to_hugging_face(clip.state_dict()), tmp_path / "any name")
+    safetensors.torch.save_file(to_hugging_face(clip.state_dict()), tmp_path / "any name")
     loaded, _ = model.load(str(tmp_path / "any name"))  # heads from the row of MODELS that the shapes match
     assert loaded.config == MODELS[VIT] and same(loaded.state_dict(), clip.state_dict())
 
 
 def test_old_files_with_pooler_and_position_numbers(tmp_path, capsys):
     clip = built(VIT)
-    old = read.to_hugging_face(clip.state_dict()) | {
+    old = to_hugging_face(clip.state_dict()) | {
         "text_model.pooler.dense.weight": torch.ones(32, 32), "text_model.pooler.dense.bias": torch.ones(32),
         "text_model.embeddings.position_ids": torch.arange(512)[None],
         "vision_model.embeddings.position_ids": torch.arange(17)[None]}
@@ -132,7 +135,7 @@ def test_configs_of_2022_hold_the_numbers_twice(tmp_path):
 
 def test_numbers_that_a_config_leaves_out_are_transformers_defaults():
     left_out = transformers.ChineseCLIPConfig()
-    config = model.config_from_hugging_face({"vision_config": {}, "text_config": {}})
+    config = model.ModelConfig(*sizes_of({"vision_config": {}, "text_config": {}}))
     assert config.embed_dim == left_out.projection_dim
     v, t = left_out.vision_config, left_out.text_config
     assert (config.visual.resolution, config.visual.patch_size) == (v.image_size, v.patch_size)
@@ -165,7 +168,7 @@ def test_a_config_for_another_resolution_is_refused(tmp_path):
 @pytest.mark.parametrize("gone, hint", [("q_proj.weight", "missing"), ("k_proj.bias", "unknown"),
                                         ("visual_projection", "visual.proj")])
 def test_a_missing_tensor_of_hugging_face(gone, hint, tmp_path):
-    state = read.to_hugging_face(built(VIT).state_dict())
+    state = to_hugging_face(built(VIT).state_dict())
     del state[next(key for key in state if gone in key)]
     assert hint in refusal(model.load, saved(tmp_path, state))
 
@@ -235,7 +238,7 @@ def test_image_tower_from_hugging_faces_clip(container, tmp_path, capsys):
         os.remove(tmp_path / "model.safetensors")
     clip = built(VIT)
     before = {k: v.clone() for k, v in clip.state_dict().items() if k.startswith(("bert.", "text_"))}
-    model.initialise(clip, image_init=str(tmp_path))
+    initialise(clip, MODELS, image_init=str(tmp_path))
     pixels = random_pixels(3, 32)
     with torch.no_grad():
         agree([clip.encode_image(pixels)], [hf.visual_projection(hf.vision_model(pixels).pooler_output)])
@@ -256,7 +259,7 @@ def test_image_tower_from_open_clip(name, tmp_path):
     else:
         safetensors.torch.save_file(state, tmp_path / name)
     clip = built(VIT)
-    model.initialise(clip, image_init=str(tmp_path))  # the folder, as it is cloned
+    initialise(clip, MODELS, image_init=str(tmp_path))  # the folder, as it is cloned
     assert same({k: v for k, v in clip.state_dict().items() if k.startswith("visual.")}, visual)
     assert clip.logit_scale.item() == 4.5
 
@@ -264,7 +267,7 @@ def test_image_tower_from_open_clip(name, tmp_path):
 def test_whole_models_initialise_from_hugging_face(tmp_path):
     clip = built(VIT)
     weights.save_hugging_face(built(VIT, seed=9), str(tmp_path / "hf"))
-    model.initialise(clip, init=str(tmp_path / "hf"))
+    initialise(clip, MODELS, init=str(tmp_path / "hf"))
     assert same(clip.state_dict(), built(VIT, seed=9).state_dict())
 
 
@@ -297,9 +300,9 @@ def test_the_written_processor_gives_the_same_ids_and_pixels(tmp_path):
 
 def test_names_for_hugging_face_and_back():
     state = built(VIT).state_dict()
-    there = read.to_hugging_face(state)
+    there = to_hugging_face(state)
     assert not any(key.startswith(("visual.", "bert.")) or ".ln_" in key for key in there)
-    assert same(read.from_hugging_face(there), state)
+    assert same(from_hugging_face(there), state)
 
 
 def test_a_resnet_has_no_place_in_transformers(tmp_path):
@@ -428,7 +431,7 @@ def test_folders_that_hold_one_official_file(tmp_path, monkeypatch):
 def test_a_folder_does_not_hide_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-B-16").mkdir()
-    monkeypatch.setattr(download, "fetch", lambda name, root: f"fetched {name} to {root}")
+    monkeypatch.setattr(read, "fetch", lambda name, root: f"fetched {name} to {root}")
     assert read.find("ViT-B-16", "there") == "fetched ViT-B-16 to there"
 
 
@@ -448,10 +451,10 @@ def test_other_heads_are_not_taken_over_in_silence(tmp_path):
     for other in (dataclasses.replace(row, visual=dataclasses.replace(row.visual, head_width=8)),
                   dataclasses.replace(row, text=dataclasses.replace(row.text, heads=4))):
         model.save(model.ChineseCLIP(other), str(tmp_path / "a"))
-        assert "heads" in refusal(model.initialise, built(VIT), init=str(tmp_path / "a"))
+        assert "heads" in refusal(initialise, built(VIT), MODELS, init=str(tmp_path / "a"))
     hugging_face(tmp_path / "hf")  # 4 heads each
     for which in ("init", "image_init", "text_init"):
-        assert "4 heads" in refusal(model.initialise, built(VIT), **{which: str(tmp_path / "hf")})
+        assert "4 heads" in refusal(initialise, built(VIT), MODELS, **{which: str(tmp_path / "hf")})
 
 
 @pytest.mark.parametrize("path, value", [
@@ -496,7 +499,7 @@ def test_names_are_fetched_and_loaded(tmp_path, monkeypatch):
 
     def offline(name, root):
         raise download.DownloadError("no way there")
-    monkeypatch.setattr(download, "fetch", offline)
+    monkeypatch.setattr(read, "fetch", offline)
     assert refusal(model.load, "RN50") == "no way there"
 
 
@@ -536,11 +539,11 @@ def test_another_activation_of_an_image_tower_is_said(where, beside, said, tmp_p
     state = {key: value for key, value in built(VIT, seed=1).state_dict().items() if key[:5] != "bert."}
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
-    torch.save(read.to_hugging_face(state) if where.startswith("hf/") else state, path)
+    torch.save(to_hugging_face(state) if where.startswith("hf/") else state, path)
     for name, content in beside.items():
         (path.parent / name).write_text(json.dumps(content))
     clip = built(VIT)
-    model.initialise(clip, image_init=str(path))
+    initialise(clip, MODELS, image_init=str(path))
     lines = [line for line in capsys.readouterr().out.splitlines() if "QuickGELU" in line]
     assert len(lines) == bool(said) and said in "".join(lines)
     assert torch.equal(clip.visual.conv1.weight, built(VIT, seed=1).visual.conv1.weight)
@@ -555,7 +558,7 @@ def test_the_only_clip_here_with_the_exact_gelu_is_laions():
 def test_configs_of_open_clip_that_are_none(content, tmp_path):
     path = saved(tmp_path, built(VIT).state_dict())
     (tmp_path / "open_clip_config.json").write_text(content)
-    assert "config" in refusal(model.initialise, built(VIT), image_init=path)
+    assert "config" in refusal(initialise, built(VIT), MODELS, image_init=path)
 
 
 @pytest.mark.parametrize("content", [
@@ -564,7 +567,7 @@ def test_configs_that_only_initialise_reads(content, tmp_path):
     weights.save_hugging_face(built(VIT), str(tmp_path / "hf"))
     (tmp_path / "hf" / "config.json").write_text(content)
     for which in ("init", "image_init", "text_init"):
-        assert refusal(model.initialise, built(VIT), **{which: str(tmp_path / "hf")})
+        assert refusal(initialise, built(VIT), MODELS, **{which: str(tmp_path / "hf")})
 
 
 def test_released_models_are_models():
@@ -630,7 +633,7 @@ def test_whole_numbers_in_the_place_of_weights(tmp_path):
     ("vision_model.encoder.layers.1.self_attn.q_proj.bias", ()),
     ("visual_projection.weight", (3,)), ("text_projection.weight", (16, 3))])
 def test_misshaped_tensors_of_hugging_face(key, shape, tmp_path):
-    state = read.to_hugging_face(built(VIT).state_dict()) | {key: torch.zeros(shape)}
+    state = to_hugging_face(built(VIT).state_dict()) | {key: torch.zeros(shape)}
     assert "does not fit this model" in refusal(model.load, saved(tmp_path, state))
 
 
@@ -644,7 +647,7 @@ def test_the_temperature_of_an_initialiser_is_checked_too(scale, tmp_path):
     clip = built(VIT)
     before = {key: value.clone() for key, value in clip.state_dict().items()}
     path = saved(tmp_path, built(VIT, seed=1).state_dict() | {"logit_scale": scale})
-    assert "logit_scale" in refusal(model.initialise, clip, image_init=path)
+    assert "logit_scale" in refusal(initialise, clip, MODELS, image_init=path)
     assert same(clip.state_dict(), before)
 
 
@@ -698,12 +701,12 @@ def test_training_from_a_larger_resolution_interpolates_and_says_so(tmp_path, ca
     row = MODELS[VIT]
     large = model.ChineseCLIP(dataclasses.replace(row, visual=dataclasses.replace(row.visual, resolution=48)))
     clip = built(VIT)
-    model.initialise(clip, init=saved(tmp_path, official(large.state_dict())))
+    initialise(clip, MODELS, init=saved(tmp_path, official(large.state_dict())))
     assert "visual.positional_embedding interpolated from 37 to 17 rows" in capsys.readouterr().out
 
 
 def test_half_precision_comes_out_as_float32(tmp_path):
     state = built(VIT).state_dict()
-    safetensors.torch.save_file(read.to_hugging_face(half(state)), tmp_path / "model.safetensors")
+    safetensors.torch.save_file(to_hugging_face(half(state)), tmp_path / "model.safetensors")
     loaded, _ = model.load(str(tmp_path))
     assert same(loaded.state_dict(), rounded(state))

@@ -1,4 +1,4 @@
-"""weights/read.py, through model.load and model.initialise: every layout it reads, and what a wrong file gets."""
+"""weights/read.py, through model.load and start.initialise: every layout it reads, and what a wrong file gets."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from weights import read
 from bert import BertConfig
 from model import MODELS, ChineseCLIP
 from vit import ViTConfig, resize_positions
+from weights.start import initialise
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_image_tower_starts_from_openais(openai_archive, plain, tmp_path, capsys
     name, path, tensors = openai_archive
     clip = built(name)
     before = {key: value.clone() for key, value in clip.state_dict().items()}
-    model.initialise(clip, image_init=saved(tmp_path, tensors, "plain.pt") if plain else path)
+    initialise(clip, MODELS, image_init=saved(tmp_path, tensors, "plain.pt") if plain else path)
     state = clip.state_dict()
     for key, value in state.items():
         taken = key.startswith("visual.") or key == "logit_scale"
@@ -195,7 +196,7 @@ def test_image_tower_starts_from_openais(openai_archive, plain, tmp_path, capsys
 def test_image_tower_starts_from_a_chinese_clip(tmp_path):
     source, clip = built(VIT, seed=1), built(VIT, seed=2)
     text = clip.text_projection.clone()
-    model.initialise(clip, image_init=saved(tmp_path, official(half(source.state_dict()))))
+    initialise(clip, MODELS, image_init=saved(tmp_path, official(half(source.state_dict()))))
     assert same(clip.visual.state_dict(), rounded(source.visual.state_dict()))
     assert torch.equal(clip.text_projection, text)
 
@@ -210,7 +211,7 @@ def test_position_tables_are_interpolated_for_another_resolution(name, key, tmp_
         ChineseCLIP(dataclasses.replace(row, visual=dataclasses.replace(row.visual, resolution=64))), seed=5
     )
     table, rows = source.state_dict()[key], len(large.state_dict()[key])
-    model.initialise(large, image_init=saved(tmp_path, official(source.state_dict())))
+    initialise(large, MODELS, image_init=saved(tmp_path, official(source.state_dict())))
     assert f"interpolated from {len(table)} to {rows} rows" in capsys.readouterr().out
     assert rows == (9 * 16 + 1 if name == VIT else 9 + 1)
     expected = torch.nn.functional.interpolate(
@@ -270,7 +271,7 @@ def test_text_tower_starts_from_roberta(layout, old_names, prefix, tmp_path, cap
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=layout == "zip")
-    model.initialise(clip, text_init=str(tmp_path))  # the folder, as it is downloaded
+    initialise(clip, MODELS, text_init=str(tmp_path))  # the folder, as it is downloaded
     assert same(clip.bert.state_dict(), source)
     assert same({key: value for key, value in clip.state_dict().items() if key in before}, before)
     assert "of heads and pooler" in capsys.readouterr().out
@@ -278,8 +279,8 @@ def test_text_tower_starts_from_roberta(layout, old_names, prefix, tmp_path, cap
 
 def test_both_towers_at_once(tmp_path):
     image, text, clip = built(RN, seed=1), built(RN, seed=2), built(RN, seed=3)
-    model.initialise(
-        clip, saved(tmp_path, openai_tensors(RN), "i.pt"), saved(tmp_path, text.bert.state_dict(), "t.pt")
+    initialise(
+        clip, MODELS, saved(tmp_path, openai_tensors(RN), "i.pt"), saved(tmp_path, text.bert.state_dict(), "t.pt")
     )
     assert same(clip.bert.state_dict(), text.bert.state_dict())
     assert not torch.equal(clip.visual.conv1.weight, image.visual.conv1.weight)
@@ -341,14 +342,14 @@ def test_a_model_of_no_known_size_is_refused_with_the_nearest(tmp_path):
 
 def test_image_tower_of_another_model_is_refused_with_a_guess(tmp_path):
     path = saved(tmp_path, official(built(RN).state_dict()))
-    message = refusal(model.initialise, built(VIT), image_init=path)
+    message = refusal(initialise, built(VIT), MODELS, image_init=path)
     assert path in message and "visual.class_embedding" in message and f"looks like {RN}" in message
 
 
 def test_text_tower_of_another_size_is_refused(tmp_path):
     small = dataclasses.replace(MODELS[VIT], text=BertConfig(1, 32, 2, vocab_size=50))
     path = saved(tmp_path, ChineseCLIP(small).bert.state_dict())
-    message = refusal(model.initialise, built(VIT), text_init=path)
+    message = refusal(initialise, built(VIT), MODELS, text_init=path)
     assert (
         path in message
         and "bert.embeddings.word_embeddings.weight is (50, 32), expected (21128, 32)" in message
@@ -360,15 +361,15 @@ def test_a_file_without_the_tower_asked_for_is_refused(tmp_path):
     state = built(VIT).state_dict()
     text = saved(tmp_path, {k: v for k, v in state.items() if k.startswith("bert.")}, "text.pt")
     image = saved(tmp_path, {k: v for k, v in state.items() if k.startswith("visual.")}, "image.pt")
-    message = refusal(model.initialise, built(VIT), image_init=text)
+    message = refusal(initialise, built(VIT), MODELS, image_init=text)
     assert text in message and "no image tower" in message and "bert.embeddings" in message
-    message = refusal(model.initialise, built(VIT), text_init=image)
+    message = refusal(initialise, built(VIT), MODELS, text_init=image)
     assert image in message and "no BERT" in message and "visual." in message
 
 
 def test_a_position_table_that_is_no_square_is_refused(tmp_path):
     path = saved(tmp_path, built(VIT).state_dict() | {"visual.positional_embedding": torch.ones(12, 32)})
-    message = refusal(model.initialise, built(VIT), image_init=path)
+    message = refusal(initialise, built(VIT), MODELS, image_init=path)
     assert path in message and "visual.positional_embedding" in message and "12 rows" in message
 
 
