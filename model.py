@@ -29,7 +29,7 @@ from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this m
 from resnet import ModifiedResNet, ResNetConfig
 from vit import VisionTransformer, ViTConfig
 from weights.download import RELEASED, SOURCES
-from weights.names import ONE_TOWER, whole_model
+from weights.names import ONE_TOWER, left_out, whole_model
 from weights.read import WeightsError, find, read, write
 from weights.sizes import SkipInit, check, describe, guess, read_config
 
@@ -154,8 +154,8 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     if name in SOURCES and name not in RELEASED:
         raise WeightsError(f"{name}: {ONE_TOWER}")
     path = find(name, download_root or "")
-    state, config, layout = read(path)
-    state, dropped = whole_model(state, path)
+    everything, config, layout = read(path)
+    state = whole_model(everything, path)
     config = ModelConfig(*read_config(config, path)) if config else MODELS.get(guess(state, MODELS))
     if config is None:
         raise WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
@@ -171,7 +171,7 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
         clip.visual.to(memory_format=torch.channels_last)  # its convolutions are faster so
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config, MODELS)}, {count:,} parameters in {dtype}"
-          + (f"; left out {dropped}" if dropped else ""))
+          f"{left_out(everything, state)}")
     return clip.to(device).eval(), functools.partial(preprocess, resolution=config.visual.resolution)
 
 

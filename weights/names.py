@@ -90,44 +90,43 @@ def from_flash_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 # a whole model, or one of its towers
 
 
-def whole_model(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """-> (the state without the tensors that CLIP does not use, a phrase that says what was left out).
-    WeightsError if the state holds one tower only."""
+def whole_model(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Any Chinese CLIP -> the tensors that this model has. WeightsError if one of its towers is not there."""
     kept = without_pooler(state)
-    if any(key.startswith("visual.") for key in kept) != any(key.startswith("bert.") for key in kept):
+    if any(k.startswith("visual.") for k in kept) != any(k.startswith("bert.") for k in kept):
         raise WeightsError(f"{path}: {ONE_TOWER}")
-    return kept, left_out(state, kept, "its pooler and position numbers")
+    return kept
 
 
-def image_tower(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict of any CLIP -> (`visual.*` and `logit_scale`, what was left out)."""
-    kept = without_pooler({k: v for k, v in state.items() if k.startswith("visual.") or k == "logit_scale"})
+def image_tower(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Any CLIP -> `visual.*` and `logit_scale`."""
+    kept = {k: v for k, v in without_pooler(state).items() if k.startswith("visual.") or k == "logit_scale"}
     if len(kept) < 2:
         raise WeightsError(f"{path}: there is no image tower in it (no key starts with visual.); "
                            f"its first keys are {list(state)[:3]}")
-    return kept, left_out(state, kept, "its text side")
+    return kept
 
 
-def text_tower(state: dict[str, torch.Tensor], path: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict of a published BERT -> (`bert.*`, what was left out). Old files have TensorFlow's names,
-    gamma and beta for weight and bias."""
-    if any(k.startswith("bert.") for k in state):
-        kept = {k: v for k, v in state.items() if k.startswith("bert.")}
-    else:
-        kept = {"bert." + k: v for k, v in state.items() if k.startswith(("embeddings.", "encoder."))}
-    kept = {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-            for k, v in without_pooler(kept).items()}
+def text_tower(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """Any BERT -> `bert.*`. Old files have TensorFlow's names, gamma and beta for weight and bias."""
+    kept = {k: v for k, v in without_pooler(state).items() if k.startswith("bert.")}
+    if not kept:
+        kept = {"bert." + k: v for k, v in without_pooler(state).items()
+                if k.startswith(("embeddings.", "encoder."))}
     if not kept:
         raise WeightsError(f"{path}: there is no BERT in it (no key starts with bert., embeddings. or "
                            f"encoder.); its first keys are {list(state)[:3]}")
-    return kept, left_out(state, kept, "heads and pooler")
+    return {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
+            for k, v in kept.items()}
 
 
 def without_pooler(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Chinese CLIP reads [CLS] itself and has no pooler (paper, app. A.2). Position numbers only count."""
+    """Chinese CLIP has no pooler, because it reads [CLS] itself (paper, app. A.2). Position numbers only count
+    from 0."""
     return {k: v for k, v in state.items() if ".pooler." not in k and not k.endswith(".position_ids")}
 
 
-def left_out(state: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], what: str) -> str:
-    """For example "12 tensors of its text side"; "" if nothing was left out."""
-    return f"{len(state) - len(kept)} tensors of {what}" if len(kept) < len(state) else ""
+def left_out(state: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> str:
+    """The end of a message, if anything was left out."""
+    count = len(state) - len(kept)
+    return f"; left out {count} tensors that have no place in this model" if count else ""

@@ -130,8 +130,8 @@ def guess(state: dict[str, torch.Tensor], models: dict) -> str:
     parts = {key.split(".")[0] for key in state}
 
     def share(name: str) -> float:
-        expected = {key: shape for key, shape in landmarks(models[name]).items() if key.split(".")[0] in parts}
-        found = [key for key, shape in expected.items() if key in state and tuple(state[key].shape) == shape]
+        expected = [(k, shape) for k, shape in landmarks(models[name]).items() if k.split(".")[0] in parts]
+        found = [k for k, shape in expected if k in state and tuple(state[k].shape) == shape]
         return len(found) / max(1, len(expected))
     best = max(models, key=lambda name: (share(name), models[name].text.layers))  # 12 layers contain 3, too
     return best if share(best) >= 0.5 else ""

@@ -10,7 +10,7 @@ from torch import nn
 
 from vit import ViTConfig, resize_positions
 from weights import download
-from weights.names import WeightsError, image_tower, text_tower, whole_model
+from weights.names import WeightsError, image_tower, left_out, text_tower, whole_model
 from weights.read import find, read, read_description
 from weights.sizes import NOT_A_CONFIG, check, check_activations, config_of, heads, sizes_of
 
@@ -28,9 +28,9 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
         if not source:
             continue
         path = find(source)
-        state, config, _ = read(path)
+        everything, config, _ = read(path)
         check_config(config, clip.config, part, path)
-        state, dropped = PARTS[part](state, path)
+        state = PARTS[part](everything, path)
         mine = clip.state_dict()
         for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if name in state and name in mine and len(state[name]) != len(mine[name]):
@@ -43,7 +43,7 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
         wanted = {k: v for k, v in mine.items() if k.startswith(part) or k in state}
         check(state, wanted, path, models)
         clip.load_state_dict(state, strict=False)
-        print(f"{len(state)} tensors from {path}" + (f"; left out {dropped}" if dropped else ""))
+        print(f"{len(state)} tensors from {path}{left_out(everything, state)}")
 
 
 def check_config(config: str, mine, part: str, path: str):

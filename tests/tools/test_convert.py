@@ -120,7 +120,7 @@ def test_old_files_with_pooler_and_position_numbers(tmp_path, capsys):
         "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     loaded, _ = model.load(saved(tmp_path, old, "pytorch_model.bin"))
     assert same(loaded.state_dict(), clip.state_dict())
-    assert "left out 4 tensors of its pooler and position numbers" in capsys.readouterr().out
+    assert "left out 4 tensors" in capsys.readouterr().out
 
 
 def test_configs_of_2022_hold_the_numbers_twice(tmp_path):
@@ -243,7 +243,7 @@ def test_image_tower_from_hugging_faces_clip(container, tmp_path, capsys):
     with torch.no_grad():
         agree([clip.encode_image(pixels)], [hf.visual_projection(hf.vision_model(pixels).pooler_output)])
     assert same({k: v for k, v in clip.state_dict().items() if k in before}, before)
-    assert clip.logit_scale == hf.logit_scale and "of its text side" in capsys.readouterr().out
+    assert clip.logit_scale == hf.logit_scale and "left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])

@@ -49,7 +49,7 @@ def test_a_cut_inside_a_chunk(hub, tmp_path, capsys):
     hub.cuts = [12_345]
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
     assert hub.requests[-1] == ("/bytes", "bytes=12000-")
-    assert "the connection broke; again in 1 s, from byte 12,000" in capsys.readouterr().err
+    assert "the connection broke; next try in 1 s, from byte 12,000" in capsys.readouterr().err
 
 
 def test_what_an_earlier_process_left_is_used(hub, tmp_path):
@@ -138,7 +138,7 @@ def test_a_server_that_stalls_is_asked_again(hub, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(download, "TIMEOUT", (1, 0.3))
     hub.stall = 2
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
-    assert "again in 1 s" in capsys.readouterr().err
+    assert "next try in 1 s" in capsys.readouterr().err
 
 
 def test_tries_are_bounded_without_ranges_too(hub, tmp_path):
