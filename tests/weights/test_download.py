@@ -78,7 +78,7 @@ def test_a_server_without_ranges_begins_anew(hub, tmp_path):
 
 def test_a_server_that_answers_with_another_range(hub, tmp_path):
     hub.wrong_range, hub.cuts = True, [1000]
-    assert "asked from byte 1,000" in refusal(tmp_path)
+    assert "asked for byte 1,000" in refusal(tmp_path)
 
 
 def test_a_server_without_length(hub, tmp_path):
@@ -183,7 +183,7 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nobody listens
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     message = refusal(tmp_path)
-    assert "Offline" in message and "http://127.0.0.1:1" in message and str(tmp_path / NAME / FILE) in message
+    assert "offline" in message and "http://127.0.0.1:1" in message and str(tmp_path / NAME / FILE) in message
 
 
 @pytest.mark.parametrize("endpoint", ["my.mirror", "ftp://my.mirror", "http://"])
