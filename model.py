@@ -29,8 +29,8 @@ from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this m
 from resnet import ModifiedResNet, ResNetConfig
 from vit import VisionTransformer, ViTConfig
 from weights.download import RELEASED, SOURCES
-from weights.names import ONE_TOWER, left_out, whole_model
-from weights.read import WeightsError, find, read, write
+from weights.names import ONE_TOWER, WeightsError, left_out, whole_model
+from weights.read import find, read, write
 from weights.sizes import SkipInit, check, describe, guess, read_config
 
 

@@ -121,8 +121,7 @@ def text_tower(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Ten
 
 
 def without_pooler(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Chinese CLIP has no pooler, because it reads [CLS] itself (paper, app. A.2). Position numbers only count
-    from 0."""
+    """Chinese CLIP reads [CLS] itself and has no pooler (paper, app. A.2). Position numbers are no weights."""
     return {k: v for k, v in state.items() if ".pooler." not in k and not k.endswith(".position_ids")}
 
 

@@ -3,14 +3,10 @@ Files in and out. `read` recognises a file by its content, not by its extension,
 names (weights/names.py). A checkpoint is data: nothing in it is executed, and no name is silently skipped.
 
     ours                 .safetensors with the model's config inside, and train.py's checkpoint.pt
-    official             {"state_dict": {"module.visual...", "module.bert...", ...}} in fp16 or fp32, with or
-                         without a pooler, with or without FlashAttention's Wqkv
-    Hugging Face         ChineseCLIPModel: config.json beside model.safetensors, its shards or
-                         pytorch_model.bin
-    OpenAI, LAION CLIP   a TorchScript archive, a plain state dict or Hugging Face's CLIPModel, for the image
-                         tower, its projection and the temperature
-    RoBERTa-wwm, RBT3    pytorch_model.bin or model.safetensors, with gamma/beta or weight/bias, with or
-                         without the prefix "bert."
+    official             {"state_dict": {"module.visual...", "module.bert...", ...}}, in fp16 or fp32
+    Hugging Face         ChineseCLIPModel: config.json beside model.safetensors, shards or pytorch_model.bin
+    OpenAI, LAION CLIP   a TorchScript archive, a plain state dict or Hugging Face's CLIPModel
+    RoBERTa-wwm, RBT3    pytorch_model.bin or model.safetensors
 """
 
 import json
@@ -55,11 +51,8 @@ def find(name_or_path: str, root: str = "") -> str:
     openai = name_or_path.replace("/", "-").replace("@336px", "-336")  # which writes ViT-B/16, ViT-L/14@336px
     if name_or_path in SOURCES or openai in RELEASED:
         return fetch(name_or_path if name_or_path in SOURCES else openai, root)
-    if os.path.isdir(name_or_path):
-        raise WeightsError(f"{name_or_path}: this folder has none of {', '.join(IN_A_FOLDER)}, and not "
-                           "exactly one .pt; name the file itself")
-    raise WeightsError(f"{name_or_path}: this is neither a file nor a published name; the names are "
-                       f"{', '.join(SOURCES)}")
+    raise WeightsError(f"{name_or_path}: neither a file, nor a folder with exactly one .pt or one of "
+                       f"{', '.join(IN_A_FOLDER)}, nor one of the published names {', '.join(SOURCES)}")
 
 
 def read(path: str) -> Checkpoint:
@@ -119,12 +112,8 @@ def read_shards(path: str) -> Checkpoint:
         if os.path.basename(name) != name or not os.path.isfile(shard):
             raise WeightsError(f"{path}: names the shard {name!r:.99}, which is not beside it")
         tensors, _, layout = read_file(shard, is_shard=True)
-        state |= {key: tensors[key] for key in tensors if weight_map.get(key) == name}
+        state |= tensors
         layouts.add(layout)
-    lost = [key for key in weight_map if key not in state]
-    if lost:
-        raise WeightsError(f"{path}: {len(lost)} tensors are not in their shards ({lost[0]!r:.99} ...); "
-                           "the shards belong to another index")
     return Checkpoint(state, "", " and ".join(sorted(layouts)) + " in shards")
 
 

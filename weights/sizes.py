@@ -107,26 +107,24 @@ def heads(visual: ViTConfig | ResNetConfig) -> int:
 def landmarks(config) -> dict[str, tuple[int, ...]]:
     """A few tensors that tell a row of MODELS from the others, with their shapes. The last block of a stack
     shows its depth. Nothing shows the number of heads."""
-    v, t, E = config.visual, config.text, config.embed_dim
+    v, t = config.visual, config.text
     text = {"bert.embeddings.word_embeddings.weight": (t.vocab_size, t.width),
             f"bert.encoder.layer.{t.layers - 1}.output.dense.bias": (t.width,),
-            "text_projection": (t.width, E)}
+            "text_projection": (t.width, config.embed_dim)}
     if isinstance(v, ViTConfig):
         return text | {
             "visual.conv1.weight": (v.width, 3, v.patch_size, v.patch_size),
             "visual.positional_embedding": ((v.resolution // v.patch_size) ** 2 + 1, v.width),
-            f"visual.transformer.resblocks.{v.layers - 1}.ln_1.bias": (v.width,),
-            "visual.proj": (v.width, E)}
+            f"visual.transformer.resblocks.{v.layers - 1}.ln_1.bias": (v.width,)}
     return text | {
         "visual.conv1.weight": (v.width // 2, 3, 3, 3),
         "visual.attnpool.positional_embedding": ((v.resolution // 32) ** 2 + 1, 32 * v.width),
-        f"visual.layer3.{v.blocks[2] - 1}.bn3.bias": (16 * v.width,),
-        "visual.attnpool.c_proj.weight": (E, 32 * v.width)}
+        f"visual.layer3.{v.blocks[2] - 1}.bn3.bias": (16 * v.width,)}
 
 
 def guess(state: dict[str, torch.Tensor], models: dict) -> str:
-    """The name of the model with most of its landmarks in a (perhaps partial) state dict, or "" if no model
-    has half of them there. Of a part that is missing altogether, no landmarks are expected."""
+    """The name of the model that has most of its landmarks in the state dict, or "" if none has half of them.
+    A tower that is missing altogether does not count."""
     parts = {key.split(".")[0] for key in state}
 
     def share(name: str) -> float:

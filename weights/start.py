@@ -14,8 +14,6 @@ from weights.names import WeightsError, image_tower, left_out, text_tower, whole
 from weights.read import find, read, read_description
 from weights.sizes import NOT_A_CONFIG, check, check_activations, config_of, heads, sizes_of
 
-PARTS = {"": whole_model, "visual.": image_tower, "bert.": text_tower}
-
 
 def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: str = "", init: str = ""):
     """Overwrite the weights of a ChineseCLIP with those of `init`, then its image tower with that of
@@ -24,13 +22,14 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
 
     A position table of another resolution is interpolated, as from ViT-L-14 to ViT-L-14-336. WeightsError if
     a file does not fit."""
-    for source, part in ((init, ""), (image_init, "visual."), (text_init, "bert.")):
+    for source, part, take in (
+            (init, "", whole_model), (image_init, "visual.", image_tower), (text_init, "bert.", text_tower)):
         if not source:
             continue
         path = find(source)
         everything, config, _ = read(path)
         check_config(config, clip.config, part, path)
-        state = PARTS[part](everything, path)
+        state = take(everything, path)
         mine = clip.state_dict()
         for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if name in state and name in mine and len(state[name]) != len(mine[name]):

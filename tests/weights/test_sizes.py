@@ -29,8 +29,9 @@ def on_meta(name: str) -> ChineseCLIP:
 
 def test_three_shapes_tell_a_model():
     """224 pixels in patches of 16 are 14 x 14 patches, and with the class token 197 positions."""
-    state = {"visual.conv1.weight": torch.zeros(768, 3, 16, 16), "visual.proj": torch.zeros(768, 512),
-             "visual.positional_embedding": torch.zeros(14 * 14 + 1, 768)}
+    state = {"visual.conv1.weight": torch.zeros(768, 3, 16, 16),
+             "visual.positional_embedding": torch.zeros(14 * 14 + 1, 768),
+             "visual.transformer.resblocks.11.ln_1.bias": torch.zeros(768)}
     assert guess(state, MODELS) == "ViT-B-16"
     assert guess({"visual.conv1.weight": torch.zeros(3, 3, 3, 3)}, MODELS) == ""
 
