@@ -12,7 +12,7 @@ BatchNorm has state besides its parameters: in training mode each forward pass m
 running variance. A frozen tower must therefore also be in eval mode, as train.py puts it (paper, app. A.2,
 stage 1), or its "frozen" features drift.
 
-Shapes: B batch, S pixels a side, C channels, h and w positions, E joint width. Stages 2 to 4 halve h and w.
+Shapes: B batch, S image side, C channels, h and w positions, E joint width. Stages 2 to 4 halve h and w.
 """
 
 from collections import OrderedDict

@@ -7,7 +7,7 @@ CLIP differs from the ViT paper in three places: a LayerNorm before the first bl
 instead of GELU, and no bias in the patch convolution. Parameter names are the official ones, so an official
 file needs no renaming.
 
-Shapes: B batch, S pixels a side, P of them a patch, T tokens (patches + 1), D width, H heads, E joint width.
+Shapes: B batch, S image side, P patch side, T tokens (patches + 1), D width, H heads, E joint width.
 """
 
 from collections import OrderedDict
@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ViTConfig:
-    resolution: int  # S, pixels a side
-    patch_size: int
+    resolution: int  # S, in pixels
+    patch_size: int  # P, in pixels
     width: int  # D
     layers: int
     head_width: int = 64  # H = width / head_width; 80 in ViT-H-14, less in our small models
