@@ -26,7 +26,7 @@ from weights.names import to_hugging_face
 
 
 def test_three_files_with_the_same_tensor(tmp_path):
-    """safetensors, PyTorch's file, and the wrapper of the official code, each with [1, 2] under the name x."""
+    """safetensors, a PyTorch file and the wrapper of the official code, each with [1, 2] under the name x."""
     x = torch.tensor([1.0, 2.0])
     safetensors.torch.save_file({"x": x}, tmp_path / "a")
     paths = (str(tmp_path / "a"), saved(tmp_path, {"x": x}, "b"),

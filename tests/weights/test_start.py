@@ -22,7 +22,7 @@ from weights.start import initialise
 
 
 def test_both_towers_at_once(tmp_path):
-    """The image tower comes from OpenAI's file and the text tower from a BERT: the start of stage 1 (paper, app. A.2)."""
+    """The image tower comes from OpenAI's file and the text tower from a BERT, as in stage 1 (app. A.2)."""
     image, text, clip = built(RN, seed=1), built(RN, seed=2), built(RN, seed=3)
     initialise(clip, MODELS, saved(tmp_path, openai_tensors(RN), "i.pt"),
                saved(tmp_path, text.bert.state_dict(), "t.pt"))
