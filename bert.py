@@ -1,11 +1,10 @@
 """
-The text tower: the encoder half of the Transformer as BERT uses it (Devlin et al., 2019), in the size and
-with the weights of Chinese RoBERTa-wwm-ext (Cui et al., 2020) or its 3-layer cut RBT3. No pooler, no
-language-model head: Chinese CLIP reads the [CLS] token of the last layer (paper, sec. 2.1 and app. A.2).
+The text tower: the encoder half of the Transformer as BERT uses it (Devlin et al., 2019), in the sizes and
+with the weights of Chinese RoBERTa-wwm-ext (Cui et al., 2020) or its 3-layer version RBT3. It has no pooler
+and no language-model head: Chinese CLIP reads the last layer's [CLS] token (paper, sec. 2.1, app. A.2).
 
-Compare with vit.py: BERT is post-norm (the residual stream itself is normalised after every addition), uses
-the exact GELU, dropout in training, LayerNorm eps 1e-12, and separate q, k, v matrices. Parameter names are
-the official ones.
+Compare with vit.py. BERT is post-norm: it normalises the sum after every addition. It has the exact GELU,
+dropout in training, LayerNorm eps 1e-12, and separate q, k and v. Parameter names are the official ones.
 
 Shapes: B batch, T tokens, D width, H heads. Token id 0 is padding.
 """
@@ -18,14 +17,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PAD_ID = 0  # line 1 of vocab.txt
-LAYER_NORM_EPS = 1e-12  # BERT's, against PyTorch's 1e-5
+LAYER_NORM_EPS = 1e-12  # BERT's; PyTorch's default is 1e-5
 
 
 @dataclass(frozen=True)
 class BertConfig:
     layers: int = 12
     width: int = 768  # D
-    heads: int = 12  # not readable from tensor shapes, so it travels with the weights
+    heads: int = 12  # no tensor shape shows it, so it travels with the weights
     vocab_size: int = 21128
     max_positions: int = 512
     token_types: int = 2  # sentence A and B; captions are always sentence A, row 0
@@ -37,8 +36,7 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """ids [B, T] -> [B, T, D]: the sum of what the token is, where it stands and which sentence it is in,
-    normalised."""
+    """ids [B, T] -> [B, T, D]: the normalised sum of word, position and sentence vectors."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -55,8 +53,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x [B, T, D], pad_mask [B, T] (True where a token is real) -> [B, n, D]: the first n tokens ask (all if
-    None)."""
+    """x [B, T, D], pad_mask [B, T] (False at padding) -> [B, n, D]: the first n tokens (all if None) attend
+    to all T tokens that are not padding."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -68,15 +66,14 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor, n: int | None) -> torch.Tensor:
         q, k, v = self.query(x[:, :n]), self.key(x), self.value(x)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, n or T, D/H]
-        # softmax over real tokens only: (q @ k.transpose(-2, -1) / sqrt(D/H)).masked_fill(padding,
-        # -inf).softmax(-1) @ v
+        # (q @ k.transpose(-2, -1) / math.sqrt(D/H)).masked_fill(padding, -inf).softmax(-1) @ v
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=pad_mask[:, None, None, :], dropout_p=self.dropout if self.training else 0.0)
         return x.transpose(1, 2).flatten(2)  # [B, n, D]
 
 
 class AddAndNorm(nn.Module):
-    """Post-norm: LayerNorm(residual + dropout(linear(x))). BERT ends both halves of a layer with it."""
+    """Post-norm: LayerNorm(residual + dropout(linear(x))). Both halves of a layer end with it."""
 
     def __init__(self, in_width: int, config: BertConfig):
         super().__init__()
@@ -89,8 +86,7 @@ class AddAndNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """x [B, T, D] -> [B, n, D]. The nesting (attention.self.query, intermediate.dense ...) only spells the
-    official names."""
+    """x [B, T, D] -> [B, n, D]. The nesting only gives the parameters their official names."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -101,8 +97,7 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor, n: int | None = None) -> torch.Tensor:
         x = self.attention["output"](self.attention["self"](x, pad_mask, n), residual=x[:, :n])
-        # exact GELU, not vit.py's QuickGELU
-        return self.output(F.gelu(self.intermediate["dense"](x)), residual=x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), residual=x)  # the exact GELU
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,7 +105,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers. Only [CLS] leaves the tower, so the last layer computes only that token."""
+    """A stack of layers. Only [CLS] leaves the tower, so the last layer computes only this token (n = 1), as
+    in vit.py. The plain loop is `for layer in self.layer: x = layer(x, pad_mask)`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -121,8 +117,7 @@ class Encoder(nn.Module):
         """x [B, T, D], pad_mask [B, T] -> [CLS] [B, D]."""
         for i, layer in enumerate(self.layer):
             n = 1 if i == len(self.layer) - 1 else None
-            # keep only the inputs of layers, recompute the rest in backward
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and self.training:  # keep the layer's input, recompute the rest
                 x = checkpoint(layer, x, pad_mask, n, use_reentrant=False)
             else:
                 x = layer(x, pad_mask, n)
@@ -130,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """ids [B, T] -> the last layer's [CLS] token [B, D]."""
+    """ids [B, T] -> the [CLS] token after the last layer [B, D]."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -140,9 +135,8 @@ class Bert(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """For training from scratch: matrices normal, biases and the padding row zero. BERT's std is 0.02,
-        but at a width far below its 768 that leaves [CLS] deaf to the other tokens for hundreds of steps;
-        width^-0.5 keeps the size of what a layer adds the same at any width."""
+        """Random weights for training from scratch. BERT's own std, 0.02, is so small at widths far below 768
+        that [CLS] ignores the other tokens for hundreds of steps; with width^-0.5 all widths behave alike."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
@@ -153,16 +147,15 @@ class Bert(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > self.max_positions:
             raise ValueError(
-                f"{ids.shape[1]} tokens a caption, but the position table ends at {self.max_positions}")
-        # ids may wait on the CPU while the weights are on a GPU: there, looking at them interrupts nothing
+                f"{ids.shape[1]} tokens per caption, but the position table ends at {self.max_positions}")
+        # ids may be on the CPU while the weights are on a GPU: then cut_padding need not wait for the GPU.
         ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
         pad_mask = ids != PAD_ID  # [B, T]
         return self.encoder(self.embeddings(ids), pad_mask)  # [B, D]
 
 
 def cut_padding(ids: torch.Tensor) -> torch.Tensor:
-    """ids [B, T] -> [B, longest caption]: columns that are padding for every caption cannot change any
-    feature, and a caption of ten characters is 12 tokens: in 52 columns it would spend three quarters of the
-    work on padding."""
-    used = (ids != PAD_ID).any(dim=0).nonzero()  # columns that at least one caption uses
+    """ids [B, T] -> [B, longest caption]. Columns that are padding in every caption change no feature, but a
+    caption of ten characters is 12 tokens: the other 40 of 52 columns would be three quarters of the work."""
+    used = (ids != PAD_ID).any(dim=0).nonzero()  # the columns that at least one caption uses
     return ids[:, : int(used.max()) + 1 if len(used) else 1]

@@ -1,17 +1,18 @@
 """
-The image tower of RN50: ResNet-50 (He et al., 2016) with CLIP's three changes (Radford et al., 2021, sec.
-2.4): 1. a stem of three 3x3 convolutions and an average pool, where ResNet has one 7x7 convolution and a max
-pool; 2. anti-aliased downsampling: every convolution has stride 1, an average pool in front does the
-shrinking; 3. attention instead of averaging at the end: the mean of all positions asks, all positions answer.
+The image tower of RN50: ResNet-50 (He et al., 2016) with three changes by CLIP (Radford et al., 2021, sec.
+2.4).
 
-The interface is that of vit.py: pixels [B, 3, S, S] in, features [B, E] out. Parameter names are the official
-ones.
+  1. The stem is three 3x3 convolutions and an average pool, not one 7x7 convolution and a max pool.
+  2. Downsampling is anti-aliased: in the stages every convolution has stride 1, and an average pool shrinks.
+  3. The last average is attention: the mean of all positions is the query, and all positions are attended to.
 
-BatchNorm has state besides parameters: in training mode each forward pass moves its running mean and
-variance. A frozen tower must therefore also be in eval mode (paper, app. A.2, stage 1), or "frozen" features
-drift; train.py does that.
+The interface is that of vit.py, and the parameter names are the official ones.
 
-Shapes: B batch, S pixels a side, C channels, E joint width; a stage halves the side and doubles C.
+BatchNorm has state besides its parameters: in training mode each forward pass moves a running mean and a
+running variance. A frozen tower must therefore also be in eval mode, as train.py puts it (paper, app. A.2,
+stage 1), or its "frozen" features drift.
+
+Shapes: B batch, S image side, C channels, h and w positions, E joint width. Stages 2 to 4 halve h and w.
 """
 
 from collections import OrderedDict
@@ -24,15 +25,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    resolution: int  # S, a multiple of 32: the stem divides it by 4, three of the stages by 2 each
+    resolution: int  # S, a multiple of 32: the stem divides it by 4, and three of the stages by 2 each
     width: int  # channels after the stem; the last stage has 32 times as many
-    blocks: tuple[int, int, int, int]  # blocks a stage
+    blocks: tuple[int, int, int, int]  # blocks in each stage
     heads: int  # of the attention pool
 
 
 class Bottleneck(nn.Module):
-    """x [B, C, h, w] -> [B, 4 * channels, h / stride, w / stride]: 1x1 to shrink C, 3x3 to look around, 1x1
-    to expand."""
+    """x [B, C, h, w] -> [B, 4 * channels, h / stride, w / stride]. A 1x1 convolution reduces the channels, a
+    3x3 convolution looks around, and a 1x1 convolution expands the channels again."""
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -46,7 +47,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Identity()
         if stride > 1 or in_channels != 4 * channels:
             self.downsample = nn.Sequential(OrderedDict([
-                # "-1" because the file's names "0" and "1" belong to the two with weights
+                # "-1", because in the files "0" and "1" are the names of the two that have weights
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(in_channels, 4 * channels, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * channels)),
@@ -60,8 +61,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """x [B, C, g, g] -> [B, E]. A transformer layer whose only query is the mean position; the official code
-    computes all g*g + 1 queries and throws all but the first away."""
+    """x [B, C, g, g] -> [B, E]: attention with one query, the mean of all positions. (The official code
+    computes g*g + 1 queries and drops all but the first.)"""
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int):
         super().__init__()
@@ -74,13 +75,12 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2).transpose(1, 2)  # [B, g*g, C]
-        # the mean goes first, like a class token: [B, g*g + 1, C]
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # the mean as a class token: [B, g*g + 1, C]
         x = x + self.positional_embedding.to(x.dtype)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
         # heads apart: q [B, H, 1, C/H], k and v [B, H, g*g + 1, C/H]
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, C/H]; the formula is spelled out in vit.py
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, C/H]; vit.py has the formula
         return self.c_proj(x.flatten(1))  # one token, heads side by side: [B, C] -> [B, E]
 
 
@@ -109,9 +109,8 @@ class ModifiedResNet(nn.Module):
         return nn.Sequential(first, *(Bottleneck(4 * channels, channels) for _ in range(blocks - 1)))
 
     def init_weights(self):
-        """As OpenAI's CLIP: the pool's matrices at width^-0.5, and the last gain of every residual branch at
-        zero, so that the network starts as the identity plus nothing and deep stacks train from the first
-        step."""
+        """Random weights as OpenAI's CLIP draws them. The last gain of every residual branch is zero: a block
+        starts as its skip connection, so that deep stacks train from the first step."""
         width = self.attnpool.c_proj.in_features
         nn.init.normal_(self.attnpool.positional_embedding, std=width**-0.5)
         for proj in (self.attnpool.q_proj, self.attnpool.k_proj, self.attnpool.v_proj, self.attnpool.c_proj):
@@ -122,8 +121,7 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        # convolutions run faster with channels innermost
-        x = pixels.contiguous(memory_format=torch.channels_last)
+        x = pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster with C innermost
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(bn(conv(x)))  # [B, width, S/2, S/2] after the third
         x = F.avg_pool2d(x, 2)  # [B, width, S/4, S/4]

@@ -44,6 +44,7 @@ from training.distill import distillation_loss, teach
 from training.recipes import Config, chained, loader_processes, parse, schedule, warmup_steps
 from training.tiles import DENSE_LIMIT, tiled_loss
 from training.workers import started
+from weights.start import initialise
 
 # ------------------------------------------------------------------------------------------------------------
 # parts of the recipe
@@ -82,7 +83,7 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
     if not checkpoint.paths(cfg.out):  # a checkpoint would replace all weights
         starts = cfg.image_init, cfg.text_init, cfg.init
-        model.initialise(clip, *(chained(start, cfg.out) for start in starts))
+        initialise(clip, model.MODELS, *(chained(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)

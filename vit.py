@@ -1,17 +1,13 @@
 """
-The image tower of the four ViT models: the Vision Transformer of "An Image is Worth 16x16 Words" (Dosovitskiy
-et al., 2021) as CLIP changed it (Radford et al., 2021, sec. 2.4). An image is cut into patches, every patch
-becomes a token, a transformer mixes the tokens, and one extra token, the class token, is read out as the
-feature of the whole image.
+The image tower of the ViT models: the Vision Transformer of "An Image is Worth 16x16 Words" (Dosovitskiy et
+al., 2021) as CLIP changed it (Radford et al., 2021, sec. 2.4). Patches of the image become tokens, a
+transformer mixes them, and one extra token, the class token, ends as the feature of the whole image.
 
 CLIP differs from the ViT paper in three places: a LayerNorm before the first block (`ln_pre`), QuickGELU
 instead of GELU, and no bias in the patch convolution. Parameter names are the official ones, so an official
 file needs no renaming.
 
-Not here: absolute sizes of the released models (model.py), reading files (weights/read.py), the other image tower
-(resnet.py).
-
-Shapes: B batch, S pixels a side, T tokens (patches + 1), D width, H heads, E joint width.
+Shapes: B batch, S image side, P patch side, T tokens (patches + 1), D width, H heads, E joint width.
 """
 
 from collections import OrderedDict
@@ -25,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ViTConfig:
-    resolution: int  # S, pixels a side
-    patch_size: int
+    resolution: int  # S, in pixels
+    patch_size: int  # P, in pixels
     width: int  # D
     layers: int
     head_width: int = 64  # H = width / head_width; 80 in ViT-H-14, less in our small models
@@ -38,19 +34,18 @@ class ViTConfig:
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI trained with. It differs from the exact
-    GELU by up to 0.02 per activation: load CLIP weights under `nn.GELU` and nothing fails, but every feature
-    is silently wrong."""
+    GELU by up to 0.02: with `nn.GELU` in its place nothing fails, but every feature is wrong."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # silu(y) = y * sigmoid(y); in place where no gradient needs y: a CPU spends longer on finding memory
-        # for the widest tensor of a block than on computing it
+        # The plain formula, x * torch.sigmoid(1.702 * x), makes three tensors [B, T, 4D], the widest of a
+        # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is the same: autograd keeps only y,
+        # and without autograd only y is made, which takes half the time on a CPU (BENCHMARKS.md).
         return F.silu(1.702 * x, inplace=not x.requires_grad).div_(1.702)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: out = softmax(q k^T / sqrt(D / H)) v, per head, then one linear layer. q, k
-    and v share one [3D, D] matrix because that is how `nn.MultiheadAttention`, and so every CLIP file, stores
-    them."""
+    """Multi-head self-attention: softmax(q k^T / sqrt(D/H)) v per head, then a linear layer. q, k and v share
+    one [3D, D] matrix, as in `nn.MultiheadAttention` and so in every CLIP file."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -60,22 +55,20 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, n: int | None = None) -> torch.Tensor:
-        """x [B, T, D] -> [B, n, D]: the first n tokens ask (all if None), all T tokens answer."""
+        """x [B, T, D] -> [B, n, D]: the first n tokens (all if None) attend to all T tokens."""
         B, T, D = x.shape
         w_q, w_kv = self.in_proj_weight.split([D, 2 * D])
         b_q, b_kv = self.in_proj_bias.split([D, 2 * D])
         # q [B, H, n, D/H], k and v [B, H, T, D/H]
         q = F.linear(x[:, :n], w_q, b_q).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
         k, v = F.linear(x, w_kv, b_kv).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        # the same as (q @ k.transpose(-2, -1) / math.sqrt(D // H)).softmax(-1) @ v, without storing the [T,
-        # T] matrix
+        # (q @ k.transpose(-2, -1) / math.sqrt(D // H)).softmax(-1) @ v, without storing the [n, T] matrices
         out = F.scaled_dot_product_attention(q, k, v)  # [B, H, n, D/H]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # heads side by side again: [B, n, D]
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: normalise what goes into each branch, never the stream itself (bert.py does
-    the opposite)."""
+    """Pre-norm: it normalises the input of each branch, never the sum (bert.py does the opposite)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -89,7 +82,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor, n: int | None = None) -> torch.Tensor:
-        """x [B, T, D] -> the first n tokens after this block [B, n, D] (all if None)."""
+        """x [B, T, D] -> [B, n, D]: the first n tokens (all if None) after this block."""
         x = x[:, :n] + self.attn(self.ln_1(x), n)
         return x + self.mlp(self.ln_2(x))
 
@@ -99,8 +92,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Only the class token leaves the tower, so the last block computes only that
-    token."""
+    """A stack of blocks. Only the class token leaves the tower, so the last block computes only this one
+    (n = 1). The plain loop, `for block in self.resblocks: x = block(x)`, gives the same class token and then
+    drops T - 1 others. Keys and values of all tokens are still needed, a sixth of a block's work: the trick
+    saves five sixths of one block, 7% of a tower with 12 blocks and 3.5% with 24."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
@@ -111,8 +106,7 @@ class Transformer(nn.Module):
         """x [B, T, D] -> the class token [B, D]."""
         for i, block in enumerate(self.resblocks):
             n = 1 if i == len(self.resblocks) - 1 else None
-            # keep only the inputs of blocks, recompute the rest in backward
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and self.training:  # keep the block's input, recompute the rest
                 x = checkpoint(block, x, n, use_reentrant=False)
             else:
                 x = block(x, n)
@@ -132,12 +126,12 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(D, config.layers, D // config.head_width)
         self.ln_post = nn.LayerNorm(D)
         self.proj = nn.Parameter(torch.empty(D, embed_dim))
-        self.patch_drop = 0.0  # FLIP (Li et al., 2023): the share of patches left out of each training image
+        self.patch_drop = 0.0  # the share of patches that each training image loses (FLIP, Li et al., 2023)
         self.init_weights()
 
     def init_weights(self):
-        """Random weights for training from scratch, as OpenAI's CLIP draws them: residual branches start
-        smaller the more of them there are (two a block), so that the sum has the same size at any depth."""
+        """Random weights as OpenAI's CLIP draws them. Each block adds two branches to the stream, which start
+        smaller in deeper towers, so that the sum has the same size at any depth."""
         D, layers = self.class_embedding.numel(), len(self.transformer.resblocks)
         for p in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(p, std=D**-0.5)
@@ -160,28 +154,23 @@ class VisionTransformer(nn.Module):
 
 
 def drop_patches(x: torch.Tensor, share: float) -> torch.Tensor:
-    """x [B, T, D] -> [B, 1 + kept, D]: the class token and a random (1 - share) of each image's patches, in
-    random order (positions were added before, so order carries nothing). FLIP, sec. 3: half the patches, half
-    the cost."""
+    """x [B, T, D] -> [B, 1 + kept, D]: the class token and a random (1 - share) of each image's patches.
+    Their order is random too, as it carries nothing once positions are added. FLIP, sec. 3: half the cost."""
     B, T, D = x.shape
     kept = int((T - 1) * (1 - share))
-    # [B, kept], never 0, the class token
-    order = torch.rand(B, T - 1, device=x.device).argsort(dim=1)[:, :kept] + 1
+    order = torch.rand(B, T - 1, device=x.device).argsort(dim=1)[:, :kept] + 1  # [B, kept], from 1 to T - 1
     order = torch.cat([order.new_zeros(B, 1), order], dim=1)  # [B, 1 + kept]
     return x.gather(1, order[:, :, None].expand(-1, -1, D))
 
 
 def resize_positions(table: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Position table [1 + g*g, D] -> [tokens, D] for another resolution; the first row (class token) is kept
-    as it is.
-
-    Bicubic with align_corners=True: the corner patches of the old grid land on the corner patches of the new
-    one. That is the official code's way from 224 to 336 pixels (paper, sec. 2.4). Current open_clip and
-    Hugging Face use align_corners=False, which shifts every position by a fraction of a patch."""
+    """Position table [1 + g*g, D] -> [tokens, D] for another resolution; the class token's row stays as it
+    is. ValueError if a table is no square grid plus one. With align_corners=True, corner patches stay corner
+    patches, as in the official code from 224 to 336 pixels (paper, sec. 2.4). open_clip and Hugging Face use
+    False, which shifts every position by a fraction of a patch."""
     old, new = round((len(table) - 1) ** 0.5), round((tokens - 1) ** 0.5)
     if old**2 + 1 != len(table) or new**2 + 1 != tokens:
-        raise ValueError(
-            f"position tables are square grids plus one; got {len(table)} rows for {tokens} tokens")
+        raise ValueError(f"expected a square grid plus one; got {len(table)} rows for {tokens} tokens")
     if old == new:
         return table
     grid = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, D, old, old]

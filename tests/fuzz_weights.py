@@ -36,7 +36,8 @@ from fuzz import damage
 
 from tools import weights
 import model
-from weights import read
+from weights.names import WeightsError, to_hugging_face
+from weights.start import initialise
 from bert import BertConfig
 from resnet import ResNetConfig
 from vit import ViTConfig
@@ -84,7 +85,7 @@ def good_files() -> dict[str, dict[str, bytes]]:
     clips = {name: model.ChineseCLIP(config) for name, config in SMALL.items()}
     vit, rn = (clip.state_dict() for clip in clips.values())
     half = {"module." + key: value.half() for key, value in vit.items()}
-    their = read.to_hugging_face(vit)
+    their = to_hugging_face(vit)
     keys = list(their)
     shards = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
     config = json.dumps(weights.hugging_face_config(SMALL["ViT-fuzz"])).encode()
@@ -310,12 +311,12 @@ def case(number: int, folder: str):
     path = os.path.join(folder, list(files)[0])
     clip = model.ChineseCLIP(rng.choice(list(SMALL.values())))
     part = rng.choice(("init", "image_init", "text_init"))
-    for action in (weights.info, model.load, lambda path: model.initialise(clip, **{part: path})):
+    for action in (weights.info, model.load, lambda path: initialise(clip, model.MODELS, **{part: path})):
         with allowance(2 * sum(map(len, files.values())) + ALLOWED):
             try:
                 action(path)
                 statistics["read"] += 1
-            except read.WeightsError as error:
+            except WeightsError as error:
                 statistics["refused"] += 1
                 assert "\n" not in str(error) and len(str(error)) < 6000, str(error)[:500]
                 assert "MemoryError" not in str(error) and "alloc" not in str(error), str(error)

@@ -78,7 +78,7 @@ def test_names_as_openai_spells_them(theirs, ours, here):
 
 
 def test_a_name_that_was_never_released():
-    assert "ViT-B/32: neither a file nor a published name" in refusal(model.load, "ViT-B/32")
+    assert "ViT-B/32: neither a file, nor a folder" in refusal(model.load, "ViT-B/32")
 
 
 def test_a_file_with_the_names_of_its_towers(tmp_path, monkeypatch):
@@ -121,3 +121,7 @@ def test_a_type_may_be_a_word(dtype, tmp_path):
     word = str(dtype).removeprefix("torch.")
     by_word, by_type = (model.load(path, dtype=d)[0].state_dict() for d in (word, dtype))
     assert by_word["text_projection"].dtype == dtype and same(by_word, by_type)
+
+
+def test_released_models_are_models():
+    assert set(download.RELEASED) < set(model.MODELS) and set(download.RELEASED) < set(download.SOURCES)

@@ -41,6 +41,11 @@ def hugging_face(bert: Bert) -> transformers.BertModel:
     return theirs.eval()
 
 
+def test_padding_columns_are_cut_and_tokens_are_not():
+    assert cut_padding(torch.tensor([[5, 6, 0, 0, 0], [5, 0, 7, 0, 0]])).tolist() == [[5, 6, 0], [5, 0, 7]]
+    assert cut_padding(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 1)  # something is left of nothing
+
+
 IDS = {
     "no padding": captions([9, 9, 9], 9),
     "mixed lengths": captions([9, 2, 5, 1], 9),
@@ -65,11 +70,6 @@ def test_features_do_not_depend_on_the_padding():
     alone = torch.cat([bert(row[: int((row != 0).sum())][None]) for row in captions([3, 8, 5], 40)])
     for columns in (8, 9, 20, 40):
         assert difference(bert(captions([3, 8, 5], 40)[:, :columns]), alone) < 1e-12
-
-
-def test_padding_columns_are_cut_and_tokens_are_not():
-    assert cut_padding(torch.tensor([[5, 6, 0, 0, 0], [5, 0, 7, 0, 0]])).tolist() == [[5, 6, 0], [5, 0, 7]]
-    assert cut_padding(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 1)  # something is left of nothing
 
 
 def test_layers_see_no_column_that_is_padding_for_all():

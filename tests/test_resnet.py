@@ -17,6 +17,19 @@ def tower(shaken: bool = True) -> ModifiedResNet:
     return shake(resnet) if shaken else resnet
 
 
+def test_shrinking_block_averages_where_resnet_would_skip():
+    # all convolutions the identity, statistics 0 and 1: what is left is relu(pool(relu(relu(x))) + pool(x))
+    block = Bottleneck(4, 4, stride=2).eval()
+    eye = torch.eye(4)[:, :, None, None]
+    with torch.no_grad():
+        block.conv1.weight.copy_(eye)
+        block.conv2.weight.copy_(F.pad(eye, (1, 1, 1, 1)))
+        block.conv3.weight.copy_(eye.repeat(4, 1, 1, 1))
+        block.get_submodule("downsample.0").weight.copy_(eye.repeat(4, 1, 1, 1))
+        x = torch.tensor([1.0, 3.0, 5.0, 7.0]).reshape(1, 1, 2, 2).expand(1, 4, 2, 2)
+        assert difference(block(x), torch.full((1, 16, 1, 1), 8.0)) < 1e-4  # mean 4, twice
+
+
 def naive(state: dict[str, torch.Tensor], pixels: torch.Tensor, heads: int) -> torch.Tensor:
     """clip/model.py of OpenAI, from the state dict alone: tokens before batch, all g * g + 1 queries in the
     pool."""
@@ -105,19 +118,6 @@ def test_only_the_first_convolution_strides():
     strides = {name: m.stride for name, m in tower().named_modules() if isinstance(m, nn.Conv2d)}
     assert strides.pop("conv1") == (2, 2)
     assert set(strides.values()) == {(1, 1)}
-
-
-def test_shrinking_block_averages_where_resnet_would_skip():
-    # all convolutions the identity, statistics 0 and 1: what is left is relu(pool(relu(relu(x))) + pool(x))
-    block = Bottleneck(4, 4, stride=2).eval()
-    eye = torch.eye(4)[:, :, None, None]
-    with torch.no_grad():
-        block.conv1.weight.copy_(eye)
-        block.conv2.weight.copy_(F.pad(eye, (1, 1, 1, 1)))
-        block.conv3.weight.copy_(eye.repeat(4, 1, 1, 1))
-        block.get_submodule("downsample.0").weight.copy_(eye.repeat(4, 1, 1, 1))
-        x = torch.tensor([1.0, 3.0, 5.0, 7.0]).reshape(1, 1, 2, 2).expand(1, 4, 2, 2)
-        assert difference(block(x), torch.full((1, 16, 1, 1), 8.0)) < 1e-4  # mean 4, twice
 
 
 def test_residual_branches_vanish_at_the_start():

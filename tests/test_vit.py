@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference, random_pixels, shake
+from torch.utils.flop_counter import FlopCounterMode
 
-from vit import QuickGELU, ViTConfig, VisionTransformer, drop_patches, resize_positions
+from vit import Attention, Block, QuickGELU, ViTConfig, VisionTransformer, drop_patches, resize_positions
 
 TINY = ViTConfig(resolution=24, patch_size=8, width=32, layers=3, head_width=8)  # 9 patches, 4 heads
 
@@ -53,20 +54,43 @@ def naive(vit: VisionTransformer, pixels: torch.Tensor, heads: int) -> torch.Ten
     return norm(x, "ln_post")[:, 0] @ p["proj"]
 
 
-def test_output_is_one_feature_an_image():
-    assert tower()(random_pixels(5, 24)).shape == (5, 12)
+def test_attention_by_hand():
+    """Two tokens of width 1, 0 and 1, which are their own q, k and v. Token 0 scores both with 0 and takes
+    their mean, 1/2. Token 1 scores them with 0 and 1 and takes e / (1 + e) = 0.731059."""
+    attention = Attention(width=1, heads=1)
+    for weight in (attention.in_proj_weight, attention.out_proj.weight):
+        torch.nn.init.ones_(weight)
+    torch.nn.init.zeros_(attention.out_proj.bias)
+    x = torch.tensor([[[0.0], [1.0]]])  # [1, 2, 1]
+    torch.testing.assert_close(attention(x), torch.tensor([[[0.5], [0.731059]]]), rtol=0, atol=2e-6)
+    assert torch.equal(attention(x, n=1), attention(x)[:, :1])  # the first token alone
 
 
 def test_quick_gelu_by_hand():
-    # 1 / (1 + e^-1.702) = 0.845796, so f(1) = 0.845796, f(-1) = -(1 - 0.845796), f(2) = 2 / (1 + e^-3.404) =
-    # 1.935659
+    """1 / (1 + e^-1.702) = 0.845796, so f(1) = 0.845796, f(-1) = -(1 - 0.845796), and
+    f(2) = 2 / (1 + e^-3.404) = 1.935659."""
     x = QuickGELU()(torch.tensor([0.0, 1.0, -1.0, 2.0]))
     torch.testing.assert_close(x, torch.tensor([0.0, 0.845796, -0.154204, 1.935659]), rtol=0, atol=2e-6)
+
+
+def test_output_is_one_feature_per_image():
+    assert tower()(random_pixels(5, 24)).shape == (5, 12)
 
 
 def test_class_token_alone_in_the_last_block_equals_computing_every_token():
     vit, pixels = tower().double(), random_pixels(3, 24).double()
     assert difference(vit(pixels), naive(vit, pixels, heads=4)) < 1e-12
+
+
+def test_a_block_for_one_token_does_a_sixth_of_the_work():
+    """A block has 12 D^2 weights for each token. Keys and values, 2 D^2 of them, are needed of all tokens."""
+    block, x, work = Block(64, heads=4), torch.zeros(1, 200, 64), []
+    for n in (None, 1):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x, n)
+        flops = counter.get_flop_counts()["Global"]
+        work.append(sum(count for op, count in flops.items() if "mm" in str(op)))
+    assert work[1] * 12 * 200 == work[0] * (2 * 200 + 10)
 
 
 def test_float32_agrees_with_the_formulas_too():
@@ -147,3 +171,11 @@ def test_half_precision_positions_keep_their_type():
 def test_tables_that_are_no_square_are_refused(rows, tokens):
     with pytest.raises(ValueError, match=f"{rows} rows for {tokens} tokens"):
         resize_positions(torch.zeros(rows, 4), tokens)
+
+
+def test_position_table_of_resnets_smallest_grid(
+    tmp_path,
+):  # one position at 32 pixels: corner to corner is all it can be
+    table = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    out = resize_positions(table, 5)
+    assert torch.equal(out, torch.cat([table, table[1:].expand(3, -1)]))

@@ -1,1 +1,1 @@
-"""Checkpoints in: what a file is, and how its tensors get our names."""
+"""Checkpoints of other programs and of this one: what a file is, and how its tensors become a model."""

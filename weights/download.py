@@ -1,13 +1,13 @@
 """
-Published weights by name: fetched once, resumed after a cut, checked, and only then given their name.
+Published weights by name: each file is downloaded once, resumed if the connection breaks, and checked.
 
-    python -m tools.weights download ViT-B-16          # into ~/.cache/zhclip/ViT-B-16/
+    python -m tools.weights download ViT-B-16    # into ~/.cache/zhclip/ViT-B-16/
     HF_ENDPOINT=https://my.mirror python ...     # another host that serves Hugging Face's paths
-    HTTPS_PROXY=http://my.proxy:3128 python ...  # as every program that uses requests
+    HTTPS_PROXY=http://my.proxy:3128 python ...  # as for every program that uses requests
 
-An unfinished file is called NAME.part and goes on where it stopped. Two processes that want the same file
-wait for one another. The checksum is the one the host publishes: OpenAI's addresses contain it, Hugging Face
-sends it as X-Linked-ETag.
+An unfinished file is called NAME.part, and the next download continues it. If two processes want the same
+file, one waits for the other. The host publishes the checksum: OpenAI's addresses contain it, and Hugging
+Face sends it as X-Linked-ETag. A file gets its name only when the checksum is right.
 """
 
 import errno
@@ -22,11 +22,13 @@ import filelock
 import requests
 from tqdm import tqdm
 
+from weights.names import WeightsError
+
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip")
 
 # name -> owner/repository/file on Hugging Face, or a whole address. The first five are the released Chinese
-# CLIP (paper, table 1; the repositories are those that cn_clip 1.6.0 names); the others initialise the towers
-# (app. A.2): OpenAI's addresses are from its clip package, LAION's from open_clip, the last three HFL's.
+# CLIPs (paper, table 1) in the repositories that cn_clip 1.6.0 names. The others initialise towers (app.
+# A.2): OpenAI's addresses are from its clip package, LAION's is from open_clip, and the last three are HFL's.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 SOURCES = {
     "RN50": "OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt",
@@ -50,23 +52,23 @@ SOURCES = {
     "rbt3": "hfl/rbt3/pytorch_model.bin",
 }
 RELEASED = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14")
-EXACT_GELU = ("laion-ViT-H-14",)  # trained with it, where the other CLIPs have OpenAI's QuickGELU
+EXACT_GELU = ("laion-ViT-H-14",)  # trained with it; the other CLIPs are trained with OpenAI's QuickGELU
 
-TIMEOUT = (10, 30)  # seconds to connect, and without a byte
-TRIES = 5  # in a row that bring nothing
-CHUNK = 1 << 20
-
-
-class DownloadError(ValueError):
-    """No file: one line with the address, what happened and what to do."""
+TIMEOUT = (10, 30)  # seconds: to connect, and between two bytes
+TRIES = 5  # in a row that bring no byte
+CHUNK = 1 << 20  # bytes
 
 
-class Interrupted(Exception):
-    """The connection, not the file, is at fault: worth another try."""
+class DownloadError(WeightsError):
+    """There is no file. The message is one line: the address, what happened, and what to do."""
+
+
+class Interrupted(requests.ConnectionError):
+    """The transfer failed for a reason that may pass, so another try is worth it."""
 
 
 def address(name: str) -> str:
-    """Name of SOURCES -> URL, on the host of HF_ENDPOINT if it is one of Hugging Face's."""
+    """A name of SOURCES -> its URL. HF_ENDPOINT takes the place of Hugging Face's host."""
     source = SOURCES[name]
     if "://" in source:
         return source
@@ -76,8 +78,8 @@ def address(name: str) -> str:
 
 
 def fetch(name: str, root: str = "") -> str:
-    """Path of a published file, root/name/file (root: CACHE), or of a released model root/file, where cn_clip
-    puts it; fetched to the first if it is at neither. DownloadError if it can't be."""
+    """The path of a published file, which is downloaded if it is not there: root/name/file, where `root` is
+    CACHE by default. A released model is also found at root/file, where cn_clip puts it."""
     url = address(name)
     folder, file_name = os.path.join(root or CACHE, name), url.rsplit("/", 1)[-1]
     path, official = os.path.join(folder, file_name), os.path.join(root or CACHE, file_name)
@@ -87,61 +89,62 @@ def fetch(name: str, root: str = "") -> str:
         return official
     try:
         os.makedirs(folder, exist_ok=True)
-        with filelock.FileLock(path + ".lock"):  # let go by the system if its holder is killed
-            if not os.path.isfile(path):  # another process may have brought it while this one waited
+        with filelock.FileLock(path + ".lock"):  # the system releases it if its holder is killed
+            if not os.path.isfile(path):  # another process may have downloaded it while this one waited
                 print(f"{name}: {url} -> {path}", file=sys.stderr)
                 fetch_part(url, path)
     except OSError as error:
-        advice = "another folder by `python -m tools.weights download NAME --to FOLDER` or XDG_CACHE_HOME"
+        advice = "use another folder: `python -m tools.weights download NAME --to FOLDER`, or XDG_CACHE_HOME"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "what came is kept; make room and repeat"
+            advice = "what came is kept; make room and repeat the command"
         raise DownloadError(f"{path}: {error.strerror}; {advice}") from None
     return path
 
 
 def fetch_part(url: str, path: str):
-    """Bring `url` to path.part, as often as it takes, and rename it to `path` once its checksum is right."""
+    """Download `url` to path.part in as many requests as it takes, and rename it once its checksum is
+    right."""
     part, tries, pause = path + ".part", 0, 1.0
     furthest = size(part)
     while True:
         try:
             sha256 = transfer(url, part)
             break
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-                Interrupted) as error:
+        except (requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError) as error:
             tries = 1 if size(part) > furthest else tries + 1
             furthest = max(furthest, size(part))
             if tries >= TRIES:
                 raise DownloadError(
-                    f"{url}: nothing came in {TRIES} tries ({reason(error)}); {size(part):,} bytes are kept "
-                    f"and the same command goes on. Offline: bring the file yourself to {path}; "
-                    "behind a wall: set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
+                    f"{url}: nothing came in {TRIES} tries ({reason(error)}); {size(part):,} bytes are kept, "
+                    "and the same command continues. If this machine is offline, put the file yourself at "
+                    f"{path}; behind a firewall, set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
             pause = 1.0 if tries == 1 else 2 * pause
-            print(f"{reason(error)}; again in {pause:.0f} s, from byte {size(part):,}", file=sys.stderr)
+            print(f"{reason(error)}; next try in {pause:.0f} s, from byte {size(part):,}", file=sys.stderr)
             time.sleep(pause)
-        except requests.RequestException as error:  # no such address, scheme or proxy: repeating won't help
-            raise DownloadError(f"{url}: {error}; look at HF_ENDPOINT and HTTPS_PROXY") from None
+        except requests.RequestException as error:  # such as a wrong address, which no repetition helps
+            raise DownloadError(f"{url}: {error}; check HF_ENDPOINT and HTTPS_PROXY") from None
     if not sha256:
-        print(f"{url}: its host publishes no SHA-256; the file is not checked", file=sys.stderr)
+        print(f"{url}: its host publishes no SHA-256, so the file is not checked", file=sys.stderr)
     else:
         with open(part, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             os.remove(part)
             raise DownloadError(f"{url}: SHA-256 is {found}, expected {sha256}; what came was removed. "
-                                "Type the command again; if it happens again, the mirror is wrong")
+                                "Repeat the command; if it happens again, the mirror is wrong")
     os.replace(part, path)
 
 
 def transfer(url: str, part: str) -> str:
-    """One request, from where `part` ends -> the SHA-256 that the host publishes, or "". Interrupted if it
-    ended early."""
+    """Append to `part` by one request -> the SHA-256 that the host publishes, or "". Interrupted if the
+    response ends too early."""
     have = size(part)
-    # identity: the bytes of the file itself, so that lengths and ranges are the file's
+    # identity: no compression on the way, so that lengths and ranges are those of the file
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status = response.status_code
-        if status == 416:  # there is nothing from that byte on: `part` is as long as the file, or longer
+        if status == 416:  # there is no such range: `part` is as long as the file, or longer
             if response.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return published_sha256(url, response)
             if have:
@@ -151,22 +154,22 @@ def transfer(url: str, part: str) -> str:
             raise Interrupted(f"the server says {status}")
         if status not in (200, 206):
             raise DownloadError(f"{url}: the server says {status} {response.reason}; "
-                                "is HF_ENDPOINT a mirror of Hugging Face, and the file still there?")
+                                "is HF_ENDPOINT a mirror of Hugging Face, and is the file still there?")
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise DownloadError(f"{url}: a web page came instead of the file; does this network ask for a "
                                 "login, or is HF_ENDPOINT no mirror of Hugging Face?")
-        if status == 200 and have:  # the whole file, whatever was asked: a server without ranges
+        if status == 200 and have:  # a server without ranges sends the whole file
             os.remove(part)
             have = 0
         elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise DownloadError(f"{url}: asked from byte {have:,}, the server sent "
+            raise DownloadError(f"{url}: asked for byte {have:,} onward, the server sent "
                                 f"{response.headers.get('Content-Range', 'no range')}; remove {part}")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         free = shutil.disk_usage(os.path.dirname(part)).free
         if total and total - have > free:
-            raise DownloadError(f"{part}: {total - have:,} bytes to come, {free:,} free; make room, or "
-                                "`python -m tools.weights download NAME --to FOLDER` on another disk")
+            raise DownloadError(f"{part}: {total - have:,} bytes to come, {free:,} free; make room, or use "
+                                "`python -m tools.weights download NAME --to FOLDER` with another disk")
         what = os.path.basename(part).removesuffix(".part")
         with open(part, "ab" if have else "wb") as file, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, desc=what) as bar:
@@ -181,8 +184,8 @@ def transfer(url: str, part: str) -> str:
 
 
 def published_sha256(url: str, response: requests.Response) -> str:
-    """The file's SHA-256 in lower case, "" if nobody says it: from OpenAI's address, or from what Hugging
-    Face answers before it redirects to where the bytes are."""
+    """The file's SHA-256 in lower case, or "". It stands in OpenAI's address, or in Hugging Face's answer
+    before it redirects to the server that has the bytes."""
     etags = [answer.headers.get("X-Linked-ETag", "") for answer in [*response.history, response]]
     for candidate in url.split("/") + [etag.removeprefix("W/").strip('"') for etag in etags]:
         if re.fullmatch("[0-9a-fA-F]{64}", candidate):
@@ -191,7 +194,7 @@ def published_sha256(url: str, response: requests.Response) -> str:
 
 
 def reason(error: Exception) -> str:
-    """In a few words: the text of a requests error is a chain of wrapped ones."""
+    """The error in a few words. (The text of a requests error is a chain of wrapped errors.)"""
     if isinstance(error, requests.Timeout):
         return "no answer in time"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

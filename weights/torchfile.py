@@ -1,14 +1,14 @@
 """
-PyTorch's files, read as data: which tensors one holds, where in it their numbers stand, and nothing else.
+PyTorch's files, read as data: which tensors a file holds, where in it their numbers stand, and nothing else.
 
-    zip           torch.save since 1.6: NAME/data.pkl describes, the storages are NAME/data/0, 1, ...
-    TorchScript   the same with NAME/constants.pkl beside it; modules stand in the place of dictionaries
+    zip           torch.save since 1.6: NAME/data.pkl is the description, the storages are NAME/data/0, 1, ...
+    TorchScript   the same with NAME/constants.pkl beside it, and with modules in the place of dictionaries
     legacy        torch.save before 1.6: the description, a list of storages, and these one after another
 
-A storage is a row of numbers in the file, a tensor a window on one: where it starts, sizes, strides. The
-description is read first and compared with what is really there, and only then is the file mapped. torch.load
-is not asked: its weights_only keeps a file from running code, not from taking memory, and 244 bytes that say
-`bytearray(2**30)` get their gigabyte.
+A storage is a row of numbers in the file. A tensor is a window on a storage: an offset, sizes and strides.
+The description is read first and compared with what is really there, and only then is the file mapped.
+torch.load would not do: its weights_only keeps a file from running code but not from taking memory, and 244
+bytes that say `bytearray(2**30)` get their gigabyte.
 """
 
 import io
@@ -20,20 +20,20 @@ from typing import NamedTuple
 
 import torch
 
-LONGEST = 2**20  # bytes of any description; ViT-H-14's checkpoint with AdamW's moments has 0.3 million
-# the first bytes of a legacy file: a magic number and a version, pickled
+LONGEST = 2**20  # bytes of a description; that of ViT-H-14's checkpoint with AdamW's moments has 0.3 million
+# The first bytes of a legacy file: a magic number and a version, pickled.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
           "BoolStorage": torch.bool}
-# values of programs that a checkpoint may hold beside its weights; they are read as None
+# Values of these types may stand beside the weights in a checkpoint; they are read as None.
 NO_WEIGHTS = ("torch.Size", "torch.device", "collections.Counter", "_codecs.encode", "__builtin__.set",
               *map(str, DTYPES.values()))
 
 
 class Refused(ValueError):
-    """A file that asks for what no checkpoint needs; says what."""
+    """The file asks for something that no checkpoint needs, which the message names."""
 
 
 class Storage(NamedTuple):
@@ -43,7 +43,7 @@ class Storage(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A tensor that is described and not yet read."""
+    """A tensor that is described but not yet read."""
     storage: Storage
     offset: int
     size: tuple[int, ...]
@@ -51,7 +51,7 @@ class Window(NamedTuple):
 
 
 class Module:
-    """Stands for a module of a TorchScript archive: attributes, no behaviour."""
+    """Stands for a module of a TorchScript archive. It has attributes but no behaviour."""
     attributes: dict = {}
 
 
@@ -60,11 +60,11 @@ class Module:
 
 
 def window(storage, offset, size, stride, *_) -> Window:
-    """In the place of torch's function that makes a tensor. Refused if it reaches beyond its storage, or
-    repeats numbers, which need no bytes in a file and any number of them in memory."""
+    """Called in the place of torch's function that makes a tensor. Refused if the tensor reaches beyond its
+    storage, or repeats numbers: repetitions need no bytes in a file but any amount of memory."""
     sizes = type(storage) is Storage and type(size) is type(stride) is tuple and len(size) == len(stride) < 9
     if not sizes or any(type(n) is not int or not 0 <= n < 2**60 for n in (offset, *size, *stride)):
-        raise Refused("describes a tensor by something else than sizes")
+        raise Refused("describes a tensor by something other than sizes")
     numel = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if numel and (numel > storage.numel or last >= storage.numel):
@@ -73,10 +73,10 @@ def window(storage, offset, size, stride, *_) -> Window:
 
 
 class Description(pickle._Unpickler):
-    """Reads the pickle of a state dict: dictionaries, lists, text, numbers and windows. It is pickle's own
-    interpreter in Python, with the opcodes that torch writes; the one in C makes an array as long as the
-    largest number under which a file keeps a value. Nothing here may copy what a file can name again and
-    again: n values copied n times are no small file any more."""
+    """Reads the pickle of a state dict: dictionaries, lists, text, numbers and windows. This is pickle's own
+    interpreter in Python, restricted to the opcodes that torch writes. (The one in C allocates an array as
+    long as the largest number under which a file stores a value.) Nothing here may copy a value, because a
+    small file can name a large value again and again."""
 
     OPCODES = (
         "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
@@ -99,23 +99,23 @@ class Description(pickle._Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return lambda: {}
         if module == "torch.jit._pickle" or (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data  # typed lists, parameters
+            return lambda data, *_: data  # typed lists and parameters
         if f"{module}.{name}" in NO_WEIGHTS:
             return lambda *_: None
         raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
 
     def persistent_load(self, pid) -> Storage:
-        _, dtype, key, _, numel = pid[:5]  # and, in legacy files, None
+        _, dtype, key, _, numel = pid[:5]  # legacy files have a sixth, which is None
         if not (isinstance(dtype, torch.dtype) and type(key) is str and type(numel) is int
                 and 0 <= numel < 2**60) or any(pid[5:6]):
-            raise Refused("describes a storage by something else than a type, a name and a size")
+            raise Refused("describes a storage by something other than a type, a name and a size")
         self.storages.setdefault(key, Storage(dtype, key, numel))
         return Storage(dtype, key, numel)
 
     def load_newobj(self):
         self.stack.pop()
         if self.stack.pop() is not Module:
-            raise Refused("makes something else than modules and tensors")
+            raise Refused("makes something other than modules and tensors")
         self.append(Module())
 
     def load_reduce(self):
@@ -123,14 +123,14 @@ class Description(pickle._Unpickler):
         self.append(function(*arguments[:9]))
 
     def load_build(self):
-        """The attributes of a module; those of an ordered dictionary tell nothing about weights."""
+        """Keeps the attributes of a module. Those of an ordered dictionary say nothing about weights."""
         state = self.stack.pop()
         if type(self.stack[-1]) is Module:
             self.stack[-1].attributes = state
 
     def load_setitem(self):
         value, key = self.stack.pop(), self.stack.pop()
-        # other keys can be chosen such that a dictionary takes hours
+        # With keys of other types, a file could be built for which a dictionary takes hours.
         if type(self.stack[-1]) is not dict or type(key) is not str and not (
                 type(key) is int and abs(key) < 2**60):
             raise Refused("has a key that is neither a name nor a number")
@@ -147,11 +147,11 @@ class Description(pickle._Unpickler):
 
 
 def from_modules(tree: Module) -> dict[str, Window]:
-    """A tree of modules -> the state dict it stands for."""
+    """A tree of modules -> its state dict."""
     state, waiting, seen = {}, [(tree, "")], set()
     while waiting:
         module, prefix = waiting.pop()
-        seen.add(id(module))  # a module is in one place; else a file could keep us busy for ever
+        seen.add(id(module))  # each module is visited once, or a circle of modules would never end
         for name, value in module.attributes.items():
             if len(prefix + name) > 999:
                 raise Refused("has modules in modules without end")
@@ -167,8 +167,8 @@ def from_modules(tree: Module) -> dict[str, Window]:
 
 
 class Piecewise(io.FileIO):
-    """A file of which nobody reads much at once: zipfile would make twenty bytes of each byte of a directory,
-    however long it is."""
+    """A file that refuses to be read in large pieces. zipfile would read a directory of any length, and make
+    twenty bytes of each byte."""
 
     def read(self, size: int = -1) -> bytes:
         if size > LONGEST:
@@ -177,8 +177,8 @@ class Piecewise(io.FileIO):
 
 
 def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
-    """-> (what the file holds, with windows in the place of tensors; name of a storage -> where its bytes
-    start and how many there are; what the file is, for people)."""
+    """-> (the content of the file, with windows in the place of tensors; the place of each storage by its
+    name, as (first byte, number of bytes); what the file is, for people)."""
     with Piecewise(path) as file:
         if file.read(len(LEGACY)) == LEGACY:
             return *describe_legacy(file), "PyTorch file"
@@ -206,8 +206,8 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
 
 
 def members(file) -> dict[str, tuple[int, int]]:
-    """Of a zip file: name -> (where its bytes start, how many there are). Refused if they are compressed, as
-    PyTorch has them only in TorchScript's folder code, which nobody reads here."""
+    """The members of a zip file: name -> (first byte, number of bytes). Refused if a member is compressed.
+    PyTorch compresses only TorchScript's folder code, which is not read here."""
     places = {}
     with zipfile.ZipFile(file) as archive:
         directory = archive.infolist()
@@ -217,15 +217,16 @@ def members(file) -> dict[str, tuple[int, int]]:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise Refused("is a compressed zip file; if you packed it, unpack it")
             file.seek(member.header_offset)
-            header = file.read(30)  # ends with the lengths of a name and of what else stands before the bytes
+            header = file.read(30)  # ends with the lengths of the name and of the extra field that follow it
             before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             places[member.filename] = (member.header_offset + 30 + before, member.file_size)
     return places
 
 
 def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
-    """After LEGACY come three pickles: one describes the machine, one the tensors, one lists the storages as
-    they follow, each of them its number of elements, in eight bytes, and these."""
+    """After LEGACY come three pickles: the first describes the machine, the second the tensors, and the third
+    lists the storages. These follow in that order, each as a number of elements in eight bytes and the
+    elements."""
     pickles = io.BytesIO(file.read(LONGEST))
     Description(pickles).load()
     description = Description(pickles)
@@ -244,12 +245,13 @@ def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """The tensors behind windows, mapped from the file; from legacy files, where they stand at odd addresses,
-    copied. A storage is read once, however many windows it has. Refused if it is not there."""
+    """The tensors behind the windows. They are mapped from the file, or copied if they stand at odd
+    addresses, as in legacy files. A storage is read once, however many windows it has. Refused if it is not
+    there."""
     size, mapped = os.path.getsize(path), torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
     used = {window.storage.key: places.get(window.storage.key, (0, 0)) for window in state.values()}
     if any(start + length > size for start, length in used.values()):
-        raise Refused("is cut: its last tensors are not there")
+        raise Refused("is cut off: its last tensors are not there")
     if sum(length for _, length in used.values()) > size:
         raise Refused("has storages that overlap")
     pieces = {key: mapped[start: start + length] if start % 8 == 0 else mapped[start: start + length].clone()

@@ -49,7 +49,7 @@ def test_a_cut_inside_a_chunk(hub, tmp_path, capsys):
     hub.cuts = [12_345]
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
     assert hub.requests[-1] == ("/bytes", "bytes=12000-")
-    assert "the connection broke; again in 1 s, from byte 12,000" in capsys.readouterr().err
+    assert "the connection broke; next try in 1 s, from byte 12,000" in capsys.readouterr().err
 
 
 def test_what_an_earlier_process_left_is_used(hub, tmp_path):
@@ -78,7 +78,7 @@ def test_a_server_without_ranges_begins_anew(hub, tmp_path):
 
 def test_a_server_that_answers_with_another_range(hub, tmp_path):
     hub.wrong_range, hub.cuts = True, [1000]
-    assert "asked from byte 1,000" in refusal(tmp_path)
+    assert "asked for byte 1,000" in refusal(tmp_path)
 
 
 def test_a_server_without_length(hub, tmp_path):
@@ -138,7 +138,7 @@ def test_a_server_that_stalls_is_asked_again(hub, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(download, "TIMEOUT", (1, 0.3))
     hub.stall = 2
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
-    assert "again in 1 s" in capsys.readouterr().err
+    assert "next try in 1 s" in capsys.readouterr().err
 
 
 def test_tries_are_bounded_without_ranges_too(hub, tmp_path):
@@ -183,7 +183,7 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nobody listens
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     message = refusal(tmp_path)
-    assert "Offline" in message and "http://127.0.0.1:1" in message and str(tmp_path / NAME / FILE) in message
+    assert "offline" in message and "http://127.0.0.1:1" in message and str(tmp_path / NAME / FILE) in message
 
 
 @pytest.mark.parametrize("endpoint", ["my.mirror", "ftp://my.mirror", "http://"])
