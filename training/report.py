@@ -15,7 +15,8 @@ from sources import scenes
 from common import write_json
 from training.recipes import Config
 from sources.layouts import open_pairs
-from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
+from eval import encode_images, encode_texts, recall_table, zero_shot
+from sources.classes import TEMPLATES, read_templates
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
 LINE_COLOURS = ((214, 69, 65), (52, 109, 189), (39, 144, 88), (148, 84, 176), (230, 140, 30))
