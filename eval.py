@@ -34,6 +34,7 @@ from sources.pairs import DataError, Pairs, open_image
 from weights.download import RELEASED
 from weights.read import WeightsError
 
+FILE = {"default": "", "metavar": "FILE"}  # of a flag that names a file
 KS = (1, 5, 10)
 TILE = 1024  # The scores of 1024 x 1024 pairs take 4 MB, which fits into the cache of a core.
 TIE = 1e-6  # Closer cosines are equal: float32 sums differ by about 1e-7 with the shape of the product.
@@ -151,11 +152,12 @@ def ranks(queries, gallery, positives, tile: int = 0) -> tuple[torch.Tensor, tor
 
 def best_right(queries, gallery, positives) -> list[torch.Tensor]:
     """The score of the best right answer of every query [Q] and every gallery item [G]; -inf without one."""
-    best = [torch.full((len(side),), -torch.inf, device=side.device) for side in (queries, gallery)]
+    best = [torch.full((len(side),), -torch.inf, dtype=torch.float32, device=side.device)
+            for side in (queries, gallery)]
     for some in positives.split(1 << 14):
         scores = (queries[some[:, 0]] * gallery[some[:, 1]]).sum(dim=1).float()  # [some]
-        for side in (0, 1):
-            best[side].scatter_reduce_(0, some[:, side], scores, "amax")
+        for side, numbers in zip(best, some.T):
+            side.scatter_reduce_(0, numbers, scores, "amax")
     return best
 
 
@@ -184,15 +186,12 @@ def cosines(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
         torch.set_float32_matmul_precision(allowed)
 
 
-def retrieval(clip, pairs: Pairs, context_length: int = 52) -> dict:
-    """`both_directions` of a whole split, computed on the model's device."""
-    image_features, text_features = pair_features(clip, pairs, context_length)
-    sides = (x.to(clip.logit_scale.device) for x in (text_features, image_features, pairs.positives))
-    return both_directions(*recall_at_k(*sides))
-
-
-def both_directions(t2i: dict[str, float], i2t: dict[str, float]) -> dict:
-    """train.py chooses its best checkpoint by the mean of all six figures."""
+def retrieval(clip, pairs: Pairs, context_length: int = 52, features=None) -> dict:
+    """Recall in both directions over a whole split. "mean_recall" is the mean of all six figures, by which
+    train.py chooses its best checkpoint. features: those of `pair_features`, if they are known already."""
+    image_features, text_features = features or pair_features(clip, pairs, context_length)
+    device = clip.logit_scale.device
+    t2i, i2t = recall_at_k(text_features.to(device), image_features.to(device), pairs.positives.to(device))
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
 
 
@@ -265,7 +264,7 @@ def run_zeroshot(args, clip) -> dict:
     classes, paths, labels = open_classes(args.data, args.labels)
     other = f"`python -m tools.measure zeroshot` with the same flags measures {classes.metric}"
     if labels.ndim == 2:
-        raise DataError(f"{args.data}: accuracy is not defined where a picture may show several classes; {other}")
+        raise DataError(f"{args.data}: there is no accuracy for pictures of several classes; {other}")
     result = zero_shot(clip, classes.chinese, lambda row: open_image(paths[row]), labels,
                        templates_for(classes, args.templates))
     print(classification_line(result))
@@ -288,21 +287,20 @@ def add_command(commands, name: str, text: str, data: str = "", required: bool =
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     p.add_argument("--model", required=True, help="a weights file, or one of " + ", ".join(RELEASED))
     p.add_argument("--device", default=devices[0], choices=devices, help="cuda if torch finds a GPU")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights; "
-                   "bfloat16 halves the memory, and the time of large models where the CPU supports it")
-    p.add_argument("--out", default="", metavar="FILE", help="also write the result to this JSON file")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                   help="of the weights; bfloat16 takes half the memory, and often less time")
+    p.add_argument("--out", **FILE, help="also write the result to this JSON file")
     if data == "pairs":
-        p.add_argument("--data", required=True, help="a folder of pairs, tar shards, or scenes-zh")
+        p.add_argument("--data", required=True, help="what train.py --data takes, such as a folder of pairs")
         p.add_argument("--split", default="valid", help="train, valid or test")
         p.add_argument("--context-length", type=int, default=52, help="tokens of each caption")
     if data == "classes":
-        p.add_argument("--data", required=required, default="", help="a folder with test/000 ... or test/NAME "
-                       "..., or with pictures that test.txt lists (see sources/classes.py)")
-        p.add_argument("--labels", default="", help="a file of class names, or a data set of labels/ such as "
-                       "cifar-100, in the order of --data's label.txt or label_cn.txt; default: label_cn.txt")
-        p.add_argument("--templates", default="", metavar="FILE", help="sentences with {} for the class name, "
-                       "one on each line; default: those of --labels, then those of labels/templates.txt "
-                       "unless --labels says `templates: alone`")
+        p.add_argument("--data", required=required, default="",
+                       help="a folder with pictures in test/000 ... or listed in test.txt: sources/classes.py")
+        p.add_argument("--labels", default="", help="a data set of labels/, such as cifar-100, or a file of "
+                       "that kind; without it the folder's label_cn.txt")
+        p.add_argument("--templates", **FILE, help="sentences with {} for the class name, one on each line; "
+                       "without it those of the labels, then the general ones unless these do not fit")
     return p
 
 

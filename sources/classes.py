@@ -1,13 +1,13 @@
 """
-Pictures with classes, and what the classes are called: the data of zero-shot classification (paper, sec. 3.2).
+Pictures with classes, and the names of the classes: the data of zero-shot classification (paper, sec. 3.2).
 
 The names come from labels/NAME.txt (one of the 20 data sets of Table 11), from another file of that kind, or
 from the data set's own label_cn.txt. Class numbers follow the data set's own label.txt (English) or
 label_cn.txt, where line 1 names class 0; names of labels/ are put into that order. Pictures lie in one of
 three ways:
 
-    test.txt                   each line names a picture and its class: path<TAB>number from 0; where a picture
-                               may show several classes (VOC-2007), it has several numbers with spaces between
+    test.txt                   a line for each picture, path<TAB>class number from 0; where a picture may show
+                               several classes (VOC-2007) there are several numbers with spaces between
     test/000/ test/001/ ...    the official layout: a folder for each class, numbered from 0
     test/apple_pie/ ...        a folder for each class, named in English or Chinese; test/ may be left out
 
@@ -24,8 +24,8 @@ from sources.pairs import DataError
 
 LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "labels")
 TEMPLATES = os.path.join(LABELS, "templates.txt")
-TWO_ORDERS = ("may mean two classes, because the data set and ELEVATER number them differently; expected {} with "
-              "an English class name on each line, line 1 for number 0, or folders named after the classes")
+TWO_ORDERS = ("may mean two classes, because ELEVATER numbers them differently; expected {} with an English "
+              "class name on each line, line 1 for number 0, or folders named after the classes")
 METRICS = ("accuracy", "mean-per-class", "roc-auc", "map-11")
 
 
@@ -43,9 +43,9 @@ class Classes(NamedTuple):
 
 
 def read_classes(name_or_path: str) -> Classes:
-    """labels/NAME.txt or a file like it. Each line is a class, `English<TAB>Chinese`, where the English name
-    may have other spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template: TEXT
-    with {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for anything else."""
+    """labels/NAME.txt or a file like it. A line is a class, `English<TAB>Chinese`, where the English name may
+    have other spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template: TEXT with
+    {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for anything else."""
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
@@ -70,9 +70,9 @@ def read_classes(name_or_path: str) -> Classes:
         elif line in ("templates: alone", "order: not as in ELEVATER"):
             marks.add(key)
         else:
-            raise DataError(f"{path} line {number}: {line!r}; expected English<TAB>Chinese, `template: ` with "
-                            "{}, `templates: alone`, `order: not as in ELEVATER`, or `metric: ` and one of "
-                            + ", ".join(METRICS))
+            raise DataError(f"{path} line {number}: {line!r}; expected English<TAB>Chinese, `template: ` "
+                            f"with {{}}, `templates: alone`, `order: not as in ELEVATER`, or `metric: ` and "
+                            f"one of {', '.join(METRICS)}")
     if not metric or not english:
         raise DataError(f"{path}: no {'line `metric: NAME`' if english else 'class'} in it")
     if "templates" in marks and not templates:
@@ -103,9 +103,9 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
     wanted = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "no further line"
     for line, (name, c) in enumerate(zip(names, order), 1):
         if c is None or c in order[: line - 1]:
-            raise DataError(f"{path} line {line}: {name!r} is {'no' if c is None else 'again a'} class of labels "
-                            f"{labels}; expected {wanted}. Write the labels' English names into label.txt, or "
-                            "leave out --labels to take the names of label_cn.txt")
+            raise DataError(f"{path} line {line}: {name!r} is {'no' if c is None else 'again a'} class of "
+                            f"labels {labels}; expected {wanted}. Write the labels' English names into "
+                            "label.txt, or leave out --labels to take the names of label_cn.txt")
     if absent:
         raise DataError(f"{path} line {len(names) + 1}: not there; labels {labels} has {len(absent)} more "
                         f"classes: {wanted}")
@@ -137,7 +137,7 @@ def templates_for(classes: Classes, path: str = "") -> list[str]:
 def read_templates(path: str) -> list[str]:
     """A template from each line, with {} where the class name goes. Lines that start with # are notes."""
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; expected a template on each line, with {{}} for the class name")
+        raise DataError(f"{path}: no such file; expected templates, with {{}} for the class name")
     templates = [line for _, line in text_lines(path)]
     for template in templates:
         if "{}" not in template:
@@ -173,7 +173,7 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
         raise DataError(f"{folder}: no such folder; expected label_cn.txt and test/000, test/001 ...")
     own = os.path.join(folder, "label_cn.txt")
     if not labels and not os.path.isfile(own):
-        raise DataError(f"{own}: not there; expected a class name on each line, line n for folder test/{{n-1:03d}}, "
+        raise DataError(f"{own}: not there; expected a class name on each line, line 1 for folder test/000, "
                         "or --labels with a data set of labels/ or a file")
     if labels:
         classes = in_its_own_order(read_classes(labels), folder, labels)
@@ -183,8 +183,8 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
     if os.path.isfile(list_path):
         paths, shown = read_list(list_path, folder, classes)
     elif classes.metric == "map-11":
-        raise DataError(f"{list_path}: not there; where pictures show several classes it says which, in lines "
-                        "path<TAB>class numbers with spaces between")
+        raise DataError(f"{list_path}: not there; expected lines path<TAB>class numbers with spaces between, "
+                        "because a picture may show several classes")
     else:
         paths, shown = read_folders(folder, classes)
     shows = torch.zeros(len(paths), len(classes.chinese), dtype=torch.long)  # [N, C]
@@ -226,7 +226,8 @@ def read_folders(folder: str, classes: Classes) -> tuple[list[str], list[list[in
     if os.path.isdir(test):
         folders = visible(test)
     else:
-        test, folders = folder, [name for name in visible(folder) if os.path.isdir(os.path.join(folder, name))]
+        test = folder
+        folders = [name for name in visible(folder) if os.path.isdir(os.path.join(folder, name))]
     paths, shown, folder_of, number_of = [], [], {}, numbers_of(classes)
     for name in folders:
         place = os.path.join(test, name)

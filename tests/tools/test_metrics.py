@@ -30,7 +30,7 @@ def test_recall_and_nearest_are_those_of_the_official_script(tmp_path):
                                                         (images, texts, positives.flip(1)))):
         asked = relation[:, 0].unique().tolist()
         answers = [{"text_id": q, "image_ids": relation[relation[:, 0] == q, 1].tolist()} for q in asked]
-        top = metrics.nearest(queries, gallery, 10, tile=2)
+        top = metrics.nearest(queries, gallery, 10)
         assert torch.equal(top, (queries @ gallery.T).topk(10).indices)
         found = [{"text_id": q, "image_ids": row} for q, row in enumerate(top.tolist())]
         for name, lines in (("answers", answers), ("found", found)):

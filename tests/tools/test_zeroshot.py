@@ -9,7 +9,7 @@ from stand_ins import picture
 
 import eval as core
 import model
-from eval import accuracy, encode_images, ensemble, sentence_features
+from eval import accuracy, encode_images, ensemble, sentence_features, zero_shot_cosines
 from sources import scenes
 from tools.measure import metrics, zeroshot
 
@@ -50,7 +50,8 @@ def test_result_says_what_was_measured(clip, metric):
     labels = torch.tensor([0, 1, 2, 0])
     if metric == "map-11":
         labels = torch.eye(3, dtype=torch.long)[labels]
-    result = zeroshot.own_zero_shot(clip, NAMES, picture, labels, TEMPLATES, metric)
+    found = zero_shot_cosines(clip, NAMES, picture, 4, TEMPLATES)
+    result = zeroshot.own_zero_shot(clip, *found, labels, TEMPLATES, metric)
     images = encode_images(clip, picture, 4)
     for key, some in ((metric, TEMPLATES), (f"{metric}_single_template", TEMPLATES[:1])):
         cosines = images @ ensemble(sentence_features(clip, NAMES, some)).T

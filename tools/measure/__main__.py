@@ -3,12 +3,13 @@ The rarer measurements, the paper's tables, and files for others to read.
 
     python -m tools.measure retrieval --model ViT-B-16 --data path/to/MUGE --predictions valid.jsonl
     python -m tools.measure zeroshot  --model ViT-B-16 --data path/to/voc-2007 --labels voc-2007
-    python -m tools.measure prompts   --model ViT-B-16 --data path/to/cifar-100 --labels cifar-100  # or --negation
+    python -m tools.measure prompts   --model ViT-B-16 --data path/to/cifar-100 --labels cifar-100
+    python -m tools.measure prompts   --model ViT-B-16 --negation
     python -m tools.measure calibrate --model ViT-B-16 --data path/to/MUGE --precision 0.9
     python -m tools.measure reproduce table2 --model ViT-B-16 --data muge=path/to/MUGE
 
-`retrieval` and `zeroshot` measure what eval.py measures, the latter with the data set's own measure (Table 11).
-They compare a released model with the paper's figures if the data set has a name of the paper.
+`zeroshot` uses the data set's own measure (Table 11). A released model on a data set of the paper's name is
+compared with the paper's figures.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import os
 
 import model
 from common import rank, replace_text, write_json
-from eval import (
-    add_command, both_directions, classification_line, end_in_one_line, measure, ranks, recall, recall_table, retrieval)
+from eval import (FILE, add_command, classification_line, end_in_one_line, measure, ranks, recall_table,
+                  retrieval, zero_shot_cosines)
 from sources.classes import bare_name, elevaters_pictures, open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
@@ -44,29 +45,29 @@ def run_retrieval(args, clip) -> dict:
     if args.page and not len(pairs.positives):
         raise DataError(f"--page: {title} has no answers, so there is nothing to show")
     ids = ids_to_predict(args, pairs) if args.predictions else {}
-    image_features, text_features = kept_features(clip, pairs, args.context_length, args.features)
+    features = kept_features(clip, pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
-        write_predictions(args, pairs, ids, {"text": text_features, "image": image_features})
+        write_predictions(args, pairs, ids, dict(zip(("image", "text"), features)))
     if not len(pairs.positives):
         print(f"{title}: no answers in it, so nothing to measure")
         return {}
-    device = clip.logit_scale.device
-    found = ranks(*(x.to(device) for x in (text_features, image_features, pairs.positives)))
-    result = both_directions(*map(recall, found))
+    result = retrieval(clip, pairs, features=features)
     table = recall_table({args.split: result})
     print(table)
-    if args.page and rank() == 0:
-        page.write_retrieval(
-            args.page, f"{args.model} on {title}", table, pairs, text_features, image_features, *found)
-    name, data, setup = paper_figures(args, args.data, published.RETRIEVAL)
-    if name and (args.published or args.split == published.read_paper()[name].get("split", "test")):
-        beside_the_paper(args, clip, result, published.retrieval_columns(result, name), name, data, setup)
+    if args.page:
+        sides = (*reversed(features), pairs.positives)  # texts, images, and which belong together
+        found = ranks(*(x.to(clip.logit_scale.device) for x in sides))  # every process has a share
+        if rank() == 0:
+            page.write_retrieval(args.page, f"{args.model} on {title}", table, pairs, *sides[:2], *found)
+    paper, data = paper_data(args, args.data, published.RETRIEVAL)
+    if args.published or (paper and args.split == published.read_paper()[paper].get("split", "test")):
+        beside_the_paper(args, clip, result, published.retrieval_columns(result, paper), paper, data)
     return result
 
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
-    """{"text": ids of the captions, "image": ids of the pictures}: the official layout's own, as numbers if they
-    are such, because the official scripts expect that; file names of a folder; otherwise rows from 0. DataError,
+    """The ids of the captions ("text") and of the pictures ("image"): those of the official layout, as numbers
+    if they are such, as the official scripts expect; file names of a folder; otherwise rows from 0. DataError,
     before anything is encoded, if the set is too small for --top-k or an id occurs twice."""
     images = pairs.names if isinstance(pairs, FolderPairs) else [
         str(pairs.image_id(row)) for row in range(pairs.image_count)]
@@ -122,11 +123,11 @@ def run_calibrate(args, clip) -> dict:
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     if args.submission and not classes.numbered:
-        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} differently; expected "
-                        f"{os.path.join(args.data, 'label.txt')} with an English class name on each line, in its order")
+        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} differently; expected its "
+                        f"{os.path.join(args.data, 'label.txt')}, with an English class name on each line")
     rows = elevaters_pictures(args.data, len(labels)) if args.submission else []
-    cosines, single = zeroshot.zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
-    result = zeroshot.report(clip, cosines, single, labels, templates, classes.metric)
+    cosines, single = zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
+    result = zeroshot.own_zero_shot(clip, cosines, single, labels, templates, classes.metric)
     line = classification_line(result, NAMES[classes.metric])
     print(line)
     if args.page and rank() == 0:
@@ -136,9 +137,9 @@ def run_zeroshot(args, clip) -> dict:
         data = args.labels or os.path.basename(os.path.abspath(args.data))
         write_json(args.submission, zeroshot.submission(clip, data, cosines[rows]))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
-    table, data, setup = paper_figures(args, args.labels or args.data, published.CLASSIFICATION)
+    table, data = paper_data(args, args.labels or args.data, published.CLASSIFICATION)
     if table:
-        beside_the_paper(args, clip, result, {data: result[classes.metric]}, table, data, setup)
+        beside_the_paper(args, clip, result, {data: result[classes.metric]}, table, data)
     return result
 
 
@@ -153,7 +154,8 @@ def run_prompts(args, clip) -> dict:
         found = zeroshot.negation(clip)
         print("is it there? percent right, of drawn scenes; 50 is guessing     there  absent    mean roc-auc")
         for wording, right in found.items():
-            print(f"{wording:16} {zeroshot.ABSENT[wording]:40}" + "".join(f"{x:8.1f}" for x in right.values()))
+            print(f"{wording:16} {zeroshot.ABSENT[wording]:40}"
+                  + "".join(f"{value:8.1f}" for value in right.values()))
         return {"negation": found}
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
@@ -169,20 +171,21 @@ def run_prompts(args, clip) -> dict:
 # the paper's figures
 
 
-def paper_figures(args, name: str, tables: tuple[str, ...]) -> tuple[str, str, str]:
-    """(table, data, setup) of the figures to compare with: those that --published names, or for a released
-    model those of the data set's name. Otherwise "", because other weights may be finetuned or not."""
+def paper_data(args, path: str, tables: tuple[str, ...]) -> tuple[str, str]:
+    """The paper's table and data set to compare with: what --published names, or for a released model what
+    the data at `path` are called. Otherwise "", because other weights may be finetuned or not."""
     if args.published:
-        found = published.figures_named(args.published)
-        if found[0] not in tables:
+        table, data, _ = published.figures_named(args.published)
+        if table not in tables:
             raise DataError(f"--published {args.published}: these are not figures of {args.task}")
-        return found
-    table, data = published.table_of(os.path.splitext(os.path.basename(os.path.abspath(name)))[0])
-    return (table, data, "zero-shot") if args.model in RELEASED and table in tables else ("", "", "")
+        return table, data
+    table, data = published.table_of(os.path.splitext(os.path.basename(os.path.abspath(path)))[0])
+    return (table, data) if args.model in RELEASED and table in tables else ("", "")
 
 
-def beside_the_paper(args, clip, result: dict, measured: dict[str, float], table: str, data: str, setup: str):
+def beside_the_paper(args, clip, result: dict, measured: dict[str, float], table: str, data: str):
     """Print the measured figures beside the paper's, and add them to the result."""
+    setup = args.published.rpartition(" ")[2] or "zero-shot"
     result["published"] = published.compare(measured, table, data, setup, row_of(args.model, clip))
     print(published.comparison_table(result["published"]))
 
@@ -208,7 +211,8 @@ def run_reproduce(args, clip) -> dict:
             measured = published.retrieval_columns(result, table)
         else:
             classes, get_image, labels, templates = open_classification(folder, data)
-            result = zeroshot.own_zero_shot(clip, classes.chinese, get_image, labels, templates, classes.metric)
+            cosines, single = zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
+            result = zeroshot.own_zero_shot(clip, cosines, single, labels, templates, classes.metric)
             measured = {data: result[classes.metric]}
         rows += published.compare(measured, table, data, setup, ours)
     if table == "table12" and len(args.data) == len(published.data_of(table)):
@@ -220,15 +224,15 @@ def run_reproduce(args, clip) -> dict:
 
 def data_folders(table: str, items: list[str]) -> dict[str, str]:
     """The folders of `reproduce --data NAME=PATH ...` by the table's names of the data sets."""
-    names, folders = {bare_name(data): data for data in published.data_of(table)}, {}
+    wanted, folders = published.data_of(table), {}
+    names = {bare_name(data): data for data in wanted}
     for item in items:
         name, _, folder = item.partition("=")
         if not folder or bare_name(name) not in names:
-            raise DataError(f"--data {item}: expected NAME=PATH with a NAME of {table}: {', '.join(names.values())}")
+            raise DataError(f"--data {item}: expected NAME=PATH with a NAME of {table}: {', '.join(wanted)}")
         folders[names[bare_name(name)]] = folder
     if not folders:
-        first, *_ = known = list(names.values())
-        raise DataError(f"{table} is measured on {', '.join(known)}: say where they are, --data {first}=PATH ...")
+        raise DataError(f"{table} is measured on {', '.join(wanted)}: say where, --data {wanted[0]}=PATH ...")
     return folders
 
 
@@ -236,49 +240,46 @@ def data_folders(table: str, items: list[str]) -> dict[str, str]:
 # command line
 
 
-RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts, "calibrate": run_calibrate,
-       "reproduce": run_reproduce}
+RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts,
+       "calibrate": run_calibrate, "reproduce": run_reproduce}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
-    recalls = add_command(commands, "retrieval", "Recall@K in both directions, pages and predictions", "pairs")
-    classified = add_command(commands, "zeroshot", "classification with the data set's own measure", "classes")
-    for p in (recalls, classified):
-        p.add_argument("--page", default="", metavar="FILE", help="also write a page to look at: recall curve or "
-                       "confusion matrix, and the worst failures as pictures")
-        p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's figures, "
-                       "such as 'MUGE finetune'; needless for a released model on data of the paper's name")
-    recalls.add_argument("--predictions", default="", metavar="FILE", help="write the nearest of each query to "
-                         "this file; then the split needs no answers")
-    recalls.add_argument("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
-                         help="of --predictions")
-    recalls.add_argument("--format", default="official", choices=("official", "muge"), help="of --predictions: for "
-                         "the official evaluation.py and evaluation_tr.py, or for MUGE's server")
-    recalls.add_argument("--top-k", type=int, default=10, help="answers to each query in --predictions; the "
-                         "official scripts and MUGE want 10")
-    classified.add_argument("--submission", default="", metavar="FILE",
-                            help="write the predictions as ELEVATER's server takes them")
-    p = add_command(commands, "prompts", "rank the templates; or is 'no X' understood?", "classes", required=False)
-    p.add_argument("--negation", action="store_true", help="instead, on drawn scenes: 'X' against 'no X' and "
-                   "other wordings")
-    p = add_command(commands, "calibrate", "the cosine at and above which a wanted share of pairs is right", "pairs")
+    pairs = add_command(commands, "retrieval", "Recall@K in both directions; predictions", "pairs")
+    pairs.add_argument("--predictions", **FILE, help="write each query's nearest; the split needs no answers")
+    pairs.add_argument("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
+                       help="of --predictions")
+    pairs.add_argument("--format", default="official", choices=("official", "muge"), help="of --predictions: "
+                       "for the official evaluation.py and evaluation_tr.py, or for MUGE's server")
+    pairs.add_argument("--top-k", type=int, default=10, help="answers to each query in --predictions; the "
+                       "official scripts and MUGE want 10")
+    classes = add_command(commands, "zeroshot", "classification with the data set's own measure", "classes")
+    classes.add_argument("--submission", **FILE, help="write the predictions as ELEVATER's server takes them")
+    for p in (pairs, classes):
+        p.add_argument("--page", **FILE, help="write a page to look at: curve or confusion matrix, failures")
+        p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
+                       "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
+    p = add_command(commands, "prompts", "every template alone and all together, ranked", "classes", False)
+    p.add_argument("--negation", action="store_true",
+                   help="instead, on drawn scenes: is 'no X' understood, or another wording?")
+    p = add_command(commands, "calibrate", "the cosine above which a wanted share of pairs is right", "pairs")
     p.add_argument("--precision", type=float, default=0.9, help="the wanted share of right pairs, 0 to 1")
-    p.add_argument("--prior", type=float, default=0.5, help="the share of right pairs among those you will judge; "
-                   "0: that of this split, where every text meets every picture")
+    p.add_argument("--prior", type=float, default=0.5, help="the share of right pairs among those you will "
+                   "judge; 0: that of this split, where every text meets every picture")
     p.add_argument("--test", default="", metavar="SPLIT", help="also try the threshold on this split")
-    for p in (recalls, p):
-        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or use those "
-                       "that are there if model and data are the same; all processes must see it")
+    for p in (pairs, p):
+        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or use "
+                       "those of this model and data that are there; all processes must see the folder")
     p = add_command(commands, "reproduce", "a table of the paper, beside the paper's figures")
     p.add_argument("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
-    p.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets, such as "
-                   "muge=path/to/MUGE or cifar-10=path")
-    p.add_argument("--setup", default="zero-shot", choices=published.SETUPS, help="the paper's rows to compare "
-                   "with; table10 has only finetuned ones")
-    p.add_argument("--row", default="", choices=("", *RELEASED), help="the paper's model to compare with, if "
-                   "--model is a file and its shape does not tell")
+    p.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH",
+                   help="the table's data sets, such as muge=path/to/MUGE or cifar-10=path")
+    p.add_argument("--setup", default="zero-shot", choices=published.SETUPS,
+                   help="the paper's rows to compare with; table10 has only finetuned ones")
+    p.add_argument("--row", default="", choices=("", *RELEASED),
+                   help="the paper's model to compare with, if --model is a file whose shape does not tell")
     p.add_argument("--split", default="", help="another split than the table's")
     return parser
 

@@ -22,10 +22,10 @@ def calibrate(
     text_features: torch.Tensor, image_features: torch.Tensor, positives: torch.Tensor, precision: float,
     prior: float = 0.5,
 ) -> dict:
-    """The lowest cosine at and above which `precision` (0 to 1) of the pairs are right, the share of the right
+    """The lowest cosine at and above which `precision` (0 to 1) of the pairs are right, the share of right
     pairs that it keeps ("recall"), and how often each cosine is right. Unit features [N_text, E] and
-    [N_image, E], positives [P, 2]. prior: the share of right pairs among those one will meet, 0 for that of
-    the split."""
+    [N_image, E], positives [P, 2]. prior: the share of right pairs among those one will meet; 0 means that
+    of the split."""
     right, wrong = right_and_wrong(text_features, image_features, positives)
     prior = prior or (right.sum() / (right.sum() + wrong.sum())).item()
     found = threshold_for(right, wrong, precision, prior) or (None, None, None)
@@ -35,7 +35,7 @@ def calibrate(
             "reliability": reliability(right, wrong, prior)}
 
 
-def at_threshold(text_features, image_features, positives, threshold: float, prior: float) -> dict[str, float]:
+def at_threshold(text_features, image_features, positives, threshold: float, prior: float) -> dict:
     """The precision and recall, 0 to 1, of a threshold on other pairs than those it was chosen on."""
     first = round((threshold + 1) * BINS / 2)
     right, wrong = shares(*right_and_wrong(text_features, image_features, positives), prior)
@@ -50,7 +50,7 @@ def median(counts: torch.Tensor) -> float:
 
 def reliability(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> list[dict]:
     """How often pairs are right, for each STEP of cosine that occurs. right, wrong: counts [BINS]."""
-    steps = [counts.unflatten(0, (-1, round(STEP * BINS / 2))).sum(dim=1)  # [BINS] -> [steps, bins] -> [steps]
+    steps = [counts.unflatten(0, (-1, round(STEP * BINS / 2))).sum(dim=1)  # [BINS] -> [steps]
              for counts in (right, wrong, *shares(right, wrong, prior))]
     return [{"from": round(-1 + k * STEP, 2), "to": round(-1 + (k + 1) * STEP, 2), "right": int(r),
              "wrong": int(w), "share_right": (a / (a + b)).item()}
@@ -59,16 +59,16 @@ def reliability(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> list[
 
 def calibration_table(result: dict) -> str:
     """A result of `calibrate` as lines of text."""
-    lines = ["{right_pairs:,} right pairs (median cosine {median_right:.2f}) against {wrong_pairs:,} wrong ones "
-             "({median_wrong:.2f}); {0:.2g} % of the pairs to judge are right".format(
+    lines = ["{right_pairs:,} right pairs (median cosine {median_right:.2f}) against {wrong_pairs:,} wrong "
+             "ones ({median_wrong:.2f}); {0:.2g} % of the pairs to judge are right".format(
                  100 * result["prior"], **result),
              "", "cosine             right        wrong  how often right"]
-    for row in result["reliability"]:
-        lines.append("{from:5.2f} to {to:5.2f} {right:>10,} {wrong:>12,} {0:9.1f} %".format(
-            100 * row["share_right"], **row))
+    lines += ["{from:5.2f} to {to:5.2f} {right:>10,} {wrong:>12,} {0:9.1f} %".format(
+        100 * row["share_right"], **row) for row in result["reliability"]]
     wanted = 100 * result["wanted_precision"]
     if result["threshold"] is None:
-        return "\n".join([*lines, "", f"no cosine gives a precision of {wanted:g} % here; ask for less, or judge "
-                          "pairs that are more often right (--prior)"])
-    return "\n".join([*lines, "", f"from {result['threshold']:.3f} on {100 * result['precision']:.1f} % of the "
-                      f"pairs are right ({wanted:g} wanted); it keeps {100 * result['recall']:.1f} % of the right ones"])
+        return "\n".join([*lines, "", f"no cosine gives a precision of {wanted:g} % here; ask for less, or "
+                          "judge pairs that are more often right (--prior)"])
+    return "\n".join([*lines, "", "from {threshold:.3f} on {0:.1f} % of the pairs are right ({1:g} wanted); it "
+                      "keeps {2:.1f} % of the right ones".format(
+                          100 * result["precision"], wanted, 100 * result["recall"], **result)])

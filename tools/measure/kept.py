@@ -59,28 +59,25 @@ def origin_of(clip, pairs: Pairs, context_length: int) -> dict:
 def read_features(folder: str, origin: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """The features kept in `folder`. DataError if they are damaged or have another origin."""
     header = os.path.join(folder, "features.json")
+    path = header
     try:
         with open(header, encoding="utf-8") as file:
             found = json.load(file)
         other = [key for key, value in origin.items() if found.get(key) != value]
-    except (ValueError, AttributeError):
-        raise DataError(f"{header}: not the record of kept features; delete it, or name another folder") from None
+        features = []
+        for path in (os.path.join(folder, name) for name in FILES):
+            features.append(torch.from_numpy(np.load(path)))  # allow_pickle is off, so nothing is executed
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete {header} to encode again") from None
     if "dtype" in other and "model" in other:
         other.remove("model")  # the digest of the weights changes with their type
     if other:
-        raise DataError(f"{header}: features of something else (not the same: {', '.join(other)}); name another "
-                        "folder, or delete this one to encode again")
-    features = []
-    for name, shape in zip(FILES, origin["shapes"]):
-        path = os.path.join(folder, name)
-        try:
-            array = torch.from_numpy(np.load(path))  # allow_pickle is off, so nothing is executed
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); delete {header} to encode again") from None
-        if list(array.shape) != shape or array.dtype != torch.float32:
-            raise DataError(f"{path}: {list(array.shape)} of {array.dtype}, expected {shape} of float32; delete "
-                            f"{header} to encode again")
-        features.append(array)
+        raise DataError(f"{header}: features of something else (not the same: {', '.join(other)}); name "
+                        "another folder, or delete this one to encode again")
+    shapes = [list(array.shape) for array in features if array.dtype == torch.float32]
+    if shapes != origin["shapes"]:
+        raise DataError(f"{folder}: its arrays are {shapes}, expected {origin['shapes']} of float32; delete "
+                        f"{header} to encode again")
     if rank() == 0:
         print(f"{folder}: features of this model and data are there; nothing is encoded")
     return features[0], features[1]

@@ -18,18 +18,11 @@ BINS = 2000  # bins of cosines from -1 to 1, each 0.001 wide
 ENOUGH = 30  # With fewer pairs above a threshold its precision is chance: the highest cosine is often right.
 
 
-def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int, tile: int = TILE) -> torch.LongTensor:
-    """The k nearest gallery items [Q, k] of each query, best first. Holds tile x 16 tile scores at a time."""
-    found = []
-    for some in queries.split(tile):
-        scores, items = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long)
-        for start in range(0, len(gallery), 16 * tile):
-            more = cosines(some, gallery[start : start + 16 * tile]).topk(min(k, len(gallery) - start))
-            scores, items = torch.cat([scores, more[0]], 1), torch.cat([items, more[1] + start], 1)
-            scores, places = scores.topk(min(k, scores.shape[1]))
-            items = items.gather(1, places)
-        found.append(items)
-    return torch.cat(found)
+def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> torch.LongTensor:
+    """The k nearest gallery items [Q, k] of each query, best first; all of them if there are fewer than k."""
+    rows = max(1, min(TILE, 2**24 // len(gallery)))  # so that at most 64 MB of scores exist at a time
+    return torch.cat([cosines(some, gallery).topk(min(k, len(gallery))).indices
+                      for some in queries.split(rows)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +66,7 @@ def map_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def average_precision_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """One class of map_11, 0 to 1. Scores [N], labels [N] bool. Pictures with the same score come together."""
+    """One class of map_11, 0 to 1: scores [N], labels [N]. Pictures with the same score come together."""
     scores, order = scores.sort(descending=True)
     found = labels[order].cumsum(0)  # [N], the right ones among the first n
     last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])  # thresholds lie between scores

@@ -52,8 +52,8 @@ def figures_named(text: str) -> tuple[str, str, str]:
 
 
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
-    """A result of eval.retrieval by the columns of a table, where MR is the mean of the table's recalls, three
-    or six."""
+    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's recalls, three or
+    six."""
     ways = {"t2i": result["text_to_image"], "i2t": result["image_to_text"]}
     columns = read_paper()[table]["columns"]
     found = {column: ways[column[:3]][column[4:]] for column in columns if column != "MR"}

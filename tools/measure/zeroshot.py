@@ -8,7 +8,7 @@ Shapes: N pictures, C classes, S sentences for each class (one a template), E jo
 
 import torch
 
-from eval import accuracy, encode_images, ensemble, sentence_features, zero_shot_cosines
+from eval import accuracy, encode_images, ensemble, sentence_features
 from sources import scenes
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
 
@@ -41,14 +41,9 @@ def probabilities(cosines: torch.Tensor, scale: float) -> torch.Tensor:
     return (scale * cosines.double()).softmax(dim=1)
 
 
-def own_zero_shot(clip, names: list[str], get_image, labels: torch.Tensor, templates: list[str], metric: str) -> dict:
-    """`eval.zero_shot` with the data set's own measure, under the name of the measure."""
-    cosines, single = zero_shot_cosines(clip, names, get_image, len(labels), templates)
-    return report(clip, cosines, single, labels, templates, metric)
-
-
-def report(clip, cosines, single, labels, templates, metric: str) -> dict:
-    """The result of `own_zero_shot` from cosines [N, C] with all templates and with the first alone."""
+def own_zero_shot(clip, cosines, single, labels, templates, metric: str) -> dict:
+    """`eval.zero_shot` with the data set's own measure, from cosines [N, C] with all templates and with the
+    first alone."""
     scale = clip.logit_scale.exp().item()
     chance = {"roc-auc": 50.0, "map-11": 100 * labels.float().mean().item()}  # about that of random scores
     return {metric: own_measure(metric, cosines, labels, scale),
