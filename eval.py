@@ -190,8 +190,8 @@ def retrieval(clip, pairs: Pairs, context_length: int = 52, features=None) -> di
     """Recall in both directions over a whole split. "mean_recall" is the mean of all six figures, by which
     train.py chooses its best checkpoint. features: those of `pair_features`, if they are known already."""
     image_features, text_features = features or pair_features(clip, pairs, context_length)
-    device = clip.logit_scale.device
-    t2i, i2t = recall_at_k(text_features.to(device), image_features.to(device), pairs.positives.to(device))
+    sides = (x.to(clip.logit_scale.device) for x in (text_features, image_features, pairs.positives))
+    t2i, i2t = recall_at_k(*sides)
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
 
 
@@ -200,7 +200,7 @@ def recall_table(rows: dict[str, dict]) -> str:
     width = max(20, *map(len, rows))
     lines = [f"{'':{width}}  mean | text to image: R@1  R@5 R@10 | image to text: R@1  R@5 R@10"]
     for name, result in rows.items():
-        t2i, i2t = ("  ".join(f"{result[way][f'R@{k}']:5.1f}"[:5] for k in KS)
+        t2i, i2t = ("  ".join(f"{result[way][f'R@{k}']:5.1f}" for k in KS)
                     for way in ("text_to_image", "image_to_text"))
         lines.append(f"{name:{width}} {result['mean_recall']:5.1f} |          {t2i} |          {i2t}")
     return "\n".join(lines)
@@ -281,7 +281,7 @@ def classification_line(result: dict, name: str = "") -> str:
 
 
 def add_command(commands, name: str, text: str, data: str = "", required: bool = True):
-    """A sub-command with the flags of all, and those of `data`: "pairs", "classes" or neither."""
+    """A sub-command with the flags that all have, and those for `data`: "pairs", "classes" or none."""
     p = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -295,12 +295,12 @@ def add_command(commands, name: str, text: str, data: str = "", required: bool =
         p.add_argument("--split", default="valid", help="train, valid or test")
         p.add_argument("--context-length", type=int, default=52, help="tokens of each caption")
     if data == "classes":
-        p.add_argument("--data", required=required, default="",
-                       help="a folder with pictures in test/000 ... or listed in test.txt: sources/classes.py")
-        p.add_argument("--labels", default="", help="a data set of labels/, such as cifar-100, or a file of "
-                       "that kind; without it the folder's label_cn.txt")
+        p.add_argument("--data", required=required, default="", help="a folder with pictures in test/000 "
+                       "..., in test/NAME ..., or listed in test.txt (see sources/classes.py)")
+        p.add_argument("--labels", default="", help="a data set of labels/, such as cifar-100, or a file "
+                       "like those; without it the folder's label_cn.txt")
         p.add_argument("--templates", **FILE, help="sentences with {} for the class name, one on each line; "
-                       "without it those of the labels, then the general ones unless these do not fit")
+                       "without it those of the labels, then the general ones if they fit")
     return p
 
 

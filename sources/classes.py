@@ -14,7 +14,6 @@ three ways:
 Every class must have pictures and every folder a class, or the result could not be compared with the paper's.
 """
 
-import json
 import os
 from typing import NamedTuple
 
@@ -246,21 +245,6 @@ def read_folders(folder: str, classes: Classes) -> tuple[list[str], list[list[in
     if not paths:
         raise DataError(f"{test}: no pictures; expected folders 000 to {count - 1:03d} with pictures in them")
     return paths, shown
-
-
-def elevaters_pictures(folder: str, count: int) -> list[int]:
-    """The rows of `open_classes` in ELEVATER's order of the pictures. Some data sets of the official layout
-    list it in index.json; the others are in that order already."""
-    path = os.path.join(folder, "index.json")
-    if not os.path.isfile(path):
-        return list(range(count))
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: no JSON ({error})") from None
-    if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
-        raise DataError(f"{path}: expected a list of the pictures' numbers, 0 to {count - 1}, each once")
-    return rows
 
 
 def visible(folder: str) -> list[str]:

@@ -36,6 +36,20 @@ def t2i(*arguments) -> dict[str, float]:
 
 
 def test_recall_by_hand():
+    """Three captions, twelve pictures. The pictures' features are the unit vectors, so a caption's features
+    are its cosines with them."""
+    pictures, captions = torch.eye(12), torch.zeros(3, 12)
+    captions[0, 4], captions[0, 7] = 0.9, 0.3  # its picture 4 comes first
+    captions[1, :3], captions[1, 5] = 0.8, 0.5  # three wrong pictures come before its picture 5
+    captions[2] = 0.2  # all twelve tie, and the eleven wrong ones count as before its picture 9
+    positives = torch.tensor([[0, 4], [1, 5], [2, 9]])  # (caption, picture) pairs that belong together
+    text_ranks, _ = measure.ranks(captions, pictures, positives)
+    assert text_ranks.tolist() == [0, 3, 11]
+    recall = measure.recall(text_ranks)  # how many of the three ranks are below 1, 5 and 10?
+    assert recall == pytest.approx({"R@1": 100 / 3, "R@5": 200 / 3, "R@10": 200 / 3, "mean": 500 / 9})
+
+
+def test_the_best_of_several_right_answers_counts():
     # with the identity as gallery, a query's row is its scores: here with 14 items
     queries = torch.zeros(4, 14)
     queries[0, 2] = 1.0  # its right answer comes first

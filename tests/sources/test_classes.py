@@ -155,16 +155,6 @@ def test_folders_as_elevater_numbers_them(tmp_path, name, order, places):
         classes.bare_name(os.path.basename(os.path.dirname(path))) for path in paths]
 
 
-def test_elevaters_order_of_the_pictures(tmp_path):
-    assert classes.elevaters_pictures(str(tmp_path), 3) == [0, 1, 2]
-    (tmp_path / "index.json").write_text("[2, 0, 1]", encoding="utf-8")
-    assert classes.elevaters_pictures(str(tmp_path), 3) == [2, 0, 1]
-    says(lambda: classes.elevaters_pictures(str(tmp_path), 4), "index.json", "0 to 3")
-    for text in ("[0, 0, 1]", "[0, 1, true]", "{}", "3", "[0, 1"):
-        (tmp_path / "index.json").write_text(text, encoding="utf-8")
-        says(lambda: classes.elevaters_pictures(str(tmp_path), 3), "index.json")
-
-
 def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
     data, labels = write_folders(tmp_path / "set", "JPEGImages", count=4), tmp_path / "three.txt"
     lines = ["JPEGImages/0.png\t2", "JPEGImages/2.png\t0 1", "# a note", "JPEGImages/1.png\t"]

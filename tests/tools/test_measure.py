@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from conftest import typed
 from PIL import Image
 from stand_ins import lines_of, write_folders, write_official
 from hub import FILE, NAME
@@ -275,6 +276,15 @@ def test_wrong_command_lines_end_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         measure.main([*arguments, "--model", "x", "--device", "cpu"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("arguments, said", (
+    (("zeroshot", "--data", "nowhere"), "nowhere: no such folder"), (("retrieval", "--data", "nowhere"), "nowhere"),
+    (("reproduce", "table2"), "table2 is measured on MUGE"), (("prompts",), "--data: not given")))
+def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
+    code, last_words = typed("python -m tools.measure", *arguments, "--model", weights)
+    assert code == 1 and last_words.startswith("error: ") and said in last_words
+    assert "\n" not in last_words and "Traceback" not in last_words
 
 
 @pytest.mark.parametrize("task", measure.RUN)

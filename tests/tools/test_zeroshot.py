@@ -11,6 +11,7 @@ import eval as core
 import model
 from eval import accuracy, encode_images, ensemble, sentence_features, zero_shot_cosines
 from sources import scenes
+from sources.pairs import DataError
 from tools.measure import metrics, zeroshot
 
 NAMES, TEMPLATES = ["猫", "船", "花"], ["一张{}的图片", "{}", "画着{}"]
@@ -73,6 +74,19 @@ def test_submission_has_elevaters_fields(clip):
     shares = torch.tensor(written["predictions"])
     assert shares.shape == (1, 2, 3)
     torch.testing.assert_close(shares[0], (clip.logit_scale.exp() * cosines).softmax(1), rtol=0, atol=1e-6)
+
+
+def test_elevaters_order_of_the_pictures(tmp_path):
+    assert zeroshot.elevaters_pictures(str(tmp_path), 3) == [0, 1, 2]
+    (tmp_path / "index.json").write_text("[2, 0, 1]", encoding="utf-8")
+    assert zeroshot.elevaters_pictures(str(tmp_path), 3) == [2, 0, 1]
+    with pytest.raises(DataError, match="index.json: .* 0 to 3"):
+        zeroshot.elevaters_pictures(str(tmp_path), 4)
+    for text in ("[0, 0, 1]", "[0, 1, true]", "{}", "3", "[0, 1"):
+        (tmp_path / "index.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="index.json") as caught:
+            zeroshot.elevaters_pictures(str(tmp_path), 3)
+        assert "\n" not in str(caught.value)
 
 
 def test_prompts_are_ranked_with_the_ensemble_among_them(clip):

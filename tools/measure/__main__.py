@@ -21,7 +21,7 @@ import model
 from common import rank, replace_text, write_json
 from eval import (FILE, add_command, classification_line, end_in_one_line, measure, ranks, recall_table,
                   retrieval, zero_shot_cosines)
-from sources.classes import bare_name, elevaters_pictures, open_classes, templates_for
+from sources.classes import bare_name, open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
 from tools.measure import page, published, zeroshot
@@ -41,7 +41,8 @@ NAMES = {"accuracy": "", "mean-per-class": " mean per class", "roc-auc": " area 
 def run_retrieval(args, clip) -> dict:
     pairs = open_pairs(args.data, args.split, answers=not args.predictions)
     title = f"{args.data} {args.split}"
-    print(f"{title}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, {len(pairs.positives):,} pairs")
+    print(f"{title}: {pairs.image_count:,} images, {len(pairs.texts):,} texts, "
+          f"{len(pairs.positives):,} pairs")
     if args.page and not len(pairs.positives):
         raise DataError(f"--page: {title} has no answers, so there is nothing to show")
     ids = ids_to_predict(args, pairs) if args.predictions else {}
@@ -66,9 +67,9 @@ def run_retrieval(args, clip) -> dict:
 
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
-    """The ids of the captions ("text") and of the pictures ("image"): those of the official layout, as numbers
-    if they are such, as the official scripts expect; file names of a folder; otherwise rows from 0. DataError,
-    before anything is encoded, if the set is too small for --top-k or an id occurs twice."""
+    """The ids of the captions ("text") and of the pictures ("image"): those of the official layout, which the
+    official scripts expect as numbers if they are such; file names of a folder; otherwise rows from 0.
+    DataError, before anything is encoded, if the set is too small for --top-k or an id occurs twice."""
     images = pairs.names if isinstance(pairs, FolderPairs) else [
         str(pairs.image_id(row)) for row in range(pairs.image_count)]
     ids = {"text": [pairs.text_id(row) for row in range(len(pairs.texts))],
@@ -123,9 +124,10 @@ def run_calibrate(args, clip) -> dict:
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     if args.submission and not classes.numbered:
-        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} differently; expected its "
-                        f"{os.path.join(args.data, 'label.txt')}, with an English class name on each line")
-    rows = elevaters_pictures(args.data, len(labels)) if args.submission else []
+        label_txt = os.path.join(args.data, "label.txt")
+        raise DataError(f"--submission: ELEVATER numbers the classes of {args.labels} differently; expected "
+                        f"{label_txt}, with ELEVATER's English class name on each line")
+    rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
     cosines, single = zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.own_zero_shot(clip, cosines, single, labels, templates, classes.metric)
     line = classification_line(result, NAMES[classes.metric])
@@ -261,17 +263,18 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("--page", **FILE, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
                        "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
-    p = add_command(commands, "prompts", "every template alone and all together, ranked", "classes", False)
+    p = add_command(commands, "prompts", "every template alone and all together", "classes",
+                    required=False)
     p.add_argument("--negation", action="store_true",
                    help="instead, on drawn scenes: is 'no X' understood, or another wording?")
-    p = add_command(commands, "calibrate", "the cosine above which a wanted share of pairs is right", "pairs")
+    p = add_command(commands, "calibrate", "the cosine that gives a wanted precision", "pairs")
     p.add_argument("--precision", type=float, default=0.9, help="the wanted share of right pairs, 0 to 1")
     p.add_argument("--prior", type=float, default=0.5, help="the share of right pairs among those you will "
                    "judge; 0: that of this split, where every text meets every picture")
     p.add_argument("--test", default="", metavar="SPLIT", help="also try the threshold on this split")
     for p in (pairs, p):
-        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or use "
-                       "those of this model and data that are there; all processes must see the folder")
+        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or "
+                       "use those of this model and data that are there; all processes must see the folder")
     p = add_command(commands, "reproduce", "a table of the paper, beside the paper's figures")
     p.add_argument("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
     p.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH",

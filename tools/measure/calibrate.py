@@ -69,6 +69,6 @@ def calibration_table(result: dict) -> str:
     if result["threshold"] is None:
         return "\n".join([*lines, "", f"no cosine gives a precision of {wanted:g} % here; ask for less, or "
                           "judge pairs that are more often right (--prior)"])
-    return "\n".join([*lines, "", "from {threshold:.3f} on {0:.1f} % of the pairs are right ({1:g} wanted); it "
-                      "keeps {2:.1f} % of the right ones".format(
+    return "\n".join([*lines, "", "from {threshold:.3f} on {0:.1f} % of the pairs are right ({1:g} wanted); "
+                      "it keeps {2:.1f} % of the right ones".format(
                           100 * result["precision"], wanted, 100 * result["recall"], **result)])

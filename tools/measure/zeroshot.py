@@ -6,10 +6,15 @@ understood. The method itself is in eval.py.
 Shapes: N pictures, C classes, S sentences for each class (one a template), E joint width.
 """
 
+import json
+import os
+
 import torch
 
 from eval import accuracy, encode_images, ensemble, sentence_features
 from sources import scenes
+from sources.classes import read_text
+from sources.pairs import DataError
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
 
 # ELEVATER's names for data sets of labels/, where they differ (submission_file_readme.md of
@@ -63,6 +68,21 @@ def submission(clip, data: str, cosines: torch.Tensor) -> dict:
             "num_params": count, "num_visual_params": sum(p.numel() for p in clip.visual.parameters()),
             "num_backbone_params": count, "n_shot": 0, "rnd_seeds": [0],  # untrained: the readme's values
             "predictions": [[[round(p, 6) for p in row] for row in shares.tolist()]]}
+
+
+def elevaters_pictures(folder: str, count: int) -> list[int]:
+    """The rows of `open_classes` in ELEVATER's order of the pictures. Some data sets of the official layout
+    list it in index.json; the others have that order already."""
+    path = os.path.join(folder, "index.json")
+    if not os.path.isfile(path):
+        return list(range(count))
+    try:
+        rows = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: no JSON ({error})") from None
+    if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
+        raise DataError(f"{path}: expected a list of the pictures' numbers, 0 to {count - 1}, each once")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
