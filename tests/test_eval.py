@@ -315,12 +315,13 @@ def test_data_that_is_wrong_is_a_data_error(weights, tmp_path, monkeypatch):
             command(monkeypatch, *task, weights, "--data", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name, metric", (("hateful-memes", "roc-auc"), ("oxford-flowers-102", "mean-per-class")))
+@pytest.mark.parametrize("name, metric, count", (
+    ("hateful-memes", "roc-auc", 2), ("oxford-flowers-102", "mean-per-class", 102)))
 def test_zeroshot_says_which_command_has_the_measure_of_the_data_set(
-    clip, weights, tmp_path, monkeypatch, capsys, name, metric
+    weights, tmp_path, monkeypatch, capsys, name, metric, count
 ):
-    count = {"roc-auc": 2, "mean-per-class": 102}[metric]
-    data, out = write_folders(tmp_path / "set", *(f"test/{c:03d}" for c in range(count)), count=1), tmp_path / "out"
+    data = write_folders(tmp_path / "set", *(f"test/{c:03d}" for c in range(count)), count=1)
+    out = tmp_path / "out"
     command(monkeypatch, *ZEROSHOT, weights, "--data", data, "--labels", name, "--out", out)
     printed = capsys.readouterr().out
     assert f"`python -m tools.measure zeroshot` with the same flags measures {metric}" in printed
@@ -335,7 +336,7 @@ def test_pictures_of_several_classes_have_no_accuracy(weights, tmp_path, monkeyp
     lines = [f"JPEGImages/{c}.png\t{c} {(c + 1) % 20}" for c in range(20)]
     (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
     arguments = (*ZEROSHOT, weights, "--data", data, "--labels", "voc-2007")
-    with pytest.raises(DataError, match="several classes; `python -m tools.measure zeroshot` .* map-11") as caught:
+    with pytest.raises(DataError, match="`python -m tools.measure zeroshot` .* map-11") as caught:
         command(monkeypatch, *arguments)
     assert "\n" not in str(caught.value)
     code, said = typed("eval.py", *arguments)
@@ -367,7 +368,8 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
         mine, theirs = measure.main, rarer.main
         return [(mine, [*RETRIEVAL, weights, "--data", many, "--out", f"{out}/er.json"]),
                 (mine, [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/ez.json"]),
-                (theirs, [*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features", f"{out}/f"]),
+                (theirs, [*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features",
+                          f"{out}/f"]),
                 (theirs, [*RETRIEVAL, weights, "--data", many, "--predictions", f"{out}/p", "--page",
                           f"{out}/r.html"]),
                 (theirs, [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/z.json", "--page",
@@ -401,7 +403,8 @@ def test_a_folder_is_no_file_to_write(flag, weights, tmp_path, capsys):
 def test_weights_in_half_the_bits(clip, weights, tmp_path):
     """Nearly the same features, from --dtype as from load; the temperature is not rounded."""
     folder = write_pairs(tmp_path / "pairs")
-    rarer.main([*RETRIEVAL, weights, "--data", folder, "--dtype", "bfloat16", "--features", str(tmp_path / "f")])
+    rarer.main([*RETRIEVAL, weights, "--data", folder, "--dtype", "bfloat16",
+                "--features", str(tmp_path / "f")])
     half, _ = model.load(weights, dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and half.logit_scale.dtype == torch.float32
     for name, exact in (("image", seen(clip, map(picture, range(5)))), ("text", encoded(clip, TEXTS[:6]))):

@@ -32,7 +32,7 @@ def write_retrieval(
     with its best right picture (green) and the nearest of those that came before it."""
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
     first = nearest(text_features[worst], image_features, 6).tolist()
-    parts = [preformatted(table), recall_curve({"text to image": text_ranks, "image to text": image_ranks}),
+    parts = [recall_curve({"text to image": text_ranks, "image to text": image_ranks}),
              f"<h2>The {len(worst)} captions whose picture ranks worst</h2>"
              "green: the picture; then those that came before it"]
     for text, images in zip(worst.tolist(), first):
@@ -42,7 +42,7 @@ def write_retrieval(
         parts.append(f"<p>{html.escape(pairs.text(text))} "
                      f"<small>(place {text_ranks[text] + 1:,} of {len(image_features):,})</small></p>")
         parts += [thumbnail(pairs.image(image, 128), image == best) for image in (best, *before)]
-    write(path, title, parts)
+    write(path, title, table, parts)
 
 
 def write_zeroshot(
@@ -57,14 +57,14 @@ def write_zeroshot(
     mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row for each true class
     counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
     worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
-    parts = [preformatted(line), confusion_matrix(counts, names), most_confused(counts, names),
+    parts = [confusion_matrix(counts, names), most_confused(counts, names),
              f"<h2>The {len(worst)} pictures most surely taken for something else</h2>"]
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
         parts.append(f"<p>{html.escape(is_one)}: cosine {own[row]:.3f}, taken for "
                      f"{html.escape(names[lead.indices[row]])}: {lead.values[row]:.3f}</p>"
                      + thumbnail(get_image(row)))
-    write(path, title, parts)
+    write(path, title, line, parts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,13 +125,10 @@ def embedded(image: Image.Image, form: str, kind: str) -> str:
     return f'<img class="{kind}" src="data:image/{form.lower()};base64,{encoded}">'
 
 
-def preformatted(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
-
-
-def write(path: str, title: str, parts: list[str]):
+def write(path: str, title: str, result: str, parts: list[str]):
     title = html.escape(title)
     replace_text(path, "\n".join([
         f'<!DOCTYPE html><html lang="zh"><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{STYLE}</style>", f"<h1>{title}</h1>", *parts, "</html>"]))
+        f"<style>{STYLE}</style>", f"<h1>{title}</h1>", f"<pre>{html.escape(result)}</pre>",
+        *parts, "</html>"]))
     print(f"to look at: {path}")
