@@ -15,10 +15,8 @@ from sources.pairs import DataError, Pairs, as_text
 TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有三棵树，左边还有一座房子", "a cat", "船", "两艘帆船", "花"]
 
 
-
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
 
 
 def write_folders(root, *names: str, count: int = 2) -> str:
@@ -28,6 +26,16 @@ def write_folders(root, *names: str, count: int = 2) -> str:
             Image.new("RGB", (8, 8), "red").save(root / name / f"{n}.png")
     return str(root)
 
+
+def write_classes(folder, names=("猫", "船", "花"), count: int = 2) -> str:
+    """The official layout; picture n of class c is picture(10 * c + n)."""
+    os.makedirs(folder / "test", exist_ok=True)
+    (folder / "label_cn.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    for label in range(len(names)):
+        os.makedirs(folder / "test" / f"{label:03d}")
+        for n in range(count):
+            picture(10 * label + n).save(folder / "test" / f"{label:03d}" / f"{n}.png")
+    return str(folder)
 
 
 def write_official(folder, split: str, count: int = 12, answers: bool = True) -> str:
@@ -46,10 +54,8 @@ def write_official(folder, split: str, count: int = 12, answers: bool = True) ->
     return str(folder)
 
 
-
 def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
 
 
 class Six(Pairs):
@@ -63,7 +69,6 @@ class Six(Pairs):
 
     def image(self, row: int, size: int = 0) -> Image.Image:
         return picture(row)
-
 
 
 class Counted(Pairs):
@@ -96,4 +101,3 @@ def restated(scores: list[list[float]], positives: list[list[int]]) -> dict[str,
             found += bool(mine & set(order[:k]))
         result[f"R@{k}"] = 100 * found / len(right)
     return result | {"mean": sum(result.values()) / 3}
-

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import model
 from common import lost_process, rank, replace_text, world_size, write_json
-from eval import TEMPLATES, encode_images, encode_texts, read_templates, recall_table, zero_shot
+from eval import encode_images, encode_texts, recall_table, zero_shot
 from loss import in_batch_accuracy
 from sources import scenes
+from sources.classes import TEMPLATES, read_templates
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs
 from training.checkpoint import Stopped, leave

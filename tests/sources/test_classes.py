@@ -2,12 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 from conftest import ROOT
-from stand_ins import write_folders
+from stand_ins import picture, write_classes, write_folders
 
 from sources import classes
-from sources.pairs import DataError
+from sources.pairs import DataError, open_image
 
 NAMES = """# three things
 metric: {metric}
@@ -30,6 +31,14 @@ def says(function, *parts: str):
     assert "\n" not in message and all(part in message for part in parts), message
 
 
+def test_classes_of_the_official_layout(tmp_path):
+    found, paths, labels = classes.open_classes(write_classes(tmp_path / "set"))
+    assert found.chinese == ["猫", "船", "花"] and found.metric == "accuracy"
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for path, label, n in zip(paths, labels.tolist(), (0, 1) * 3):
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(picture(10 * label + n)))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "labels").iterdir()))
 def test_our_labels_are_read(name):
     if name == "templates":
@@ -47,9 +56,9 @@ def test_folders_by_number_and_by_name(tmp_path, folders):
     found, paths, labels = classes.open_classes(data, write_labels(tmp_path / "three.txt"))
     assert found.chinese == ["苹果派", "赤狐", "船"] and found.templates == ("画着{}",)
     for path, label in zip(paths, labels.tolist()):
-        place = classes.plain(os.path.basename(os.path.dirname(path)))
+        place = classes.bare_name(os.path.basename(os.path.dirname(path)))
         names = (*found.english[label], found.chinese[label])
-        assert place in (f"{label:03d}", str(label), *map(classes.plain, names))
+        assert place in (f"{label:03d}", str(label), *map(classes.bare_name, names))
     assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
@@ -142,18 +151,8 @@ def test_folders_as_elevater_numbers_them(tmp_path, name, order, places):
     assert {place: found.chinese[place] for place in places} == places
     named = write_folders(tmp_path / "named", *(name.replace("/", "-") for name in names), count=1)
     found, paths, numbers = classes.open_classes(named, name)
-    assert [classes.plain(found.english[c][0]) for c in numbers.tolist()] == [
-        classes.plain(os.path.basename(os.path.dirname(path))) for path in paths]
-
-
-def test_elevaters_order_of_the_pictures(tmp_path):
-    assert classes.elevaters_pictures(str(tmp_path), 3) == [0, 1, 2]
-    (tmp_path / "index.json").write_text("[2, 0, 1]", encoding="utf-8")
-    assert classes.elevaters_pictures(str(tmp_path), 3) == [2, 0, 1]
-    says(lambda: classes.elevaters_pictures(str(tmp_path), 4), "index.json", "0 to 3")
-    for text in ("[0, 0, 1]", "[0, 1, true]", "{}", "3", "[0, 1"):
-        (tmp_path / "index.json").write_text(text, encoding="utf-8")
-        says(lambda: classes.elevaters_pictures(str(tmp_path), 3), "index.json")
+    assert [classes.bare_name(found.english[c][0]) for c in numbers.tolist()] == [
+        classes.bare_name(os.path.basename(os.path.dirname(path))) for path in paths]
 
 
 def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
@@ -196,3 +195,45 @@ def test_labels_of_an_unknown_name_or_not_in_utf_8(tmp_path):
     says(lambda: classes.read_classes("cifar10"), "cifar10", "cifar-100")
     (tmp_path / "labels.txt").write_bytes("metric: accuracy\nboat\t船\n".encode("gb18030"))
     says(lambda: classes.read_classes(str(tmp_path / "labels.txt")), "UTF-8")
+
+
+def test_classes_that_are_wrong(tmp_path):
+    def refused(*parts: str):
+        says(lambda: classes.open_classes(folder), *parts)
+
+    folder = str(tmp_path / "nothing")
+    refused("label_cn.txt")
+    folder = write_classes(tmp_path / "set")
+    os.makedirs(tmp_path / "set" / "test" / "003")
+    refused(os.path.join("test", "003"), "000 to 002")
+    os.rename(tmp_path / "set" / "test" / "003", tmp_path / "set" / "test" / "cat")
+    refused(os.path.join("test", "cat"), "000 to 002")
+    folder = write_classes(tmp_path / "empty", count=0)
+    refused("empty", "no pictures")
+    folder = str(tmp_path / "labels only")
+    os.makedirs(folder)
+    (tmp_path / "labels only" / "label_cn.txt").write_text("猫\n", encoding="utf-8")
+    refused("labels only", "no pictures")
+
+
+def test_templates_need_a_place_for_the_name(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text("\ufeff# a note\n一张{}的照片\n\n  {}  \n", encoding="utf-8")
+    assert classes.read_templates(str(path)) == ["一张{}的照片", "{}"]
+    path.write_text("{}\n一张照片\n", encoding="utf-8")
+    with pytest.raises(DataError, match="一张照片"):
+        classes.read_templates(str(path))
+
+
+def test_templates_that_are_not_there_or_empty(tmp_path):
+    with pytest.raises(DataError, match="nothing.txt"):
+        classes.read_templates(str(tmp_path / "nothing.txt"))
+    (tmp_path / "empty.txt").write_text("# a note\n", encoding="utf-8")
+    with pytest.raises(DataError, match="empty.txt"):
+        classes.read_templates(str(tmp_path / "empty.txt"))
+
+
+def test_our_templates_are_valid():
+    templates = classes.read_templates(classes.TEMPLATES)
+    assert len(templates) >= 2 and len(set(templates)) == len(templates)
+    assert all(template.count("{}") == 1 for template in templates)

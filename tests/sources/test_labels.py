@@ -12,7 +12,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from sources.classes import plain, read_classes
+from sources.classes import bare_name, read_classes
 
 FOLDER = ROOT / "labels"
 TABLE_11 = {  # but for Caltech-101: the table says 101, ELEVATER has 102 with BACKGROUND_Google
@@ -100,7 +100,7 @@ def test_count_and_metric_are_those_of_table_11(name):
 @pytest.mark.parametrize("name", TABLE_11)
 def test_no_two_classes_share_a_name(name):
     """Nor any of their spellings, in either language, whatever the case, the spaces and the marks."""
-    spellings = [{plain(spelling) for spelling in (*english, chinese)} for english, chinese in read(name)[3]]
+    spellings = [{bare_name(spelling) for spelling in (*english, chinese)} for english, chinese in read(name)[3]]
     assert len(set.union(*spellings)) == sum(map(len, spellings))
 
 

@@ -9,9 +9,9 @@ import torch
 from conftest import shake
 from stand_ins import Six
 
-from tools.measure import kept
 import model
 from sources.pairs import DataError
+from tools.measure import kept
 
 
 class Known(Six):
@@ -31,7 +31,7 @@ def clip():
 @pytest.fixture
 def first(clip, tmp_path):
     folder = str(tmp_path / "kept")
-    return folder, kept.pair_features(clip, Known(), 52, folder)
+    return folder, kept.kept_features(clip, Known(), 52, folder)
 
 
 def test_kept_features_are_plain_arrays_and_come_back(clip, first, monkeypatch, capsys):
@@ -39,8 +39,8 @@ def test_kept_features_are_plain_arrays_and_come_back(clip, first, monkeypatch, 
     assert sorted(os.listdir(folder)) == ["features.json", "image_features.npy", "text_features.npy"]
     assert np.array_equal(np.load(os.path.join(folder, "image_features.npy")), images.numpy())
     assert images.shape == (5, 16) and texts.shape == (6, 16)
-    monkeypatch.setattr(kept, "encode", None)  # nothing may be encoded again
-    again = kept.pair_features(clip, Known(), 52, folder)
+    monkeypatch.setattr(kept, "pair_features", None)  # nothing may be encoded again
+    again = kept.kept_features(clip, Known(), 52, folder)
     assert torch.equal(again[0], images) and torch.equal(again[1], texts)
     assert "nothing is encoded" in capsys.readouterr().out
 
@@ -50,7 +50,7 @@ def test_features_of_something_else_are_refused(clip, first):
 
     def refused(part: str, clip=clip, pairs=None, context_length: int = 52):
         with pytest.raises(DataError, match=part) as caught:
-            kept.pair_features(clip, pairs or Known(), context_length, folder)
+            kept.kept_features(clip, pairs or Known(), context_length, folder)
         assert "\n" not in str(caught.value) and folder in str(caught.value)
 
     refused("same: model", clip=shake(model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval(), seed=1))
@@ -68,7 +68,7 @@ def test_what_a_killed_run_left_is_encoded_again(clip, first):
     os.remove(os.path.join(folder, "features.json"))  # it is written last
     with open(os.path.join(folder, "image_features.npy"), "wb") as file:
         file.write(b"half")
-    assert torch.equal(kept.pair_features(clip, Known(), 52, folder)[0], images)
+    assert torch.equal(kept.kept_features(clip, Known(), 52, folder)[0], images)
 
 
 @pytest.mark.parametrize("damage", ("cut", "shape", "pickle", "header"))
@@ -85,5 +85,5 @@ def test_damaged_files_are_one_line(clip, first, damage):
         with open(os.path.join(folder, "features.json"), "w", encoding="utf-8") as file:
             json.dump([], file)
     with pytest.raises(DataError) as caught:
-        kept.pair_features(clip, Known(), 52, folder)
+        kept.kept_features(clip, Known(), 52, folder)
     assert "\n" not in str(caught.value) and folder in str(caught.value)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.measure import metrics
-from tools.measure import page
+from eval import ranks
 from sources.pairs import Pairs
+from tools.measure import page
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "purple")
 
@@ -73,9 +73,9 @@ def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsy
     """Captions 2 and 5 find each other's picture; all others their own."""
     images = torch.eye(7)
     texts = images[[0, 1, 5, 3, 4, 2, 6]]
-    ranks = metrics.ranks(texts, images, Seven.positives)
+    found = ranks(texts, images, Seven.positives)
     path = tmp_path / "a.html"
-    page.write_retrieval(str(path), "model & data", "a <table>", Seven(), texts, images, *ranks)
+    page.write_retrieval(str(path), "model & data", "a <table>", Seven(), texts, images, *found)
     text = whole(path)
     assert "model &amp; data" in text and "a &lt;table&gt;" in text
     shown = re.findall(r"<p>(.*?) <small>\(place (\d+) of 7\)", text)
@@ -128,8 +128,8 @@ def test_what_came_before_and_no_more(tmp_path):
     """The picture of caption 0 is second: one other is shown, though six are nearest."""
     images, texts = torch.eye(7), torch.eye(7)
     texts[0] = torch.nn.functional.normalize(torch.tensor([0.6, 0.8, 0.1, 0, 0, 0, 0]), dim=0)
-    ranks = metrics.ranks(texts, images, Seven.positives)
-    page.write_retrieval(str(tmp_path / "f.html"), "t", "", Seven(), texts, images, *ranks)
+    found = ranks(texts, images, Seven.positives)
+    page.write_retrieval(str(tmp_path / "f.html"), "t", "", Seven(), texts, images, *found)
     text = whole(tmp_path / "f.html")
     assert [near(pixel, COLOURS[1]) for pixel in pictures(text, "other")] == [True]
     assert [near(pixel, COLOURS[0]) for pixel in pictures(text, "right")] == [True]
@@ -137,8 +137,8 @@ def test_what_came_before_and_no_more(tmp_path):
 
 def test_nothing_went_wrong(tmp_path):
     images = torch.eye(7)
-    ranks = metrics.ranks(images, images, Seven.positives)
-    page.write_retrieval(str(tmp_path / "d.html"), "t", "", Seven(), images, images, *ranks)
+    found = ranks(images, images, Seven.positives)
+    page.write_retrieval(str(tmp_path / "d.html"), "t", "", Seven(), images, images, *found)
     assert "The 0 captions" in whole(tmp_path / "d.html")
 
 

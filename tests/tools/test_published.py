@@ -2,8 +2,8 @@
 
 import pytest
 
-from tools.measure import published
 from sources.pairs import DataError
+from tools.measure import published
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -15,10 +15,10 @@ def test_tables_are_found_by_the_name_of_the_data(name, expected):
 
 
 def test_what_is_asked_for_in_words():
-    assert published.parse("muge finetune") == ("table2", "MUGE", "finetune")
+    assert published.figures_named("muge finetune") == ("table2", "MUGE", "finetune")
     for wrong in ("MUGE", "MUGE zeroshot", "emoji zero-shot", ""):
         with pytest.raises(DataError, match="Flickr30K-CN"):
-            published.parse(wrong)
+            published.figures_named(wrong)
 
 
 RESULT = {"text_to_image": {"R@1": 52.0, "R@5": 77.0, "R@10": 84.0, "mean": 71.0},

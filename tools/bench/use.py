@@ -22,8 +22,7 @@ from tools.bench.peers import (
     peak_memory, peers_of, python, say, seconds_of, text_features)
 from tools.bench.training import our_model, our_step, random_pictures
 from data import tokenize
-from tools.measure.kept import encode_images, encode_texts
-from tools.measure.metrics import recall_at_k
+from eval import encode_images, encode_texts, recall_at_k
 from sources.scenes import class_example
 
 SENTENCE = "清晨的海边有一只红色的小船和两个戴草帽的孩子在捡贝壳"

@@ -1,7 +1,7 @@
 """
-A measurement to look at: one HTML file that needs nothing else (pictures are inside, a browser has the fonts
-for Chinese). Of retrieval how recall grows with K, and the captions whose picture ranks worst; of
-classification the confusion matrix, and the pictures that were most surely taken for something else.
+A measurement to look at: one HTML file that needs nothing else, because the pictures are inside and a browser
+has fonts for Chinese. For retrieval it shows how recall grows with K, and the captions whose picture ranks
+worst; for classification the confusion matrix, and the pictures most surely taken for something else.
 
 Shapes: N pictures or texts, C classes, E joint width.
 """
@@ -13,9 +13,10 @@ import io
 import torch
 from PIL import Image
 
-from tools.measure.metrics import TIE, nearest
-from sources.pairs import Pairs
 from common import replace_text
+from eval import TIE
+from sources.pairs import Pairs
+from tools.measure.metrics import nearest
 
 WORST = 24  # failures on a page
 STYLE = """body { font: 15px sans-serif; margin: 2em; max-width: 1100px } td, th { padding: 3px 10px }
@@ -27,45 +28,43 @@ def write_retrieval(
     path: str, title: str, table: str, pairs: Pairs, text_features: torch.Tensor,
     image_features: torch.Tensor, text_ranks: torch.Tensor, image_ranks: torch.Tensor,
 ):
-    """Unit features [N_text, E], [N_image, E] and the ranks of `metrics.ranks`. The worst captions are shown
-    with their best right picture (green) and the nearest of those that came before it."""
-    parts = [preformatted(table), recall_curve({"text to image": text_ranks, "image to text": image_ranks})]
+    """Unit features [N_text, E] and [N_image, E], and their `eval.ranks`. Each of the worst captions is shown
+    with its best right picture (green) and the nearest of those that came before it."""
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
     first = nearest(text_features[worst], image_features, 6).tolist()
-    parts.append(f"<h2>The {len(worst)} captions whose picture ranks worst</h2>"
-                 "green: the picture; after it what came before it")
+    parts = [recall_curve({"text to image": text_ranks, "image to text": image_ranks}),
+             f"<h2>The {len(worst)} captions whose picture ranks worst</h2>"
+             "green: the picture; then those that came before it"]
     for text, images in zip(worst.tolist(), first):
-        right = pairs.positives[pairs.positives[:, 0] == text, 1]  # [its pictures]
+        right = pairs.positives[pairs.positives[:, 0] == text, 1]  # numbers of its pictures
         best = int(right[(image_features[right] @ text_features[text]).argmax()])
-        place = f"<small>(place {text_ranks[text] + 1:,} of {len(image_features):,})</small>"
-        parts.append(f"<p>{html.escape(pairs.text(text))} {place}</p>")
         before = [image for image in images if image not in right][: int(text_ranks[text])]
-        shown = [best, *before]
-        parts += [thumbnail(pairs.image(image, 128), image == best) for image in shown]
-    write(path, title, parts)
+        parts.append(f"<p>{html.escape(pairs.text(text))} "
+                     f"<small>(place {text_ranks[text] + 1:,} of {len(image_features):,})</small></p>")
+        parts += [thumbnail(pairs.image(image, 128), image == best) for image in (best, *before)]
+    write(path, title, table, parts)
 
 
 def write_zeroshot(
     path: str, title: str, line: str, names: list[str], get_image, cosines: torch.Tensor, labels: torch.Tensor
 ):
-    """Cosines [N, C] and labels [N], or [N, C] of 0 and 1 where a picture has several."""
+    """Cosines [N, C] and labels: [N], or [N, C] of 0 and 1 where a picture shows several classes."""
     right = labels.bool() if labels.ndim == 2 else labels[:, None] == torch.arange(len(names))  # [N, C]
-    has_one = right.any(dim=1)  # what shows no class cannot be mistaken for another
     lead = cosines.masked_fill(right, -torch.inf).max(dim=1)  # the best wrong class of every picture
-    own = cosines.masked_fill(~right, -torch.inf).amax(dim=1)  # and its best right one
-    wrong = (lead.values >= own - TIE) & has_one  # [N]
+    own = cosines.masked_fill(~right, -torch.inf).amax(dim=1)  # and the cosine of its best right one
+    wrong = (lead.values >= own - TIE) & right.any(dim=1)  # [N]; a picture of no class cannot be mistaken
     taken = torch.nn.functional.one_hot(lead.indices, len(names)).float()
-    mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row each true class
+    mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row for each true class
     counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
-    parts = [preformatted(line), confusion_matrix(counts, names), most_confused(counts, names)]
     worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
-    parts.append(f"<h2>The {len(worst)} pictures most surely taken for something else</h2>")
+    parts = [confusion_matrix(counts, names), most_confused(counts, names),
+             f"<h2>The {len(worst)} pictures most surely taken for something else</h2>"]
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
         parts.append(f"<p>{html.escape(is_one)}: cosine {own[row]:.3f}, taken for "
                      f"{html.escape(names[lead.indices[row]])}: {lead.values[row]:.3f}</p>"
                      + thumbnail(get_image(row)))
-    write(path, title, parts)
+    write(path, title, line, parts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,12 +72,12 @@ def write_zeroshot(
 
 
 def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
-    """How many percent are found among the K nearest, for K from 1 to all there are (one side's queries are
-    the other side's gallery), on a roughly logarithmic axis: an SVG."""
+    """An SVG of how many percent of the queries find a right answer among the K nearest, for K from 1 to all,
+    on a roughly logarithmic axis. The gallery of one direction is the queries of the other."""
     most = max(len(ranks) for ranks in ranks_of.values())
     ks = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
     ks = [1, *(k for k in ks[1:] if k < most), most]
-    width, height, step = 64 * (len(ks) - 1), 300, 64
+    step, width, height = 64, 64 * (len(ks) - 1), 300
     drawn = [f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
              f'<text x="-8" y="{y + 4}" text-anchor="end">{100 - 100 * y // height}</text>'
              for y in range(0, height + 1, height // 5)]
@@ -91,16 +90,16 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{width - 8}" y="{height - 30 + 18 * line}" text-anchor="end" fill="{colour}">'
                      f"{name}</text>")
-    return ("<h2>Found among the K nearest, percent; below: K</h2>"
+    return ("<h2>Found among the K nearest, in percent; below: K</h2>"
             f'<svg viewBox="-50 -20 {width + 80} {height + 60}" width="{width + 80}">{"".join(drawn)}</svg>')
 
 
 def confusion_matrix(counts: torch.Tensor, names: list[str]) -> str:
-    """Counts [C, C], a row each true class, as a picture: black is all of a row, the diagonal is right."""
+    """Counts [C, C], a row for each true class, as a picture."""
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     picture = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
-    return ("<h2>Confusion matrix</h2>a row each true class, a column each class named, black: all of a row"
-            f"<br>{embedded(picture, 'PNG', 'matrix')}<br>from the top, and from the left: "
+    return ("<h2>Confusion matrix</h2>a row for each true class, a column for each class named; black is the "
+            f"whole row<br>{embedded(picture, 'PNG', 'matrix')}<br>from the top, and from the left: "
             + html.escape("、".join(names)))
 
 
@@ -114,9 +113,9 @@ def most_confused(counts: torch.Tensor, names: list[str]) -> str:
 
 
 def thumbnail(image: Image.Image, right: bool = False) -> str:
-    image = image.convert("RGB")
-    image.thumbnail((220, 220))
-    return embedded(image, "JPEG", "right" if right else "other")
+    small = image.convert("RGB")
+    small.thumbnail((220, 220))
+    return embedded(small, "JPEG", "right" if right else "other")
 
 
 def embedded(image: Image.Image, form: str, kind: str) -> str:
@@ -126,13 +125,10 @@ def embedded(image: Image.Image, form: str, kind: str) -> str:
     return f'<img class="{kind}" src="data:image/{form.lower()};base64,{encoded}">'
 
 
-def preformatted(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
-
-
-def write(path: str, title: str, parts: list[str]):
+def write(path: str, title: str, result: str, parts: list[str]):
     title = html.escape(title)
-    head = f'<!DOCTYPE html><html lang="zh"><meta charset="utf-8"><title>{title}</title>'
-    body = [f"<style>{STYLE}</style>", f"<h1>{title}</h1>", *parts, "</html>"]
-    replace_text(path, "\n".join([head, *body]))
+    replace_text(path, "\n".join([
+        f'<!DOCTYPE html><html lang="zh"><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{STYLE}</style>", f"<h1>{title}</h1>", f"<pre>{html.escape(result)}</pre>",
+        *parts, "</html>"]))
     print(f"to look at: {path}")

@@ -1,17 +1,17 @@
 """
-The paper's figures beside ours: paper.json holds its Tables 2-5 and 9-12, this file looks them up.
+The paper's figures beside ours: assets/paper.json holds its Tables 2-5 and 9-12, and this file looks them up.
 
-A measured figure is compared with the row of the same model (RN50 ... ViT-H-14) in the same setup, zero-shot
-or finetune, and with the best of the other models in that setup, whatever its size.
+A measured figure is compared with that of the same model (RN50 ... ViT-H-14) in the same setup, zero-shot or
+finetune, and with the best of all other models in that setup, whatever their size.
 """
 
 import json
 import os
 
+from sources.classes import bare_name
 from sources.pairs import DataError
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PATH = os.path.join(HERE, "..", "..", "assets", "paper.json")
+PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "assets", "paper.json")
 RETRIEVAL = ("table2", "table3", "table4", "table10")  # MUGE, Flickr30K-CN, COCO-CN, ICR
 CLASSIFICATION = ("table5", "table12")  # Table 5 has the baselines, Table 12 the five models
 SETUPS = ("zero-shot", "finetune")
@@ -23,25 +23,25 @@ def read_paper() -> dict:
 
 
 def data_of(table: str) -> list[str]:
-    """Names of the data sets of a table."""
-    columns, rows = (read_paper()[table][key] for key in ("columns", "rows"))
+    """The names of a table's data sets."""
+    paper = read_paper()[table]
     if table in CLASSIFICATION:
-        return [column for column in columns if column != "average"]
-    return sorted({row["data"] for row in rows})
+        return [column for column in paper["columns"] if column != "average"]
+    return sorted({row["data"] for row in paper["rows"]})
 
 
 def table_of(name: str) -> tuple[str, str]:
-    """-> (table, name as it is there) of a data set, "" and "" if the paper has none such; capitals, hyphens
-    and underscores do not matter."""
+    """The table with this data set, and the set's name there; "" and "" if the paper does not have it.
+    Capitals, hyphens and underscores do not matter."""
     for table in (*RETRIEVAL, "table12"):
         for data in data_of(table):
-            if plain(data) == plain(name):
+            if bare_name(data) == bare_name(name):
                 return table, data
     return "", ""
 
 
-def parse(text: str) -> tuple[str, str, str]:
-    """"MUGE zero-shot" -> (table, data, setup). DataError if the paper has no such figures."""
+def figures_named(text: str) -> tuple[str, str, str]:
+    """"MUGE zero-shot" -> (table, data set, setup). DataError if the paper has no such figures."""
     name, _, setup = text.rpartition(" ")
     table, data = table_of(name)
     if setup not in SETUPS or not table:
@@ -51,13 +51,9 @@ def parse(text: str) -> tuple[str, str, str]:
     return table, data, setup
 
 
-def plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
-
-
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
-    """A result of eval.retrieval -> its figures under the columns of a table; MR is the mean of the table's
-    recalls, three or six."""
+    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's recalls, three or
+    six."""
     ways = {"t2i": result["text_to_image"], "i2t": result["image_to_text"]}
     columns = read_paper()[table]["columns"]
     found = {column: ways[column[:3]][column[4:]] for column in columns if column != "MR"}
@@ -65,19 +61,18 @@ def retrieval_columns(result: dict, table: str) -> dict[str, float]:
 
 
 def compare(measured: dict[str, float], table: str, data: str, setup: str, ours: str) -> list[dict]:
-    """Measured figures by column, of a data set -> a row a figure: measured, published, gap, best baseline
-    and whose it is. In classification the column is the data set. ours: one of the five models, or "" for
-    another; in Table 5, which prints one row for all five, it does not matter."""
+    """A row for each measured figure: measured, published, gap, best baseline and whose it is. `measured` is
+    by column of the table; in classification the column is the data set. `ours` is one of the five models, or
+    "" for another; Table 5 prints one row for all five, so there it does not matter."""
     paper, rows = read_paper(), []
-    mine = [row for row in paper[table]["rows"] if row["setup"] == setup and row.get("data", data) == data]
-    theirs = mine if table in RETRIEVAL else paper["table5"]["rows"]
+    here = [row for row in paper[table]["rows"] if row["setup"] == setup and row.get("data", data) == data]
+    others = here if table in RETRIEVAL else paper["table5"]["rows"]
     for column, value in measured.items():
-        published = [row[column] for row in mine
-                     if row.get("ours", "") == ours != "" or row["printed"] == "CN-CLIP"]
-        published = published[0] if published else None
-        baselines = [(row[column], row["model"]) for row in theirs
-                     if not row["printed"].startswith("CN-CLIP") and row.get(column) is not None]
-        best, whose = max(baselines, default=(None, ""))
+        published = next((row[column] for row in here
+                          if row.get("ours", "") == ours != "" or row["printed"] == "CN-CLIP"), None)
+        best, whose = max(((row[column], row["model"]) for row in others
+                           if not row["printed"].startswith("CN-CLIP") and row.get(column) is not None),
+                          default=(None, ""))
         rows.append({"data": data, "column": column, "measured": value, "published": published,
                      "gap": None if published is None else value - published,
                      "best_baseline": best, "best_baseline_model": whose})

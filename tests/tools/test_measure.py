@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from conftest import typed
 from PIL import Image
 from stand_ins import lines_of, write_folders, write_official
 from hub import FILE, NAME
@@ -13,10 +14,11 @@ from stand_ins import TEXTS, picture
 from checkpoints import VIT, built, official
 
 from weights import download
-import eval as measure  # `eval` alone would hide Python's own
-from tools.measure import metrics
+from eval import pair_features, retrieval
 from sources import layouts
 from sources.pairs import DataError
+from tools.measure import __main__ as measure
+from tools.measure import metrics
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_table_2_by_name_from_a_server(hub, clip, tmp_path, monkeypatch, capsys)
                   "--device", "cpu"])
     printed = capsys.readouterr().out
     result = json.loads(out.read_text(encoding="utf-8"))
-    expected = measure.retrieval(clip, layouts.open_pairs(data, "valid"))["text_to_image"]
+    expected = retrieval(clip, layouts.open_pairs(data, "valid"))["text_to_image"]
     rows = {row["column"]: row for row in result["rows"]}
     published = {"RN50": 42.6, "ViT-B-16": 52.1}[NAME]
     assert rows["t2i_R@1"]["published"] == published and result["row"] == NAME
@@ -116,7 +118,7 @@ def test_predictions_are_the_nearest_in_the_official_format_or_muges(clip, weigh
     command = ["retrieval", "--model", weights, "--data", data, "--device", "cpu", *flags, "--predictions"]
     measure.main([*command, str(tmp_path / "t2i.jsonl")])
     measure.main([*command, str(tmp_path / "i2t.jsonl"), "--direction", "image-to-text"])
-    images, texts = measure.pair_features(clip, layouts.open_pairs(data, "valid"))
+    images, texts = pair_features(clip, layouts.open_pairs(data, "valid"))
     scores = texts @ images.T
     for name, keys, ids, found, some in (
             ("t2i", shapes[0], [7 * n for n in range(12)], scores, [100 + n for n in range(12)]),
@@ -139,7 +141,7 @@ def test_an_id_that_stands_twice_is_refused(weights, tmp_path):
     path = tmp_path / "MUGE" / "valid_texts.jsonl"
     path.write_text(path.read_text("utf-8").replace('"text_id": 14,', '"text_id": 21,'), encoding="utf-8")
     for direction in ("text-to-image", "image-to-text"):
-        with pytest.raises(DataError, match="valid: the text id 21 stands there twice") as caught:
+        with pytest.raises(DataError, match="valid: the text id 21 occurs twice") as caught:
             measure.main(["retrieval", "--model", weights, "--data", data, "--device", "cpu",
                           "--predictions", str(out), "--direction", direction])
         assert "\n" not in str(caught.value) and not out.exists()
@@ -276,7 +278,16 @@ def test_wrong_command_lines_end_with_2(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("task", measure.TASKS)
+@pytest.mark.parametrize("arguments, said", (
+    (("zeroshot", "--data", "nowhere"), "nowhere: no such folder"), (("retrieval", "--data", "nowhere"), "nowhere"),
+    (("reproduce", "table2"), "table2 is measured on MUGE"), (("prompts",), "--data: not given")))
+def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
+    code, last_words = typed("python -m tools.measure", *arguments, "--model", weights)
+    assert code == 1 and last_words.startswith("error: ") and said in last_words
+    assert "\n" not in last_words and "Traceback" not in last_words
+
+
+@pytest.mark.parametrize("task", measure.RUN)
 def test_every_command_has_help(task, capsys):
     with pytest.raises(SystemExit) as caught:
         measure.main([task, "--help"])
