@@ -23,7 +23,6 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 import model
 from tools.measure import page
@@ -33,7 +32,7 @@ from tools.measure.calibrate import WHY, at_threshold, calibrate, calibration_ta
 from sources.classes import TEMPLATES, elevaters_pictures, open_classes, read_templates
 from weights.download import RELEASED
 from tools.measure.kept import encode_images, encode_texts, pair_features  # the first two also for python -m tools.curate, training/report.py
-from common import join_processes, lost_process, rank, world_size
+from common import join_processes, leave_processes, lost_process, rank
 from tools.measure.metrics import KS, nearest, ranks, recall
 from sources.pairs import DataError, Pairs, open_image
 from sources.layouts import FolderPairs, open_pairs
@@ -387,8 +386,7 @@ def main(argv: list[str] | None = None):
         if args.out and rank() == 0:
             write_json(args.out, vars(args) | result)
         print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))
-    if world_size() > 1:
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

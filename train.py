@@ -33,7 +33,6 @@ import zlib
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads wait without using up a core
 
 import torch
-import torch.distributed as dist
 
 from training import checkpoint
 import data
@@ -47,7 +46,7 @@ from data import on_device
 from training.distill import distillation_loss, teach
 from training.tiles import DENSE_LIMIT, tiled_loss
 from eval import retrieval
-from common import join_processes, lost_process, mean_over_ranks
+from common import join_processes, leave_processes, lost_process, mean_over_ranks
 from loss import contrastive_loss, in_batch_accuracy
 from sources.pairs import DataError
 from training.recipes import Config, ConfigError, chained, parse
@@ -361,9 +360,12 @@ def main(argv: list[str] | None = None):
     rank = int(os.environ.get("RANK", 0))
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):  # one voice for all processes
         acts = parse(argv)
-        histories = {act: train(act, cfg) for act, cfg in acts.items()}
-        if dist.is_initialized():
-            dist.destroy_process_group()  # what follows is rank 0's alone
+        try:
+            histories = {act: train(act, cfg) for act, cfg in acts.items()}
+        except (Stopped, ConfigError, DataError):
+            leave_processes()
+            raise
+        leave_processes()  # what follows is rank 0's alone
         if rank == 0:
             report.finish(histories, acts)
             print(f"{time.perf_counter() - start:.0f} s")
