@@ -11,6 +11,7 @@ import os
 import safetensors
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group exists, see leave_processes
 
 # ------------------------------------------------------------------------------------------------------------
 # processes: alone, or started together by torchrun; each has a number, its rank
@@ -54,6 +55,17 @@ def one_process_a_device(device: str):
 def patient_group():
     """All processes, connected by gloo, which may wait for each other for a week."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def leave_processes():
+    """Destroy the groups and wait until their threads have ended. A thread of gloo that drops a tensor while
+    Python shuts down asks for Python's lock, is killed there, and aborts the process ("terminate called
+    without an active exception"). destroy_process_group waits only for the threads of groups that nothing
+    refers to. So our cache is emptied here, and torch.distributed.nn.functional is imported before any group
+    exists: its default arguments keep the group that they find."""
+    patient_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait_for_all():

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import subprocess
+import sys
 import time
 import types
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import common
+from conftest import ROOT
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -55,7 +58,7 @@ def waiter(rank: int, store: str, out: str):
         except SystemExit as error:
             said.append(str(error))
     torch.save(said, f"{out}{rank}")
-    dist.destroy_process_group()
+    common.leave_processes()
 
 
 def test_processes_wait_for_a_long_phase_and_notice_a_shared_gpu(tmp_path):
@@ -63,3 +66,29 @@ def test_processes_wait_for_a_long_phase_and_notice_a_shared_gpu(tmp_path):
     for rank in (0, 1):
         (said,) = torch.load(tmp_path / f"said{rank}", weights_only=True)
         assert "2 processes have the GPU the same" in said
+
+
+ALONE = """
+import os, sys
+import torch, torch.distributed as dist
+import common
+
+def threads():
+    return sum("gloo" in open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task"))
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # imports much of torch
+common.wait_for_all()
+common.sum_over_ranks(torch.ones(2))
+before = threads()
+common.leave_processes()
+print(before > 0, threads())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks at the threads in /proc")
+def test_no_thread_outlives_the_groups(tmp_path):
+    """A thread that still holds a tensor when Python shuts down would abort the process."""
+    run = subprocess.run([sys.executable, "-c", ALONE, str(tmp_path / "store")], cwd=ROOT, text=True,
+                         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (run.stdout, run.returncode) == ("True 0\n", 0), run.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import leave_processes
 from conftest import whole_batch, write_folder
 from safetensors.torch import load_file
 
@@ -61,7 +62,7 @@ def worker(rank: int, world_size: int, data: str, out: str):
                 warmup=1, workers=0, device="cpu", eval_every=2, log_every=1,
                 out=f"{out}/{way}/{act}-{targets}", **how))
     if world_size > 1:
-        dist.destroy_process_group()
+        leave_processes()
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,8 @@ def test_table_of_the_released_models(language):
 
 @pytest.mark.parametrize("language", READMES)
 def test_speed_is_that_of_the_benchmarks(language):
-    """Every figure of the table stands in a row of BENCHMARKS.md with the same words."""
-    benchmarks = [re.split(r" *\| *", line) for line in read("BENCHMARKS.md").splitlines() if line[:1] == "|"]
+    """Every figure of the table stands in a row of docs/benchmarks.md with the same words."""
+    benchmarks = [re.split(r" *\| *", line) for line in read("docs/benchmarks.md").splitlines() if line[:1] == "|"]
     rows = re.findall(r"^\| `(?:encode|load|eval|train|data)` \| (.+?) \| (.+) \|$", read(language), re.M)
     assert len(rows) > 8
     for what, figures in rows:
