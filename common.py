@@ -1,12 +1,15 @@
 """
-What several files need: processes that find each other and add up numbers, and files that appear only when
-they are complete.
+What several files need: processes that find each other and add up numbers, files that appear only when they
+are complete, and errors that a user sees as one line.
 """
 
+import contextlib
 import datetime
 import functools
 import json
 import os
+import re
+import sys
 
 import safetensors
 import torch
@@ -58,11 +61,10 @@ def patient_group():
 
 
 def leave_processes():
-    """Destroy the groups and wait until their threads have ended. A thread of gloo that drops a tensor while
-    Python shuts down asks for Python's lock, is killed there, and aborts the process ("terminate called
-    without an active exception"). destroy_process_group waits only for the threads of groups that nothing
-    refers to. So our cache is emptied here, and torch.distributed.nn.functional is imported before any group
-    exists: its default arguments keep the group that they find."""
+    """Leave the groups and wait until their threads have ended: a thread of gloo that drops a tensor while
+    Python shuts down aborts the process. destroy_process_group waits only for groups that nothing refers to.
+    So our cache is emptied here, and torch.distributed.nn.functional is imported before there is a group,
+    because its default arguments keep the group that they find."""
     patient_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -119,7 +121,7 @@ def replace(path: str, write_to):
             raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk first, or a power cut could leave an empty file of this name
+            os.fsync(file.fileno())  # on the disk first, or a power cut could leave an empty file there
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -136,3 +138,37 @@ def replace_text(path: str, text: str):
 def write_json(path: str, value):
     """Results as JSON; Chinese stays readable."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# errors
+
+
+class UserError(ValueError):
+    """Something that a user can mend. Its message is one line: where, what was expected, what to do."""
+
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def one_line_errors(then: str = "", out_of_memory: str = "--dtype bfloat16 takes half"):
+    """Around a whole command: what the user, the memory or another process did wrong ends it with one line,
+    followed by `then`, and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        leave_processes()
+        # an error of a worker process brings its traceback along; its last line is the message
+        message = re.sub(r"^[\w.]*\.(DataError|SourceChanged): ", "", str(error).strip().split("\n")[-1])
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); {out_of_memory}")
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        sys.exit(f"error: another process is gone, see its message{then}")
+    except OSError as error:
+        sys.exit(f"error: {error}{then}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped{then}")

@@ -11,7 +11,7 @@ Image i belongs to caption i, and the other B - 1 captions of the batch are its 
 are the other images. The batch size is therefore part of the task: guessing costs ln B, and gradients of two
 batches of B/2, added up, are not the gradient of one batch of B.
 
-On N processes ("ranks"), each encodes its own b = B/N pairs, and the features alone are exchanged. A rank then
+On N processes ("ranks"), each encodes its own b = B/N pairs, and only features are exchanged. A rank then
 computes b rows of the matrix and b columns, against all B features of the other side. The mean of the ranks'
 losses is the loss of the whole batch. Because `gather` carries gradient, the mean of the ranks' gradients,
 which DistributedDataParallel takes, is exactly the gradient of one process with the whole batch, the factor's
@@ -53,7 +53,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 
 def own_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [b, E] -> the place of each of its rows among the gathered ones [b]: row i of rank r is row r*b + i."""
+    """x [b, E] -> the places of its rows among the gathered ones [b]: row i of rank r is row r*b + i."""
     return torch.arange(len(x), device=x.device) + rank() * len(x)
 
 
@@ -82,7 +82,8 @@ def positives(keys: torch.Tensor, all_keys: torch.Tensor) -> torch.Tensor:
 
     A caption that occurs twice in a batch is right for both of its images. The paper's labels call one of the
     two wrong. Identical captions have identical features, so the loss then cannot fall below ln 2 for this
-    pair. With keys, all right answers of a row share its label equally (SupCon, Khosla et al., 2020, eq. 2)."""
+    pair. With keys, all right answers of a row share its label equally (SupCon, Khosla et al., 2020, eq.
+    2)."""
     return (keys[:, None] == all_keys[None]).any(dim=2)
 
 

@@ -22,16 +22,14 @@ import math
 import os
 import sys
 import time
-import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads wait without using a core
 
 import torch
-import torch.distributed as dist
 
 import data
 import model
-from common import join_processes, mean_over_ranks, rank, world_size
+from common import join_processes, leave_processes, one_line_errors, rank, world_size
 from eval import retrieval
 from loss import contrastive_loss
 from sources.layouts import open_pairs
@@ -41,6 +39,7 @@ from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, seeded)
 from training.distill import distillation_loss, teach
+from training.parallel import average_statistics, distribute
 from training.recipes import Config, chained, loader_processes, parse, schedule, warmup_steps
 from training.tiles import DENSE_LIMIT, tiled_loss
 from training.workers import started
@@ -103,26 +102,6 @@ def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimiz
     betas = (0.9, cfg.beta2 or beta2)
     return torch.optim.AdamW(
         param_groups(clip, cfg.weight_decay), betas=betas, eps=cfg.eps or eps, fused=True)
-
-
-def distribute(clip: model.ChineseCLIP) -> torch.nn.Module:
-    """The model itself, or, among several processes, one that averages gradients over them in backward."""
-    if world_size() == 1:
-        return clip
-    with warnings.catch_warnings():  # torch 2.13 has a new name for this flag, which 2.11 does not know
-        warnings.simplefilter("ignore", FutureWarning)
-        # BatchNorm's statistics are averaged below; broadcast, they would be those of rank 0 alone
-        return torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
-
-
-def average_statistics(clip: model.ChineseCLIP):
-    """Every process moves BatchNorm's running statistics by its own pairs. Set them to the mean over the
-    processes, so that all measure and save the same model."""
-    moving = [buffer for buffer in clip.visual.buffers() if buffer.is_floating_point()]
-    if moving and clip.visual.training:
-        mean = mean_over_ranks(torch.cat([buffer.flatten() for buffer in moving]))  # one message for all
-        for buffer, part in zip(moving, mean.split([buffer.numel() for buffer in moving])):
-            buffer.copy_(part.view_as(buffer))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,14 +209,19 @@ def main(argv: list[str] | None = None):
     first = int(os.environ.get("RANK", 0)) == 0
     with contextlib.redirect_stdout(sys.stdout if first else None):  # one voice for all processes
         acts = parse(argv)
-        histories = {act: train(act, cfg) for act, cfg in acts.items()}
-        if dist.is_initialized():
-            dist.destroy_process_group()  # the rest is rank 0's alone
+        try:
+            histories = {act: train(act, cfg) for act, cfg in acts.items()}
+        except Stopped as stopped:
+            print(stopped)
+            return leave_processes()
+        leave_processes()  # the rest is rank 0's alone
         if first:
             report.finish(histories, acts)
             print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    with report.one_line_errors():
+    checkpoint.leave_on_signals()
+    with one_line_errors(then="; the same command goes on from the last checkpoint",
+                         out_of_memory="repeat it with a smaller --chunk-size, or with --grad-checkpointing"):
         main()

@@ -11,11 +11,14 @@ import json
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
+
+from common import UserError
 
 # What photos come in; Pillow knows more, among them PostScript, which it has another program execute.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
@@ -23,7 +26,7 @@ CACHE = os.path.join(  # of indices
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip", "index")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that is not what it should be: one line with the file, the line or key, what was expected and what
     to do."""
 
@@ -252,3 +255,15 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     # does
     return {name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="c")
             for name in sorted(os.listdir(folder))}
+
+
+def ahead(get, batches: list):
+    """Yield [get(item) for item in batch] for each batch while threads prepare the next one. Pillow releases
+    Python's lock while it decodes, so a GPU does not wait for a single core."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the share of this process
+    with ThreadPoolExecutor(max(1, min(8, cores))) as pool:
+        coming = []
+        for batch in [*batches, []]:
+            waiting, coming = coming, pool.map(get, batch)  # starts at once
+            if waiting:
+                yield list(waiting)

@@ -17,14 +17,13 @@ import collections
 import math
 import os
 import shutil
-import sys
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 import data
 import model
-from common import replace, replace_text, write_json
+from common import one_line_errors, replace, replace_text, write_json
 from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
@@ -186,13 +185,9 @@ def main(argv: list[str] | None = None):
     part.add_argument("target", metavar="OUT", help="a file, in our layout")
     part.add_argument("--share", type=float, default=0.5, metavar="X", help="of B (default: %(default)s)")
     arguments = vars(parser.parse_args(argv))  # under the names of the functions' parameters
-    try:
-        COMMANDS[arguments.pop("command")](**arguments)
-    except (WeightsError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues a download where it stopped")
+    COMMANDS[arguments.pop("command")](**arguments)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -124,7 +124,8 @@ def cached_stream(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> CachedS
     device, training = clip.logit_scale.device, clip.training
     clip.eval()
     with open(path, "r+b") as file, open(done_path, "r+b") as ticks, torch.inference_mode():
-        bar = tqdm(zip(mine, started(loader)), "caching features", len(mine), disable=None if rank() == 0 else True)
+        bar = tqdm(zip(mine, started(loader)), "caching features", len(mine),
+                   disable=None if rank() == 0 else True)
         for start, pixels in bar:
             with model.autocast(device):
                 features = model.normalise(clip.encode_image(pixels.to(device)))

@@ -245,9 +245,13 @@ def check_finite(cfg: Config, step: int, loss: torch.Tensor, clip: model.Chinese
     return mean
 
 
-def leave(number: int = 0, frame=None):
-    """Handle a signal outside of the loop: the process ends at once, as by a kill, which harms nothing that
-    was saved. An exception could come up where Python drops it, such as in a fork."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        os.write(1, b"stopped; the same command goes on from the last checkpoint\n")
-    os._exit(0)
+def leave_on_signals():
+    """Outside of the loop Ctrl-C and SIGTERM end the process at once, as a kill would, which harms nothing
+    that was saved. (An exception could come up where Python drops it, such as in a fork.)"""
+    def leave(number: int, frame):
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(1, b"stopped; the same command goes on from the last checkpoint\n")
+        os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)

@@ -17,14 +17,17 @@ from dataclasses import dataclass, field
 import torch
 
 import model
+from common import UserError
 from sources.pairs import DataError
 
 # ------------------------------------------------------------------------------------------------------------
 # the flags
 
 
-class ConfigError(ValueError):
-    """A wrong command line: one line that says what was expected; exit code 2."""
+class ConfigError(UserError):
+    """A wrong command line."""
+
+    exit_code = 2
 
 
 def flag(default, text: str, low: float = -math.inf, above: float = -math.inf, below: float = math.inf,

@@ -5,12 +5,9 @@ they retrieve. Pictures are drawn with Pillow; assets/font.ttf is a subset of No
 the characters of sources/scenes.py, because many machines have no Chinese font.
 """
 
-import contextlib
 import json
 import math
 import os
-import re
-import signal
 import sys
 import time
 
@@ -19,16 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model
-from common import lost_process, rank, replace_text, world_size, write_json
-from eval import encode_images, encode_texts, recall_table, zero_shot
+from common import rank, replace_text, world_size, write_json
+from eval import KS, encode_images, encode_texts, zero_shot
 from loss import in_batch_accuracy
 from sources import scenes
 from sources.classes import TEMPLATES, read_templates
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs
-from training.checkpoint import Stopped, leave
-from training.recipes import Config, ConfigError, warmup_steps
-from weights.read import WeightsError
+from training.recipes import Config, warmup_steps
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
 LINE_COLOURS = ((214, 69, 65), (52, 109, 189), (39, 144, 88), (148, 84, 176), (230, 140, 30))
@@ -176,38 +171,6 @@ def open_log(cfg: Config, step: int, history: list[dict]):
     return open(path, "a", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Around the whole command: a user's mistake ends it with one line and exit code 2 (a wrong command line)
-    or 1 (wrong data), a signal at once and without harm."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a scheduler; the loop has handlers of its own
-        signal.signal(number, leave)
-    try:
-        yield
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(stopped)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (DataError, WeightsError) as error:
-        # a loader process sends its traceback along; the message proper is its last line
-        message = str(error).strip().split("\n")[-1]
-        sys.exit("error: " + re.sub(r"^sources\.pairs\.(DataError|SourceChanged): ", "", message))
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); "
-                 "repeat the command with a smaller --chunk-size, or with --grad-checkpointing")
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        sys.exit("error: another process is gone, see its message; "
-                 "the same command goes on from the last checkpoint")
-    except OSError as error:
-        sys.exit(f"error: {error}; what was saved before is whole, and the same command goes on from there")
-    except KeyboardInterrupt:
-        leave()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # pictures
 
@@ -288,6 +251,17 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
     print(f"recall as a curve: {plot}\nas numbers: {os.path.join(folder, 'results.json')}\n"
           f"the weights: {best}")
+
+
+def recall_table(rows: dict[str, dict]) -> str:
+    """Results of `retrieval` by name, as a table of text."""
+    width = max(20, *map(len, rows))
+    lines = [f"{'':{width}}  mean | text to image: R@1  R@5 R@10 | image to text: R@1  R@5 R@10"]
+    for name, result in rows.items():
+        t2i, i2t = ("  ".join(f"{result[way][f'R@{k}']:5.1f}" for k in KS)
+                    for way in ("text_to_image", "image_to_text"))
+        lines.append(f"{name:{width}} {result['mean_recall']:5.1f} |          {t2i} |          {i2t}")
+    return "\n".join(lines)
 
 
 def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float, float]]]:

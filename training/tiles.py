@@ -22,7 +22,8 @@ def tiled_loss(image_features, text_features, logit_scale, keys=None) -> torch.T
 
 class TiledLoss(torch.autograd.Function):
     """Let S = scale * I @ T.T. The loss needs log sum exp over each row and each column of S, which can be
-    kept running from tile to tile, and the mean of S over the right pairs of each row and column. Its gradient,
+    kept running from tile to tile, and the mean of S over the right pairs of each row and each column. Its
+    gradient,
 
         dS = (softmax over the row + softmax over the column - targets of the row - of the column) / (2 b),
 

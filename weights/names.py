@@ -8,8 +8,10 @@ weights/read.py calls when it recognises a name.
 
 import torch
 
+from common import UserError
 
-class WeightsError(ValueError):
+
+class WeightsError(UserError):
     """The file is not what it should be. The message is one line: the file, the key, what was expected, and
     what to do."""
 

@@ -18,9 +18,8 @@ import json
 import os
 
 import model
-from common import rank, replace_text, write_json
-from eval import (FILE, add_command, classification_line, end_in_one_line, measure, ranks, recall_table,
-                  retrieval, zero_shot_cosines)
+from common import one_line_errors, rank, replace_text, write_json
+from eval import build_parser, ranks, retrieval, run_command, zero_shot_cosines
 from sources.classes import bare_name, open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
@@ -28,6 +27,7 @@ from tools.measure import page, published, zeroshot
 from tools.measure.calibrate import WHY, at_threshold, calibrate, calibration_table
 from tools.measure.kept import kept_features
 from tools.measure.metrics import nearest
+from training.report import recall_table
 from weights.download import RELEASED
 
 NAMES = {"accuracy": "", "mean-per-class": " mean per class", "roc-auc": " area under the ROC curve",
@@ -130,7 +130,10 @@ def run_zeroshot(args, clip) -> dict:
     rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
     cosines, single = zero_shot_cosines(clip, classes.chinese, get_image, len(labels), templates)
     result = zeroshot.own_zero_shot(clip, cosines, single, labels, templates, classes.metric)
-    line = classification_line(result, NAMES[classes.metric])
+    line = ("{value:.1f} %{name} of {images:,} images in {classes} classes with {templates} templates, "
+            "{single:.1f} % with the first alone, {chance:.1f} % by chance".format(
+                value=result[classes.metric], single=result[f"{classes.metric}_single_template"],
+                name=NAMES[classes.metric], **result))
     print(line)
     if args.page and rank() == 0:
         page.write_zeroshot(
@@ -246,36 +249,42 @@ RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prom
        "calibrate": run_calibrate, "reproduce": run_reproduce}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
-    commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
-    pairs = add_command(commands, "retrieval", "Recall@K in both directions; predictions", "pairs")
-    pairs.add_argument("--predictions", **FILE, help="write each query's nearest; the split needs no answers")
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """eval.py's two commands with more flags, and three more."""
+    parser, commands, flags = build_parser("python -m tools.measure", __doc__.strip().split("\n\n")[0])
+    pairs, classes = commands.choices["retrieval"], commands.choices["zeroshot"]
+
+    def like(other: argparse.ArgumentParser, name: str, text: str) -> argparse.ArgumentParser:
+        """A command with the flags that `other` has so far."""
+        return commands.add_parser(
+            name, help=text, parents=[other], add_help=False, conflict_handler="resolve")
+
+    file = dict(default="", metavar="FILE")
+    prompts = like(classes, "prompts", "every template alone and all together")
+    prompts.add_argument("--data", default="", help="a folder as for zeroshot; --negation needs none")
+    prompts.add_argument("--negation", action="store_true",
+                         help="instead, on drawn scenes: is 'no X' understood, or another wording?")
+    pairs.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or "
+                       "use those of this model and data that are there; all processes must see the folder")
+    p = like(pairs, "calibrate", "the cosine that gives a wanted precision")
+    p.add_argument("--precision", type=float, default=0.9, help="the wanted share of right pairs, 0 to 1 "
+                   "(default: 0.9)")
+    p.add_argument("--prior", type=float, default=0.5, help="the share of right pairs among those you will "
+                   "judge (default: 0.5); 0: that of this split, where every text meets every picture")
+    p.add_argument("--test", default="", metavar="SPLIT", help="also try the threshold on this split")
+    pairs.add_argument("--predictions", **file, help="write each query's nearest; the split needs no answers")
     pairs.add_argument("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
                        help="of --predictions")
     pairs.add_argument("--format", default="official", choices=("official", "muge"), help="of --predictions: "
                        "for the official evaluation.py and evaluation_tr.py, or for MUGE's server")
     pairs.add_argument("--top-k", type=int, default=10, help="answers to each query in --predictions; the "
                        "official scripts and MUGE want 10")
-    classes = add_command(commands, "zeroshot", "classification with the data set's own measure", "classes")
-    classes.add_argument("--submission", **FILE, help="write the predictions as ELEVATER's server takes them")
+    classes.add_argument("--submission", **file, help="write the predictions as ELEVATER's server takes them")
     for p in (pairs, classes):
-        p.add_argument("--page", **FILE, help="write a page to look at: curve or confusion matrix, failures")
+        p.add_argument("--page", **file, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
                        "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
-    p = add_command(commands, "prompts", "every template alone and all together", "classes",
-                    required=False)
-    p.add_argument("--negation", action="store_true",
-                   help="instead, on drawn scenes: is 'no X' understood, or another wording?")
-    p = add_command(commands, "calibrate", "the cosine that gives a wanted precision", "pairs")
-    p.add_argument("--precision", type=float, default=0.9, help="the wanted share of right pairs, 0 to 1")
-    p.add_argument("--prior", type=float, default=0.5, help="the share of right pairs among those you will "
-                   "judge; 0: that of this split, where every text meets every picture")
-    p.add_argument("--test", default="", metavar="SPLIT", help="also try the threshold on this split")
-    for p in (pairs, p):
-        p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or "
-                       "use those of this model and data that are there; all processes must see the folder")
-    p = add_command(commands, "reproduce", "a table of the paper, beside the paper's figures")
+    p = like(flags, "reproduce", "a table of the paper, beside the paper's figures")
     p.add_argument("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
     p.add_argument("--data", nargs="*", default=[], metavar="NAME=PATH",
                    help="the table's data sets, such as muge=path/to/MUGE or cifar-10=path")
@@ -284,20 +293,24 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--row", default="", choices=("", *RELEASED),
                    help="the paper's model to compare with, if --model is a file whose shape does not tell")
     p.add_argument("--split", default="", help="another split than the table's")
-    return parser
-
-
-def main(argv: list[str] | None = None):
-    parser = build_parser()
     args = parser.parse_args(argv)
+    for flag in ("page", "predictions", "submission"):  # before anything is computed
+        if os.path.isdir(getattr(args, flag, "")):
+            parser.error(f"--{flag} {getattr(args, flag)}: a folder; expected the name of a file")
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error("--precision and --prior are shares: expected 0 to 1")
     if args.task == "reproduce":  # before anything is downloaded
         args.data = data_folders(args.table, args.data)
-    measure(parser, args, RUN[args.task])
+    return parser, args
+
+
+def main(argv: list[str] | None = None):
+    parser, args = parse(argv)
+    run_command(parser, args, RUN[args.task])
 
 
 if __name__ == "__main__":
-    end_in_one_line(main)
+    with one_line_errors():
+        main()

@@ -10,8 +10,8 @@ length, so the product of two is their cosine.
 
 import torch
 
-from common import sum_over_ranks
-from eval import TILE, cosines, hits, score_tiles
+from common import rank, sum_over_ranks, world_size
+from eval import TILE, cosines, hits
 from sources.pairs import DataError
 
 BINS = 2000  # bins of cosines from -1 to 1, each 0.001 wide
@@ -81,14 +81,16 @@ def average_precision_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def right_and_wrong(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, tile: int = TILE
+    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, rows: int = TILE // 8
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cosines of all pairs of queries [Q, E] and gallery items [G, E], counted in bins: those of the
     positives [BINS], and all others [BINS]. Processes share the work, so all of them must call this."""
     right, wrong = (torch.zeros(BINS, dtype=torch.long, device=queries.device) for _ in range(2))
-    for _, _, scores, own in score_tiles(queries, gallery, positives.unique(dim=0), tile):
-        bins = ((scores + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
-        mine = bins[own].bincount(minlength=BINS)
+    positives = positives.unique(dim=0)
+    for start in range(0, len(queries), rows)[rank() :: world_size()]:
+        bins = ((cosines(queries[start : start + rows], gallery) + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+        here, items = positives[(start <= positives[:, 0]) & (positives[:, 0] < start + rows)].T
+        mine = bins[here - start, items].bincount(minlength=BINS)
         right += mine
         wrong += bins.flatten().bincount(minlength=BINS) - mine
     return sum_over_ranks(right), sum_over_ranks(wrong)
