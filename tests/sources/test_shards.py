@@ -82,14 +82,14 @@ def test_commas_between_sources_and_in_braces():
 def test_which_shards_are_of_a_split(tmp_path):
     for name in ("000.tar", "001.tar", "valid-000.tar"):
         write_tar(tmp_path / name, members_of([1]))
-    names = [os.path.basename(path) for path in shards.find(str(tmp_path), "train")]
+    names = [os.path.basename(path) for path in shards.shards_of(str(tmp_path), "train")]
     assert names == ["000.tar", "001.tar"]
-    assert shards.find(str(tmp_path), "valid") == [str(tmp_path / "valid-000.tar")]
-    assert shards.find(str(tmp_path), "test") == []
-    assert len(shards.find(f"{tmp_path}/{{000..001}}.tar", "any")) == 2
-    assert len(shards.find(f"{tmp_path}/*.tar", "any")) == 3
-    says(lambda: shards.find(f"{tmp_path}/{{000..002}}.tar", "train"), "002.tar", "3")
-    says(lambda: shards.find("{0..99999999}.tar", "train"), "ten million")
+    assert shards.shards_of(str(tmp_path), "valid") == [str(tmp_path / "valid-000.tar")]
+    assert shards.shards_of(str(tmp_path), "test") == []
+    assert len(shards.shards_of(f"{tmp_path}/{{000..001}}.tar", "any")) == 2
+    assert len(shards.shards_of(f"{tmp_path}/*.tar", "any")) == 3
+    says(lambda: open_pairs(f"{tmp_path}/{{000..002}}.tar", "train"), "002.tar", "3")
+    says(lambda: shards.shards_of("{0..99999999}.tar", "train"), "ten million")
 
 
 # ------------------------------------------------------------------------------------------------------------

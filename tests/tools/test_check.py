@@ -1,4 +1,4 @@
-"""tools/curate/check.py, tools/curate/pieces.py and tools/curate/faults.py: planted faults are found where they are, and nothing else."""
+"""python -m tools.curate check: planted faults are found where they are, and nothing else is."""
 
 import argparse
 import base64
@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.curate import check
-from tools.curate import faults
-from tools.curate import pieces
-from conftest import ROOT, write_tar
+from conftest import ROOT, typed, write_tar
 from data import tokenize, word_ids, words
+from sources import pairs
 from sources.pairs import DataError
+from tools.curate import check, faults, pieces
 
 
 def run(path, *options) -> tuple[int, dict]:
@@ -405,11 +404,9 @@ def test_nothing_to_check(tmp_path):
     write_clean(tmp_path)
     with pytest.raises(DataError, match="no split valid"):
         run(tmp_path, "--split", "valid")
-    with pytest.raises(SystemExit, match="error: .*no split at all"):
-        check.main([str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as exit:
-        check.main([str(tmp_path), "--workers", "-1"])
-    assert exit.value.code == 2
+    code, said = typed("python -m tools.curate", "check", str(tmp_path / "nowhere"))
+    assert code == 1 and "error: " in said and "no split at all" in said
+    assert typed("python -m tools.curate", "check", str(tmp_path), "--workers", "-1")[0] == 2
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
@@ -437,7 +434,7 @@ def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "LIMIT", 10_000)
+    monkeypatch.setattr(pairs, "LIMIT", 10_000)
     write_clean(tmp_path)
     with open(tmp_path / "train_texts.jsonl", "ab") as file:
         file.write(b'{"text": "' + b"x" * 100_000 + b"\n" + json.dumps(text_line(9, image_ids=[1])).encode())
@@ -445,8 +442,8 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 
 def test_every_kind_has_its_advice_and_every_advice_its_kind():
-    names = ("faults", "pieces", "check")
-    source = "".join((ROOT / "tools" / "curate" / f"{name}.py").read_text(encoding="utf-8") for name in names)
+    files = [*(ROOT / "tools" / "curate").glob("*.py"), *(ROOT / "sources").glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     for kind in (*faults.ERRORS, *faults.NOTES):
         assert len(re.findall(f'"{kind}"', source)) >= 2, kind
     assert not faults.ERRORS.keys() & faults.NOTES.keys()

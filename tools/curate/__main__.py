@@ -1,27 +1,24 @@
 """
-A set fit to train on (paper, sec. 2.2): look at it, filter it, pack it.
+Make a data set fit to train on (paper, sec. 2.2): check it, filter it, pack it.
 
-    python -m tools.curate check PATH                       what is wrong with a set, and where (tools/curate/check.py)
-    python -m tools.curate filter SOURCE OUT [rules]        a new set without the pairs that a rule takes
+    python -m tools.curate check PATH                       what is wrong with a set, and where (check.py)
+    python -m tools.curate filter SOURCE OUT [rules]        a new set without the pairs that break a rule
     python -m tools.curate pack SOURCE OUT [--resize 224]   a set of any layout -> tar shards
     python -m tools.curate unpack SOURCE OUT                a set of any layout -> pictures and a list, or TSV
 
-SOURCE is what train.py --data takes (sources/layouts.py); OUT is a new folder, complete when it is there.
+SOURCE is what train.py --data takes (sources/layouts.py). OUT is a new folder; it appears when it is complete.
 """
 
 import argparse
 import base64
 import collections
-import concurrent.futures
 import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,18 +26,17 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from tools.curate import check
 import model
-from sources.augment import as_rgb
-from eval import encode_images, encode_texts
-from tools.curate.faults import digest
-from sources.pairs import DataError, Pairs, SourceChanged, decode
-from sources.layouts import layout_of, open_pairs
 from common import write_json
+from eval import encode_images, encode_texts
+from sources.augment import as_rgb
+from sources.layouts import layout_of, open_pairs, splits_of
+from sources.pairs import DataError, Pairs, SourceChanged, decode
+from tools.curate import check
+from tools.curate.faults import digest
 from weights.read import WeightsError
 
-SPLITS = ("train", "valid", "test")
-SHARD = 10_000  # pairs, img2dataset's default
+SHARD = 10_000  # pairs in a shard, img2dataset's default
 CHUNK = 256  # pictures that a process looks at before it reports
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,9 +44,9 @@ CHUNK = 256  # pictures that a process looks at before it reports
 
 
 def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}_imgs.tsv and {split}_texts.jsonl; a picture once, however many captions it has."""
+    """{split}_imgs.tsv and {split}_texts.jsonl. A picture is written once, however many captions it has."""
     relation = pairs.positives[kept].tolist()
-    # of a whole split those that no caption names, too: others search among them
+    # a whole split keeps the pictures that no caption names, too: queries search among them
     images = range(pairs.image_count) if len(kept) == len(pairs) else sorted({row for _, row in relation})
     with open(os.path.join(folder, f"{split}_imgs.tsv"), "wb") as file:
         for row in tqdm(images, f"writing {split}", disable=None):
@@ -65,7 +61,8 @@ def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], pictu
 
 
 def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}/000000000.jpg ... and {split}.jsonl, a line a pair; lines with one text_id are one caption."""
+    """{split}/000000000.jpg ... and {split}.jsonl with a line for each pair; text_id tells which lines have the
+    same caption."""
     os.mkdir(os.path.join(folder, split))
     names = {}
     with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as file:
@@ -81,7 +78,7 @@ def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture
 
 
 def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}-000000.tar ..., SHARD pairs each; a picture with several captions comes with each of them."""
+    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each of them."""
     for start in tqdm(range(0, len(kept), SHARD), f"writing {split}", disable=None):
         with tarfile.open(os.path.join(folder, f"{split}-{start // SHARD:06}.tar"), "w") as shard:
             for number, i in enumerate(kept[start: start + SHARD], start):
@@ -96,14 +93,14 @@ WRITERS = {"shards": write_shards, "folder": write_folder, "official": write_off
 
 
 def ending(picture: bytes) -> str:
-    """Of a file with this picture in it. Decoded before, so it is one."""
+    """File extension for these image bytes, which have been decoded before."""
     kind = Image.open(io.BytesIO(picture)).format
     return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
 
 def resized(picture: bytes, side: int) -> bytes:
-    """The picture with its shorter side at most `side` pixels, upright, as a JPEG; a smaller one as it is.
-    The shape stays, so that training can still crop before it squashes."""
+    """The picture as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as it is. The
+    aspect ratio stays, so that training can still crop before it squashes."""
     if min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
     image = ImageOps.exif_transpose(decode(picture, "", side))
@@ -118,12 +115,12 @@ def resized(picture: bytes, side: int) -> bytes:
 # looking at pictures
 
 
-opened = functools.lru_cache(maxsize=1)(open_pairs)  # once in each process
+opened = functools.lru_cache(maxsize=1)(open_pairs)  # each process opens a split once
 
 
 def look(source: str, split: str, rows: range) -> list[tuple]:
-    """-> of each picture its shorter side, its digest, its difference hash and its mean colour; side 0 if it
-    is broken."""
+    """-> for each picture its shorter side, digest, difference hash and mean red, green and blue; zeros if it is
+    broken."""
     pairs, found = opened(source, split), []
     for row in rows:
         try:
@@ -134,34 +131,32 @@ def look(source: str, split: str, rows: range) -> list[tuple]:
             found.append((min(image.size), digest(content), difference_hash(small), red, green, blue))
         except SourceChanged:
             raise
-        except (DataError, OSError, ValueError):  # of a mode that is no RGB, as LAB
+        except (DataError, OSError, ValueError):  # the last two for modes that have no RGB, such as LAB
             found.append((0, 0, 0, 0, 0, 0))
     return found
 
 
 def difference_hash(small: Image.Image) -> int:
-    """A picture of 9 x 8 cells -> 64 bits: is each cell brighter than its right neighbour? Size, compression
-    and small changes of colour leave nearly all of them as they are."""
+    """A picture of 9 x 8 cells -> 64 bits, which say whether each cell is brighter than its right neighbour.
+    Another size, compression or small changes of colour leave nearly all bits as they are."""
     cells = np.asarray(small.convert("L"), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
 
 
 def look_at_all(source: str, split: str, workers: int) -> np.ndarray:
-    """`look`, by several processes: [N_image, 6]."""
+    """`look` at all pictures of a split by several processes -> [pictures, 6]."""
     count = opened(source, split).image_count
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    with concurrent.futures.ProcessPoolExecutor(
-            min(workers, 61) or 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        mapped = pool.map if workers else map
-        found = mapped(functools.partial(look, source, split), chunks)
-        bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
-        return np.array([row for part in bar for row in part], dtype=np.uint64)
+    found = check.in_processes(functools.partial(look, source, split), chunks, workers)
+    bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
+    return np.array([row for part in bar for row in part], dtype=np.uint64)
 
 
 def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
-    """hashes [N], mean colours [N, 3] -> [N]: the first picture that each is like, itself if there is none
-    before it. Of two hashes that differ in at most three bits, one of four 16-bit words is equal: only those
-    are compared. Flat pictures all have the hash 0, so the colours must be alike too."""
+    """hashes [N], mean colours [N, 3] -> [N]: for each picture the first one that looks like it, itself if none
+    before it does. If two hashes differ in at most three bits, at least one of their four 16-bit words is equal,
+    so only those with an equal word are compared. Flat pictures all have the hash 0, so the colours must be
+    alike too."""
     colours = colours.astype(np.int16)
     first = np.arange(len(hashes))
     for word in range(4):
@@ -183,7 +178,7 @@ def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) 
 
 @dataclass(frozen=True)
 class Rules:
-    """What filter takes. The defaults take nothing but what is broken."""
+    """Which pairs to drop. The defaults drop only what is broken."""
 
     min_chars: int = 0
     max_chars: int = 10**9
@@ -195,8 +190,8 @@ class Rules:
 
 
 def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int], dict]:
-    """-> (numbers of the pairs that stay, how many each rule took and what the scores were like). A pair is
-    taken by the first rule that it breaks, as `broken_rule` has them; then duplicates; then low scores."""
+    """-> (numbers of the pairs that stay, a report: how many pairs each rule took, percentiles of the scores).
+    The first rule that a pair breaks takes it, in the order of `broken_rule`, then duplicates, then scores."""
     pairs, taken, kept = opened(source, split), collections.Counter(), []
     looked = look_at_all(source, split, workers)
     for i in tqdm(range(len(pairs)), "reading captions", disable=None):
@@ -204,11 +199,13 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
             taken[rule] += 1
         else:
             kept.append(i)
-    if rules.duplicates != "none" and kept:  # of pictures that are still there
+    if rules.duplicates != "none" and kept:  # among the pictures that are left
         rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
-        looked = looked[rows]
-        first = (first_of_equal(looked[:, 1]) if rules.duplicates == "exact"
-                 else near_duplicates(looked[:, 2], looked[:, 3:]))
+        if rules.duplicates == "exact":
+            _, first, same = np.unique(looked[rows, 1], return_index=True, return_inverse=True)
+            first = first[same]  # [pictures]: the first picture with the same bytes
+        else:
+            first = near_duplicates(looked[rows, 2], looked[rows, 3:])
         stays = (first == np.arange(len(rows)))[place]
         if not stays.all():
             taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
@@ -223,8 +220,8 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
 
 
 def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
-    """The first rule that training pair number i breaks, "" if none. side: its picture's shorter, 0 if it is
-    broken."""
+    """The first rule that training pair number i breaks, "" if it breaks none. `side` is the shorter side of its
+    picture, 0 if that is broken."""
     try:
         caption = pairs.caption(i)
         caption.encode()
@@ -243,14 +240,8 @@ def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
     return ""
 
 
-def first_of_equal(digests: np.ndarray) -> np.ndarray:
-    """digests [N] -> [N]: the first picture with the same bytes."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    return first[inverse]
-
-
 def clip_scores(clip: model.ChineseCLIP, pairs: Pairs, kept: list[int]) -> np.ndarray:
-    """Cosine of picture and caption of each pair, [len(kept)]."""
+    """The cosine of picture and caption for each of these pairs, [len(kept)]."""
     rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
     images = encode_images(clip, lambda k: pairs.image(int(rows[k])), len(rows))
     texts = encode_texts(clip, [pairs.caption(i) for i in kept])
@@ -258,12 +249,12 @@ def clip_scores(clip: model.ChineseCLIP, pairs: Pairs, kept: list[int]) -> np.nd
 
 
 def read_words(path: str) -> tuple[str, ...]:
-    """A word a line; empty lines and lines that begin with # say nothing."""
+    """The words of a file, one on each line; empty lines and lines that begin with # are left out."""
     try:
         with open(path, encoding="utf-8") as file:
             return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); expected a word a line") from None
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,19 +262,19 @@ def read_words(path: str) -> tuple[str, ...]:
 
 
 def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rules = Rules(), resize: int = 0):
-    """Every split of a source to a new folder: the split `chosen` by these rules, the others without what is
-    broken. Beside shards, splits to measure on are TSV + JSONL: there a caption has all its pictures."""
+    """Writes every split of a source to a new folder: of the split `chosen` what the rules leave, of the others
+    all that is not broken. Splits to measure on become TSV + JSONL if the layout is shards, for only there can a
+    caption have all its pictures."""
     out = os.path.normpath(args.out)
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
-    splits = [split for split in SPLITS if layout_of(args.source, split) not in ("", "scenes")]
-    if args.source.endswith(".tar"):
-        splits = ["train"]  # a pattern has no splits
+    splits = splits_of(args.source)
     if not splits:
-        open_pairs(args.source, "train")  # says what is missing
+        open_pairs(args.source, "train")  # raises a DataError that says what is missing
+    if layout_of(args.source, splits[0]) == "scenes":
         raise DataError(f"{args.source}: drawn as they are asked for; there is nothing to write")
     if chosen and chosen not in splits:
-        raise DataError(f"{args.source}: no split {chosen!r} in it; there are {', '.join(splits)}")
+        raise DataError(f"{args.source}: no split {chosen!r} in it; it has {', '.join(splits)}")
     partial, reports = f"{out}.partial", {}
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -300,16 +291,16 @@ def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rule
             def picture(row: int, pairs: Pairs = pairs) -> bytes:
                 return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
 
-            way = "official" if split != "train" and layout == "shards" else layout  # a key has one caption
             rules_here = rules if split == chosen else Rules()
             kept, reports[split] = take(args.source, split, rules_here, args.workers)
             print_report(split, reports[split])
             if not kept:
-                raise DataError(f"{args.source}: no pair of {split} stays; above is which rule took them")
-            WRITERS[way](partial, split, pairs, kept, picture)
+                raise DataError(f"{args.source}: no pair of {split} stays; the rules above took them")
+            write = WRITERS["official" if split != "train" and layout == "shards" else layout]
+            write(partial, split, pairs, kept, picture)
         write_json(os.path.join(partial, "report.json"), reports)
         os.rename(partial, out)
-    finally:  # nothing half-written stays
+    finally:  # nothing half-written is left
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: {sum(report['kept'] for report in reports.values()):,} pairs")
 
@@ -324,26 +315,26 @@ def print_report(split: str, report: dict):
 
 
 def add_filter(parser: argparse.ArgumentParser):
-    parser.add_argument("--split", default="train", help="which split the rules are for; others stay whole")
+    parser.add_argument("--split", default="train", help="the split that the rules are for; others stay whole")
     parser.add_argument("--model", default="", help="score pairs by this weights file or released name")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to score on")
     parser.add_argument("--min-score", type=float, default=0.26, help="least cosine of picture and caption; "
-                        "0.26 is the paper's for mCLIP, so look at the percentiles of yours")
+                        "0.26 is the paper's for mCLIP, so look at the percentiles of your model")
     parser.add_argument("--min-chars", type=int, default=5, help="least characters of a caption (paper: 5)")
     parser.add_argument("--max-chars", type=int, default=50, help="most characters of a caption (paper: 50)")
-    parser.add_argument("--words", default="", metavar="FILE", help="take captions that hold one of these "
-                        "words, a line each: advertising, file names (paper, sec. 2.2)")
+    parser.add_argument("--words", default="", metavar="FILE", help="drop captions that contain a word of this "
+                        "file (one on each line), such as advertising or file names (paper, sec. 2.2)")
     parser.add_argument("--min-side", type=int, default=0, help="least pixels of a picture's shorter side")
     parser.add_argument("--duplicates", default="exact", choices=("none", "exact", "near"),
-                        help="of pictures with the same bytes, or of those that look alike, keep the first")
+                        help="keep only the first of the pictures that have the same bytes, or that look alike")
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser("python -m tools.curate", description=__doc__.split("\n\n")[0].strip())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    help_of = {"check": "what is wrong with a set, and where; exit code 1 if a run would stumble over it",
-               "filter": "write a new set without the pairs that a rule takes",
+    help_of = {"check": "print what is wrong with a set, and where; exit code 1 if a run would stop at it",
+               "filter": "write a new set without the pairs that break a rule",
                "pack": "write a set as tar shards", "unpack": "write a set as pictures and a list, or as TSV"}
     added = {name: commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -356,8 +347,8 @@ def main(argv: list[str] | None = None):
     add_filter(added["filter"])
     for name in ("pack", "unpack"):
         added[name].add_argument("--resize", type=check.at_least(0), default=0, metavar="N",
-                                 help="shrink larger pictures, once, to N pixels at the shorter side (224, "
-                                 "or 336), upright; 0: byte for byte")
+                                 help="shrink pictures to N pixels at the shorter side (224, or 336) and turn "
+                                 "them upright; 0 keeps every byte")
     added["unpack"].add_argument("--to", default="folder", choices=("folder", "official"),
                                  help="pictures and a list, or TSV + JSONL")
     args = parser.parse_args(argv)
@@ -376,12 +367,12 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # Chinese, and a histogram's blocks, on a terminal without them
+    sys.stdout.reconfigure(errors="replace")  # for terminals without Chinese or a histogram's blocks
     try:
         main()
     except (DataError, WeightsError) as error:
         sys.exit(f"error: {error}")
-    except (OSError, BrokenProcessPool) as error:
+    except OSError as error:
         sys.exit(f"error: {error}; nothing was written under the final name")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing was written under the final name")
