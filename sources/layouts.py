@@ -33,8 +33,8 @@ from PIL import Image
 
 from sources import scenes
 from sources.pairs import (
-    LIST_KEYS, DataError, Pairs, as_text, kept, lines_of, parse_json, read_at, read_csv, read_jsonl,
-    read_picture, require, stamp, strict)
+    LIST_KEYS, DataError, Pairs, as_text, check_length, kept, lines_of, parse_json, read_at, read_csv,
+    read_jsonl, read_picture, require, stamp, strict)
 from sources.shards import TarPairs, shards_of, split_outside_braces
 
 FILES = {  # layout -> its files, the first of which tells that it is there
@@ -213,7 +213,7 @@ class OfficialPairs(Pairs):
 def tsv_index(path: str) -> dict[str, np.ndarray]:
     """The ids [n] (bytes), line numbers [n] and byte offsets [n] of a TSV's pictures."""
     lines, offsets = {}, []
-    for number, start, line in strict(lines_of(path)):
+    for number, start, line in lines_of(path):
         if not line.strip():
             continue
         image_id = tsv_id(line, f"{path} line {number}")
@@ -229,7 +229,8 @@ def tsv_index(path: str) -> dict[str, np.ndarray]:
 
 
 def tsv_id(line: bytes, where: str) -> bytes:
-    """The id of a TSV's picture. DataError if no tab ends it."""
+    """The id of a TSV's picture. DataError if no tab ends it, or if the line is too long."""
+    check_length(line, where)
     image_id, tab, _ = line[: MAX_ID + 1].partition(b"\t")
     if not tab:
         raise DataError(f"{where}: one column, or an id of more than {MAX_ID} bytes; expected two, "

@@ -129,7 +129,7 @@ def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
     """The bytes of a JPEG, PNG, WebP ... -> image, fully decoded. DataError with its place if Pillow fails.
 
     If `size` is not 0, a JPEG much larger than that comes out smaller, but no side under `size`: libjpeg
-    leaves out frequencies while it decodes, several times faster than to decode everything and to shrink."""
+    leaves out frequencies while it decodes, which is several times faster than to shrink afterwards."""
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
         if size:
@@ -168,34 +168,29 @@ def open_image(path: str) -> Image.Image:
 
 def lines_of(path: str, start: int = 0, stop: int = sys.maxsize):
     """Yields (line number, byte offset, line) for each line that begins at bytes `start` to `stop`; the first
-    of them has number 1. A DataError takes the place of a line longer than LIMIT."""
+    of them has number 1. A line longer than LIMIT is cut there."""
+    number, ends = 0, not start
     with open(path, "rb") as file:
-        if start:  # what is left of the line that holds the byte before `start`
-            file.seek(start - 1)
-            skip_line(file)
-        number, offset = 1, file.tell()
-        while offset < stop and (line := file.readline(LIMIT)):
-            if len(line) == LIMIT and not line.endswith(b"\n"):
-                line = DataError(f"{path} line {number}: longer than {LIMIT:,} bytes, which no picture or "
-                                 "caption is; write the line again", "line too long")
-                skip_line(file)
-            yield number, offset, line
-            number, offset = number + 1, file.tell()
+        file.seek(max(0, start - 1))
+        while (offset := file.tell()) < stop and (line := file.readline(LIMIT)):
+            begins, ends = ends, line.endswith(b"\n")
+            if begins:  # not the rest of a line that began before, or was cut
+                number += 1
+                yield number, offset, line
 
 
-def skip_line(file):
-    """Moves behind the next line end, however far that is, in little memory."""
-    while (part := file.readline(LIMIT)) and not part.endswith(b"\n"):
-        pass
+def check_length(line: bytes, where: str):
+    """DataError if the line is so long that `lines_of` cuts it."""
+    if len(line) >= LIMIT:
+        raise DataError(f"{where}: longer than {LIMIT:,} bytes, which no picture or caption is; write the "
+                        "line again", "line too long")
 
 
 def read_jsonl(path: str):
     """Yields (line number, byte offset, object) for each line that is not blank. A DataError takes the place
     of an object that cannot be read."""
     for number, offset, line in lines_of(path):
-        if isinstance(line, DataError):
-            yield number, offset, line
-        elif line.strip():
+        if line.strip():
             try:
                 yield number, offset, parse_json(line, f"{path} line {number}")
             except DataError as error:
@@ -232,7 +227,7 @@ def read_csv(path: str):
 
 
 def strict(rows):
-    """What `lines_of`, `read_jsonl` or `read_csv` yields, but a DataError is raised: there a run stops."""
+    """What `read_jsonl` or `read_csv` yields, but a DataError among it is raised: a run stops there."""
     for number, offset, row in rows:
         if isinstance(row, DataError):
             raise row
@@ -241,6 +236,7 @@ def strict(rows):
 
 def parse_json(line: bytes, where: str) -> dict:
     """A JSON object in UTF-8. DataError if it is anything else."""
+    check_length(line, where)
     try:
         item = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -58,7 +58,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def shards_of(source: str, split: str) -> list[str]:
     """The shards of a split, [] if there are none. A pattern that ends in .tar stands for all its shards,
-    even missing ones; a folder for `split-*.tar` or `split/*.tar`, or else, if the split is train, `*.tar`."""
+    even missing ones; a folder for `split-*.tar` or `split/*.tar`, or else, for train, its `*.tar`."""
     if source.endswith(".tar"):
         paths = expand_braces(source)
         if "*" in source:
@@ -88,13 +88,8 @@ def members(path: str):
     behind the one before it and inside the file, and behind the last one there must be a block of zeros."""
     name, end = "", 0
     try:
-        total, file = os.path.getsize(path), open(path, "rb")
-    except OSError as error:
-        yield name, DataError(f"{path}: cannot be read ({error.strerror})", "unreadable file")
-        return
-    with file:
-        try:
-            shard = tarfile.open(fileobj=file, mode="r:")
+        with open(path, "rb") as file:
+            total, shard = os.path.getsize(path), tarfile.open(fileobj=file, mode="r:")
             for member in iter(shard.next, None):
                 name, last = member.name, member.offset_data + member.size
                 if member.offset < end or last > total or not 0 <= member.size < 2**32:
@@ -104,10 +99,10 @@ def members(path: str):
             file.seek(shard.offset)
             if file.read(512) != bytes(512):
                 raise ValueError(f"neither a member nor the end at byte {shard.offset}")
-        except BROKEN as error:
-            kind, what = ("truncated shard", "cut off or damaged") if name else ("not a tar", "not a tar")
-            where = f"{path} {name}".rstrip()
-            yield name, DataError(f"{where}: {what} ({error}); fetch or pack it again", kind)
+    except BROKEN as error:
+        unread = "unreadable file" if isinstance(error, OSError) else "not a tar"
+        kind = "truncated shard" if name else unread
+        yield name, DataError(f"{path} {name}".rstrip() + f": {kind} ({error}); fetch or pack it again", kind)
 
 
 def sample_of(name: str) -> tuple[str, str]:

@@ -6,7 +6,8 @@ Make a data set fit to train on (paper, sec. 2.2): check it, filter it, pack it.
     python -m tools.curate pack SOURCE OUT [--resize 224]   a set of any layout -> tar shards
     python -m tools.curate unpack SOURCE OUT                a set of any layout -> pictures and a list, or TSV
 
-SOURCE is what train.py --data takes (sources/layouts.py). OUT is a new folder; it appears when it is complete.
+SOURCE is what train.py --data takes (sources/layouts.py). OUT is a new folder, which appears when it is
+complete.
 """
 
 import argparse
@@ -61,8 +62,8 @@ def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], pictu
 
 
 def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}/000000000.jpg ... and {split}.jsonl with a line for each pair; text_id tells which lines have the
-    same caption."""
+    """{split}/000000000.jpg ... and {split}.jsonl with a line for each pair; lines with the same text_id have
+    the same caption."""
     os.mkdir(os.path.join(folder, split))
     names = {}
     with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as file:
@@ -78,7 +79,7 @@ def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture
 
 
 def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each of them."""
+    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each one."""
     for start in tqdm(range(0, len(kept), SHARD), f"writing {split}", disable=None):
         with tarfile.open(os.path.join(folder, f"{split}-{start // SHARD:06}.tar"), "w") as shard:
             for number, i in enumerate(kept[start: start + SHARD], start):
@@ -99,8 +100,8 @@ def ending(picture: bytes) -> str:
 
 
 def resized(picture: bytes, side: int) -> bytes:
-    """The picture as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as it is. The
-    aspect ratio stays, so that training can still crop before it squashes."""
+    """The picture as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as it is.
+    The aspect ratio stays, so that training can still crop before it squashes."""
     if min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
     image = ImageOps.exif_transpose(decode(picture, "", side))
@@ -119,8 +120,8 @@ opened = functools.lru_cache(maxsize=1)(open_pairs)  # each process opens a spli
 
 
 def look(source: str, split: str, rows: range) -> list[tuple]:
-    """-> for each picture its shorter side, digest, difference hash and mean red, green and blue; zeros if it is
-    broken."""
+    """-> for each picture its shorter side, digest, difference hash, mean red, green and blue; zeros if it
+    is broken."""
     pairs, found = opened(source, split), []
     for row in rows:
         try:
@@ -153,10 +154,9 @@ def look_at_all(source: str, split: str, workers: int) -> np.ndarray:
 
 
 def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
-    """hashes [N], mean colours [N, 3] -> [N]: for each picture the first one that looks like it, itself if none
-    before it does. If two hashes differ in at most three bits, at least one of their four 16-bit words is equal,
-    so only those with an equal word are compared. Flat pictures all have the hash 0, so the colours must be
-    alike too."""
+    """hashes [N], mean colours [N, 3] -> [N]: for each picture the first one that looks like it, itself if
+    none before it does. If two hashes differ in at most three bits, one of their four 16-bit words is equal,
+    so only those are compared. Flat pictures all have the hash 0, so the colours must be alike too."""
     colours = colours.astype(np.int16)
     first = np.arange(len(hashes))
     for word in range(4):
@@ -190,8 +190,8 @@ class Rules:
 
 
 def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int], dict]:
-    """-> (numbers of the pairs that stay, a report: how many pairs each rule took, percentiles of the scores).
-    The first rule that a pair breaks takes it, in the order of `broken_rule`, then duplicates, then scores."""
+    """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
+    The rules apply in the order of `broken_rule`, then duplicates go, then low scores."""
     pairs, taken, kept = opened(source, split), collections.Counter(), []
     looked = look_at_all(source, split, workers)
     for i in tqdm(range(len(pairs)), "reading captions", disable=None):
@@ -220,8 +220,8 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
 
 
 def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
-    """The first rule that training pair number i breaks, "" if it breaks none. `side` is the shorter side of its
-    picture, 0 if that is broken."""
+    """The first rule that training pair number i breaks, "" if it breaks none. `side` is the shorter side of
+    its picture, 0 if that is broken."""
     try:
         caption = pairs.caption(i)
         caption.encode()
@@ -254,7 +254,8 @@ def read_words(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8") as file:
             return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,9 +263,9 @@ def read_words(path: str) -> tuple[str, ...]:
 
 
 def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rules = Rules(), resize: int = 0):
-    """Writes every split of a source to a new folder: of the split `chosen` what the rules leave, of the others
-    all that is not broken. Splits to measure on become TSV + JSONL if the layout is shards, for only there can a
-    caption have all its pictures."""
+    """Writes every split of a source to a new folder: from the split `chosen` what the rules leave, from the
+    others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL, because a
+    caption of a shard has one picture only."""
     out = os.path.normpath(args.out)
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
@@ -315,7 +316,7 @@ def print_report(split: str, report: dict):
 
 
 def add_filter(parser: argparse.ArgumentParser):
-    parser.add_argument("--split", default="train", help="the split that the rules are for; others stay whole")
+    parser.add_argument("--split", default="train", help="the split to filter; others stay whole")
     parser.add_argument("--model", default="", help="score pairs by this weights file or released name")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to score on")
@@ -323,11 +324,11 @@ def add_filter(parser: argparse.ArgumentParser):
                         "0.26 is the paper's for mCLIP, so look at the percentiles of your model")
     parser.add_argument("--min-chars", type=int, default=5, help="least characters of a caption (paper: 5)")
     parser.add_argument("--max-chars", type=int, default=50, help="most characters of a caption (paper: 50)")
-    parser.add_argument("--words", default="", metavar="FILE", help="drop captions that contain a word of this "
-                        "file (one on each line), such as advertising or file names (paper, sec. 2.2)")
+    parser.add_argument("--words", default="", metavar="FILE", help="drop captions with a word of this file, "
+                        "one on each line: advertising, file names (paper, sec. 2.2)")
     parser.add_argument("--min-side", type=int, default=0, help="least pixels of a picture's shorter side")
     parser.add_argument("--duplicates", default="exact", choices=("none", "exact", "near"),
-                        help="keep only the first of the pictures that have the same bytes, or that look alike")
+                        help="keep only the first of the pictures with the same bytes, or that look alike")
 
 
 def main(argv: list[str] | None = None):
@@ -347,8 +348,8 @@ def main(argv: list[str] | None = None):
     add_filter(added["filter"])
     for name in ("pack", "unpack"):
         added[name].add_argument("--resize", type=check.at_least(0), default=0, metavar="N",
-                                 help="shrink pictures to N pixels at the shorter side (224, or 336) and turn "
-                                 "them upright; 0 keeps every byte")
+                                 help="shrink larger pictures to N pixels at the shorter side (224, or 336), "
+                                 "upright; 0 keeps every byte")
     added["unpack"].add_argument("--to", default="folder", choices=("folder", "official"),
                                  help="pictures and a list, or TSV + JSONL")
     args = parser.parse_args(argv)

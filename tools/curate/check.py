@@ -250,23 +250,22 @@ def at_least(low: int):
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("path", metavar="PATH", help="folder of a data set or of shards, or shards as "
                         '"name-{00000..00099}.tar" or "name-*.tar"')
-    parser.add_argument("--split", help="only this one (default: all that are there)")
-    parser.add_argument("--no-pictures", action="store_true", help="do not look into pictures: much faster")
+    parser.add_argument("--split", default="", help="check this split only, not all that are there")
+    parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures, which is much faster")
     parser.add_argument("--context-length", type=at_least(3), default=52, metavar="T",
-                        help="tokens of a caption that are read (default: %(default)s)")
+                        help="tokens of a caption that training reads")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="B",
-                        help="for the loss that repeats allow (default: %(default)s)")
-    parser.add_argument("--show", type=at_least(0), default=5, metavar="N",
-                        help="places to print of each kind (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE",
-                        help=f"write it all there, with up to {faults.CAP:,} places of each kind")
+                        help="for the bound that repeats put on the loss")
+    parser.add_argument("--show", type=at_least(0), default=5, metavar="N", help="places to print of each kind")
+    parser.add_argument("--json", default="", metavar="FILE",
+                        help=f"write the report there, with up to {faults.CAP:,} places of each kind")
     parser.add_argument("--workers", type=at_least(0), default=os.cpu_count(), metavar="N",
-                        help="processes that read; 0: this one (default: the cores, %(default)s)")
+                        help="processes that read; 0: only this one")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks, prints -> exit code: 1 if there is an error; notes do not count. DataError if there is nothing
-    to check."""
+    """Checks a set and prints the report -> exit code: 1 if there is an error, 0 if there are at most notes.
+    DataError if there is nothing to check."""
     names = [args.split] if args.split else splits_of(args.path)
     splits = [split for name in names if (split := pieces.Split(name, *find(args.path, name))).files]
     if not splits:

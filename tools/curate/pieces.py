@@ -85,9 +85,7 @@ def lines(part: Part, task: Task):
     """Yields (line number in the piece from 1, line) for each line that begins in it and is not blank."""
     for at, _, line in lines_of(task.path, task.start, task.start + task.size):
         part.lines = at
-        if isinstance(line, DataError):
-            part.note(line, at)
-        elif line.strip():
+        if line.strip():
             yield at, line
 
 
@@ -106,11 +104,11 @@ def check_pictures(part: Part, task: Task):
 def check_texts(part: Part, task: Task):
     """{split}_texts.jsonl"""
     for at, line in lines(part, task):
-        where, item, image_ids = named(task.path, at), {}, None
+        where, item, image_ids = named(task.path, at), None, None
         with part.noting(at):
             item = parse_json(line, where)
             require(item, TEXT_KEYS, where)
-        if not item:
+        if item is None:
             continue
         if "text_id" in item:
             part.rows["text_ids"].append((digest(str(item["text_id"])), at))
