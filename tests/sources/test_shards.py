@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import data
+from conftest import write_folder, write_tar
 from sources import order as order_of_training
 from sources import pairs as pairs_module
 from sources import shards
-from conftest import write_folder, write_tar
+from sources.layouts import open_pairs
 from sources.order import order, permutation
 from sources.pairs import DataError, SourceChanged
-from sources.layouts import open_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,27 @@ def test_a_shard_that_was_cut_off_gives_what_is_whole(tmp_path, capsys):
     assert "a.tar" in capsys.readouterr().out
     path.write_bytes(b"no tar at all" * 100)
     says(lambda: open_pairs(str(path), "train"), "a.tar", "no pair")
+
+
+def test_a_pair_is_whole_even_if_the_shard_is_cut_right_behind_it(tmp_path, capsys):
+    """Without the zeros that fill the last block, and without the end: the caption is there all the same."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [("1.jpg", png(1)), ("1.txt", b"one")])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"one") + 3])
+    pairs = open_pairs(str(path), "train")
+    assert pairs.texts == ["one"] and "a.tar 1.txt: truncated shard" in capsys.readouterr().out
+
+
+def test_members_and_what_they_are_in_their_sample(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x/1.2.JPG", b"abc"), ("x/1.txt", b"d")])
+    found = list(shards.members(path))
+    assert [(name, member.offset_data, member.size) for name, member in found] == [
+        ("x/1.2.JPG", 512, 3), ("x/1.txt", 1536, 1)]
+    assert [shards.sample_of(name) for name in ("x/1.JPG", "x/1.txt", "1.json", "1.cls", "x/1.2.jpg")] == [
+        ("x/1", "picture"), ("x/1", "txt"), ("/1", "json"), ("/1", ""), ("x/1", "")]
+    (name, error), = shards.members(str(tmp_path / "gone.tar"))
+    assert name == "" and isinstance(error, DataError) and error.kind == "unreadable file"
 
 
 def test_the_index_follows_the_shards(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from conftest import ROOT, typed, write_tar
 from data import tokenize, word_ids, words
 from sources import pairs
+from sources.layouts import open_pairs, splits_of
 from sources.pairs import DataError
 from tools.curate import check, faults, pieces
 
@@ -107,6 +108,19 @@ def write_clean(folder: Path, split: str = "train", first: int = 0, count: int =
     write_lines(folder / f"{split}_texts.jsonl", [text_line(n) for n in numbers])
 
 
+def test_a_wrong_line_is_found_where_it_is(tmp_path, capsys):
+    """Six pictures and six captions, then a seventh line that is no JSON."""
+    write_clean(tmp_path)
+    with open(tmp_path / "train_texts.jsonl", "ab") as file:
+        file.write(b'{"text_id": 7, "text": \n')
+    code, splits = run(tmp_path)
+    assert code == 1 and found(splits) == {("not JSON", "train_texts.jsonl", 7)}
+    out = capsys.readouterr().out
+    assert "6 pictures, 6 captions, 6 pairs" in out
+    assert "ERROR         1  not JSON: one JSON object a line; write it again or drop it" in out
+    assert f"{tmp_path / 'train_texts.jsonl'} line 7: not JSON (Expecting value" in out
+
+
 def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
     write_clean(tmp_path / "set", "train", 0)
     write_clean(tmp_path / "set", "valid", 100)
@@ -124,7 +138,7 @@ def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
 
 
 def plant_official(folder: Path) -> tuple[set, set]:
-    """-> (errors, notes)"""
+    """Writes a set with every fault of this layout -> (errors, notes)."""
     folder.mkdir()
     tsv, jsonl, planted = [], [], {}
 
@@ -147,12 +161,13 @@ def plant_official(folder: Path) -> tuple[set, set]:
     tsv.append(b"")  # an empty line is no fault, but it is counted
     plant("one column", tsv, b"alone")
     plant("one column", tsv, b"\xff\xfe\x00")
+    plant("one column", tsv, b"i" * 257 + b"\t" + encode(picture(3000)))  # a run wants ids of 256 bytes at most
     plant("empty id", tsv, b"\t" + encode(picture(3001)))
     plant("broken base64", tsv, b"b1\tabc*def")
     plant("broken base64", tsv, b"b2\tabcde")
     plant("id twice", tsv, b"1000\t" + encode(picture(3002)))
     plant("not a picture", tsv, b"b3\t")
-    jsonl.append(text_line(3003, image_ids=["alone", "\ufffd\ufffd\0", "", "b1", "b2", "b3"]))
+    jsonl.append(text_line(3003, image_ids=["alone", "\ufffd\ufffd\0", "i" * 257, "", "b1", "b2", "b3"]))
     good()
     plant("picture unused", tsv, b"u1\t" + encode(picture(3004)))
     plant("repeated picture", tsv, b"r1\t" + tsv[0].split(b"\t")[1])
@@ -380,6 +395,19 @@ def test_without_pairs(tmp_path):
     (tmp_path / "test_imgs.tsv").rename(tmp_path / "train_imgs.tsv")
     code, splits = run(tmp_path)
     assert code == 1 and found(splits, error=True) == {("no pairs", "train_texts.jsonl", None)}
+
+
+def test_splits_are_those_of_the_files(tmp_path):
+    """Also those of other names, and those that have lost their pictures; a check looks at no other source."""
+    for split in ("train", "few"):
+        write_clean(tmp_path, split)
+    write_lines(tmp_path / "valid_texts.jsonl", [text_line(0)])
+    assert splits_of(str(tmp_path)) == ["train", "valid", "few"]
+    assert run(tmp_path)[1].keys() == {"train", "valid", "few"}
+    with pytest.raises(DataError, match="valid_imgs.tsv: not there"):
+        open_pairs(str(tmp_path), "valid")
+    with pytest.raises(DataError, match="no split at all"):
+        check.run(argparse.Namespace(path="scenes-zh", split=""))
 
 
 def test_a_missing_file_is_one_error(tmp_path):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.curate import __main__ as curate
 import model
-from sources import pairs as pairs_module
 from conftest import typed
-from sources.pairs import DataError
+from sources import pairs as pairs_module
 from sources.layouts import layout_of, open_pairs
+from sources.pairs import DataError
+from tools.curate import __main__ as curate
 
 
 @pytest.fixture(autouse=True)
