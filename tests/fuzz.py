@@ -1,6 +1,6 @@
 """
-Thousands of damaged data sets: reading one may raise DataError, and nothing else may happen. It may not crash,
-hang (each case has ten seconds of a processor, however busy it is) or fill the memory (4 GB for the process).
+Thousands of damaged data sets: reading one may raise DataError, and nothing else may happen. It may not
+crash, hang (each case has ten seconds of a processor, however busy it is) or take more memory than 4 GB.
 
     python tests/fuzz.py --count 20000        # minutes; tests/test_fuzz.py runs a few hundred
 
@@ -92,7 +92,7 @@ def good_set(kind: str, rng: random.Random) -> dict[str, bytes]:
 
 
 def read(folder: str) -> list[DataError]:
-    """Reads everything that training, evaluation and python -m tools.curate read of a set -> what went wrong."""
+    """Reads all that training, evaluation and python -m tools.curate read of a set -> what went wrong."""
     try:
         pairs = open_pairs(folder, "train")
         pairs.texts, pairs.positives, pairs.fingerprint()

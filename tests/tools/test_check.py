@@ -161,7 +161,7 @@ def plant_official(folder: Path) -> tuple[set, set]:
     tsv.append(b"")  # an empty line is no fault, but it is counted
     plant("one column", tsv, b"alone")
     plant("one column", tsv, b"\xff\xfe\x00")
-    plant("one column", tsv, b"i" * 257 + b"\t" + encode(picture(3000)))  # a run wants ids of 256 bytes at most
+    plant("one column", tsv, b"i" * 257 + b"\t" + encode(picture(3000)))  # one byte too long for a run
     plant("empty id", tsv, b"\t" + encode(picture(3001)))
     plant("broken base64", tsv, b"b1\tabc*def")
     plant("broken base64", tsv, b"b2\tabcde")
@@ -398,7 +398,7 @@ def test_without_pairs(tmp_path):
 
 
 def test_splits_are_those_of_the_files(tmp_path):
-    """Also those of other names, and those that have lost their pictures; a check looks at no other source."""
+    """Also those of other names, and those that have lost their pictures. Scenes are no files to check."""
     for split in ("train", "few"):
         write_clean(tmp_path, split)
     write_lines(tmp_path / "valid_texts.jsonl", [text_line(0)])

@@ -2,317 +2,27 @@
 Make a data set fit to train on (paper, sec. 2.2): check it, filter it, pack it.
 
     python -m tools.curate check PATH                       what is wrong with a set, and where (check.py)
-    python -m tools.curate filter SOURCE OUT [rules]        a new set without the pairs that break a rule
-    python -m tools.curate pack SOURCE OUT [--resize 224]   a set of any layout -> tar shards
+    python -m tools.curate filter SOURCE OUT [rules]        a new set without pairs that break a rule (rules.py)
+    python -m tools.curate pack SOURCE OUT [--resize 224]   a set of any layout -> tar shards (rewrite.py)
     python -m tools.curate unpack SOURCE OUT                a set of any layout -> pictures and a list, or TSV
 
 SOURCE is what train.py --data takes (sources/layouts.py). OUT is a new folder, which appears when it is
-complete.
+complete. Nothing here may run in a worker: a process started by multiprocessing cannot import a __main__.py.
 """
 
 import argparse
-import base64
-import collections
-import functools
-import io
-import json
 import os
-import shutil
 import sys
-import tarfile
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import model
-from common import write_json
-from eval import encode_images, encode_texts
-from sources.augment import as_rgb
-from sources.layouts import layout_of, open_pairs, splits_of
-from sources.pairs import DataError, Pairs, SourceChanged, decode
+from sources.layouts import layout_of
+from sources.pairs import DataError
 from tools.curate import check
-from tools.curate.faults import digest
+from tools.curate.rewrite import WRITERS, rewrite
+from tools.curate.rules import Rules, read_words
 from weights.read import WeightsError
-
-SHARD = 10_000  # pairs in a shard, img2dataset's default
-CHUNK = 256  # pictures that a process looks at before it reports
-
-# ------------------------------------------------------------------------------------------------------------
-# writing a split
-
-
-def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}_imgs.tsv and {split}_texts.jsonl. A picture is written once, however many captions it has."""
-    relation = pairs.positives[kept].tolist()
-    # a whole split keeps the pictures that no caption names, too: queries search among them
-    images = range(pairs.image_count) if len(kept) == len(pairs) else sorted({row for _, row in relation})
-    with open(os.path.join(folder, f"{split}_imgs.tsv"), "wb") as file:
-        for row in tqdm(images, f"writing {split}", disable=None):
-            file.write(f"{pairs.image_id(row)}\t".encode() + base64.b64encode(picture(row)) + b"\n")
-    answers = collections.defaultdict(list)
-    for text, image in relation:
-        answers[text].append(pairs.image_id(image))
-    with open(os.path.join(folder, f"{split}_texts.jsonl"), "w", encoding="utf-8") as file:
-        for text, image_ids in answers.items():
-            line = {"text_id": pairs.text_id(text), "text": pairs.text(text), "image_ids": image_ids}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}/000000000.jpg ... and {split}.jsonl with a line for each pair; lines with the same text_id have
-    the same caption."""
-    os.mkdir(os.path.join(folder, split))
-    names = {}
-    with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-        for i in tqdm(kept, f"writing {split}", disable=None):
-            row = pairs.image_number(i)
-            if row not in names:
-                content = picture(row)
-                names[row] = f"{split}/{row:09}.{ending(content)}"
-                with open(os.path.join(folder, names[row]), "wb") as image:
-                    image.write(content)
-            line = {"image": names[row], "text": pairs.caption(i), "text_id": int(pairs.positives[i, 0])}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each one."""
-    for start in tqdm(range(0, len(kept), SHARD), f"writing {split}", disable=None):
-        with tarfile.open(os.path.join(folder, f"{split}-{start // SHARD:06}.tar"), "w") as shard:
-            for number, i in enumerate(kept[start: start + SHARD], start):
-                content = picture(pairs.image_number(i))
-                for name, part in ((ending(content), content), ("txt", pairs.caption(i).encode())):
-                    member = tarfile.TarInfo(f"{number:09}.{name}")
-                    member.size = len(part)
-                    shard.addfile(member, io.BytesIO(part))
-
-
-WRITERS = {"shards": write_shards, "folder": write_folder, "official": write_official}
-
-
-def ending(picture: bytes) -> str:
-    """File extension for these image bytes, which have been decoded before."""
-    kind = Image.open(io.BytesIO(picture)).format
-    return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
-
-
-def resized(picture: bytes, side: int) -> bytes:
-    """The picture as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as it is.
-    The aspect ratio stays, so that training can still crop before it squashes."""
-    if min(Image.open(io.BytesIO(picture)).size) <= side:
-        return picture
-    image = ImageOps.exif_transpose(decode(picture, "", side))
-    scale = side / min(image.size)
-    size = tuple(max(side, round(length * scale)) for length in image.size)
-    file = io.BytesIO()
-    as_rgb(image).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# looking at pictures
-
-
-opened = functools.lru_cache(maxsize=1)(open_pairs)  # each process opens a split once
-
-
-def look(source: str, split: str, rows: range) -> list[tuple]:
-    """-> for each picture its shorter side, digest, difference hash, mean red, green and blue; zeros if it
-    is broken."""
-    pairs, found = opened(source, split), []
-    for row in rows:
-        try:
-            content = pairs.picture(row)
-            image = decode(content, pairs.place(row))
-            small = as_rgb(image).resize((9, 8), Image.Resampling.BOX)
-            red, green, blue = np.asarray(small).mean(axis=(0, 1)).astype(int).tolist()
-            found.append((min(image.size), digest(content), difference_hash(small), red, green, blue))
-        except SourceChanged:
-            raise
-        except (DataError, OSError, ValueError):  # the last two for modes that have no RGB, such as LAB
-            found.append((0, 0, 0, 0, 0, 0))
-    return found
-
-
-def difference_hash(small: Image.Image) -> int:
-    """A picture of 9 x 8 cells -> 64 bits, which say whether each cell is brighter than its right neighbour.
-    Another size, compression or small changes of colour leave nearly all bits as they are."""
-    cells = np.asarray(small.convert("L"), dtype=np.int16)
-    return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
-
-
-def look_at_all(source: str, split: str, workers: int) -> np.ndarray:
-    """`look` at all pictures of a split by several processes -> [pictures, 6]."""
-    count = opened(source, split).image_count
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    found = check.in_processes(functools.partial(look, source, split), chunks, workers)
-    bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
-    return np.array([row for part in bar for row in part], dtype=np.uint64)
-
-
-def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
-    """hashes [N], mean colours [N, 3] -> [N]: for each picture the first one that looks like it, itself if
-    none before it does. If two hashes differ in at most three bits, one of their four 16-bit words is equal,
-    so only those are compared. Flat pictures all have the hash 0, so the colours must be alike too."""
-    colours = colours.astype(np.int16)
-    first = np.arange(len(hashes))
-    for word in range(4):
-        key = (hashes >> np.uint64(16 * word)) & np.uint64(0xFFFF)
-        order = np.argsort(key, kind="stable")
-        for group in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-            while len(group) > 1:
-                one, group = group[0], group[1:]
-                alike = np.bitwise_count(hashes[group] ^ hashes[one]) <= distance
-                alike &= (np.abs(colours[group] - colours[one]) <= 16).all(axis=1)
-                first[group[alike]] = np.minimum(first[group[alike]], one)
-                group = group[~alike]
-    return first
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the rules
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Which pairs to drop. The defaults drop only what is broken."""
-
-    min_chars: int = 0
-    max_chars: int = 10**9
-    words: tuple[str, ...] = ()
-    min_side: int = 0
-    duplicates: str = "none"
-    clip: model.ChineseCLIP | None = None  # to score pairs by
-    min_score: float = 0.0
-
-
-def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int], dict]:
-    """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
-    The rules apply in the order of `broken_rule`, then duplicates go, then low scores."""
-    pairs, taken, kept = opened(source, split), collections.Counter(), []
-    looked = look_at_all(source, split, workers)
-    for i in tqdm(range(len(pairs)), "reading captions", disable=None):
-        if rule := broken_rule(pairs, i, int(looked[pairs.image_number(i), 0]), rules):
-            taken[rule] += 1
-        else:
-            kept.append(i)
-    if rules.duplicates != "none" and kept:  # among the pictures that are left
-        rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
-        if rules.duplicates == "exact":
-            _, first, same = np.unique(looked[rows, 1], return_index=True, return_inverse=True)
-            first = first[same]  # [pictures]: the first picture with the same bytes
-        else:
-            first = near_duplicates(looked[rows, 2], looked[rows, 3:])
-        stays = (first == np.arange(len(rows)))[place]
-        if not stays.all():
-            taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
-        kept = [i for i, stay in zip(kept, stays) if stay]
-    report = {"pairs": len(pairs)}
-    if rules.clip is not None and kept:
-        scores = clip_scores(rules.clip, pairs, kept)
-        report["scores"] = {f"{q}%": round(float(np.percentile(scores, q)), 4) for q in range(0, 101, 10)}
-        taken[f"score under {rules.min_score}"] = int((scores < rules.min_score).sum())
-        kept = [i for i, score in zip(kept, scores) if score >= rules.min_score]
-    return kept, report | {"taken": dict(taken), "kept": len(kept)}
-
-
-def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
-    """The first rule that training pair number i breaks, "" if it breaks none. `side` is the shorter side of
-    its picture, 0 if that is broken."""
-    try:
-        caption = pairs.caption(i)
-        caption.encode()
-    except SourceChanged:
-        raise
-    except (DataError, UnicodeEncodeError):  # half a surrogate pair, from broken JSON
-        return "caption is no text"
-    for wrong, rule in (
-            (not side, "picture cannot be decoded"),
-            (len(caption) < rules.min_chars, f"fewer than {rules.min_chars} characters"),
-            (len(caption) > rules.max_chars, f"more than {rules.max_chars} characters"),
-            (any(word in caption for word in rules.words), "a word of the list"),
-            (side < rules.min_side, f"picture under {rules.min_side} pixels")):
-        if wrong:
-            return rule
-    return ""
-
-
-def clip_scores(clip: model.ChineseCLIP, pairs: Pairs, kept: list[int]) -> np.ndarray:
-    """The cosine of picture and caption for each of these pairs, [len(kept)]."""
-    rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
-    images = encode_images(clip, lambda k: pairs.image(int(rows[k])), len(rows))
-    texts = encode_texts(clip, [pairs.caption(i) for i in kept])
-    return (images[place] * texts).sum(dim=1).cpu().numpy()
-
-
-def read_words(path: str) -> tuple[str, ...]:
-    """The words of a file, one on each line; empty lines and lines that begin with # are left out."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the commands
-
-
-def rewrite(args: argparse.Namespace, layout: str, chosen: str = "", rules: Rules = Rules(), resize: int = 0):
-    """Writes every split of a source to a new folder: from the split `chosen` what the rules leave, from the
-    others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL, because a
-    caption of a shard has one picture only."""
-    out = os.path.normpath(args.out)
-    if os.path.exists(out):
-        raise DataError(f"{out}: already there; name a new folder")
-    splits = splits_of(args.source)
-    if not splits:
-        open_pairs(args.source, "train")  # raises a DataError that says what is missing
-    if layout_of(args.source, splits[0]) == "scenes":
-        raise DataError(f"{args.source}: drawn as they are asked for; there is nothing to write")
-    if chosen and chosen not in splits:
-        raise DataError(f"{args.source}: no split {chosen!r} in it; it has {', '.join(splits)}")
-    partial, reports = f"{out}.partial", {}
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    try:
-        for split in splits:
-            try:
-                pairs = opened(args.source, split)
-            except DataError as error:
-                if split == "train":
-                    raise
-                print(f"{split} is left out: {error}")  # MUGE's test split has no answers
-                continue
-
-            def picture(row: int, pairs: Pairs = pairs) -> bytes:
-                return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
-
-            rules_here = rules if split == chosen else Rules()
-            kept, reports[split] = take(args.source, split, rules_here, args.workers)
-            print_report(split, reports[split])
-            if not kept:
-                raise DataError(f"{args.source}: no pair of {split} stays; the rules above took them")
-            write = WRITERS["official" if split != "train" and layout == "shards" else layout]
-            write(partial, split, pairs, kept, picture)
-        write_json(os.path.join(partial, "report.json"), reports)
-        os.rename(partial, out)
-    finally:  # nothing half-written is left
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: {sum(report['kept'] for report in reports.values()):,} pairs")
-
-
-def print_report(split: str, report: dict):
-    print(f"{split}: {report['pairs']:,} pairs")
-    for rule, count in report["taken"].items():
-        print(f"   {count:>9,}  {rule}")
-    print(f"   {report['kept']:>9,}  stay")
-    if "scores" in report:
-        print("   scores, percentiles: " + ", ".join(f"{q} {s:.2f}" for q, s in report["scores"].items()))
 
 
 def add_filter(parser: argparse.ArgumentParser):
@@ -356,15 +66,16 @@ def main(argv: list[str] | None = None):
     if args.command == "check":
         sys.exit(check.run(args))
     if args.command == "pack":
-        rewrite(args, "shards", resize=args.resize)
+        rewrite(args.source, args.out, "shards", args.workers, resize=args.resize)
     elif args.command == "unpack":
-        rewrite(args, args.to, resize=args.resize)
+        rewrite(args.source, args.out, args.to, args.workers, resize=args.resize)
     else:
         rules = Rules(
             args.min_chars, args.max_chars, read_words(args.words) if args.words else (), args.min_side,
             args.duplicates, model.load(args.model, args.device)[0] if args.model else None, args.min_score)
         found = layout_of(args.source, args.split)
-        rewrite(args, found if found in WRITERS else "folder", args.split, rules)
+        layout = found if found in WRITERS else "folder"
+        rewrite(args.source, args.out, layout, args.workers, args.split, rules)
 
 
 if __name__ == "__main__":

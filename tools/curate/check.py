@@ -251,12 +251,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("path", metavar="PATH", help="folder of a data set or of shards, or shards as "
                         '"name-{00000..00099}.tar" or "name-*.tar"')
     parser.add_argument("--split", default="", help="check this split only, not all that are there")
-    parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures, which is much faster")
+    parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures: much faster")
     parser.add_argument("--context-length", type=at_least(3), default=52, metavar="T",
                         help="tokens of a caption that training reads")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="B",
                         help="for the bound that repeats put on the loss")
-    parser.add_argument("--show", type=at_least(0), default=5, metavar="N", help="places to print of each kind")
+    parser.add_argument("--show", type=at_least(0), default=5, metavar="N",
+                        help="places to print of each kind")
     parser.add_argument("--json", default="", metavar="FILE",
                         help=f"write the report there, with up to {faults.CAP:,} places of each kind")
     parser.add_argument("--workers", type=at_least(0), default=os.cpu_count(), metavar="N",
