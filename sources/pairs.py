@@ -171,12 +171,13 @@ def lines_of(path: str, start: int = 0, stop: int = sys.maxsize):
     of them has number 1. A line longer than LIMIT is cut there."""
     number, ends = 0, not start
     with open(path, "rb") as file:
-        file.seek(max(0, start - 1))
-        while (offset := file.tell()) < stop and (line := file.readline(LIMIT)):
+        offset = file.seek(max(0, start - 1))
+        while offset < stop and (line := file.readline(LIMIT)):
             begins, ends = ends, line.endswith(b"\n")
             if begins:  # not the rest of a line that began before, or was cut
                 number += 1
                 yield number, offset, line
+            offset += len(line)
 
 
 def check_length(line: bytes, where: str):
