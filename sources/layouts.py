@@ -12,9 +12,9 @@ A source is one of these; what is there tells which:
 
 A line of the official TSV is `id <tab> base64`, a line of its JSONL an object with text_id, text and the
 image_ids that belong to the text. A line of a list has the path of a picture and a text, under any of the
-column names in sources/pairs.py; lines with the same text_id are one text of several pictures. What a shard
-holds is told in sources/shards.py. For a layout of your own, write a subclass of Pairs (sources/pairs.py) and
-add it to `find` and `open_pairs`.
+column names in sources/pairs.py; lines with the same text_id are one text of several pictures. Shards hold
+KEY.jpg with KEY.txt or KEY.json (sources/shards.py). For a layout of your own, write a subclass of Pairs
+(sources/pairs.py) and add it to `find` and `open_pairs`.
 """
 
 import base64
@@ -84,10 +84,12 @@ def find(source: str, split: str) -> tuple[str, list[str]]:
     if shards := shards_of(source, split):
         return "shards", shards
     files = [os.path.join(source, name.format(split)) for name in FILES["official"]]
-    return ("official", files) if os.path.isfile(files[1]) else ("", [])  # half of it: opening it says so
+    # captions that have lost their pictures: opening them says what is missing
+    return ("official", files) if os.path.isfile(files[1]) else ("", [])
 
 
 def layout_of(source: str, split: str) -> str:
+    """The name of the layout that `find` finds."""
     return find(source, split)[0]
 
 
@@ -100,6 +102,10 @@ def splits_of(source: str) -> list[str]:
     found = (re.fullmatch(r"(.+)_(imgs\.tsv|texts\.jsonl)", name) for name in names)
     splits = dict.fromkeys(("train", "valid", "test", *(match[1] for match in found if match)))
     return [split for split in splits if layout_of(source, split)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# drawn scenes
 
 
 class ScenePairs(Pairs):

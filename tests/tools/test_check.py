@@ -117,7 +117,7 @@ def test_a_wrong_line_is_found_where_it_is(tmp_path, capsys):
     assert code == 1 and found(splits) == {("not JSON", "train_texts.jsonl", 7)}
     out = capsys.readouterr().out
     assert "6 pictures, 6 captions, 6 pairs" in out
-    assert "ERROR         1  not JSON: one JSON object a line; write it again or drop it" in out
+    assert "ERROR         1  not JSON: write one JSON object per line, or drop the line" in out
     assert f"{tmp_path / 'train_texts.jsonl'} line 7: not JSON (Expecting value" in out
 
 
@@ -225,7 +225,7 @@ def test_official_layout(tmp_path, monkeypatch, piece):
 
 
 def list_lines(folder: Path) -> tuple[list, list]:
-    """Lines of a list that JSONL and CSV have in common -> ([(image, text)], [kind or None])."""
+    """Writes pictures, good and bad -> ([(image, text)] for a JSONL or CSV, [kind of fault or None])."""
     (folder / "sub").mkdir(parents=True)
     lines, kinds = [], []
     for number in range(4):
@@ -441,8 +441,10 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "TEXT_PIECE", 3000)
     monkeypatch.setattr(pieces, "TSV_PIECE", 20_000)
     plant_official(tmp_path / "set")
+    rows = [f'"{text}",{image}'.encode() for image, text in list_lines(tmp_path / "set")[0]]
+    write_lines(tmp_path / "set" / "valid.csv", [b"text,image", b"one,too,many", *rows])
     alone, together = run(tmp_path / "set"), run(tmp_path / "set", "--workers", "2")
-    assert alone == together
+    assert alone == together and alone[1].keys() == {"train", "valid"}
 
 
 def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
