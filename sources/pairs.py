@@ -115,9 +115,9 @@ class Pairs:
 def as_text(caption, where: str) -> str:
     """The caption. DataError if it is not text, or blank."""
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the caption is {caption!r}, not text; write a string", "not text")
+        raise DataError(f"{where}: the caption is {caption!r}, not text; write a string")
     if not caption.strip():
-        raise DataError(f"{where}: the caption is blank; write one or drop the pair", "blank caption")
+        raise DataError(f"{where}: the caption is blank; write one or drop the pair")
     return caption
 
 

@@ -107,6 +107,7 @@ class Part:
 
     def note(self, error: DataError, at: int | str):
         """Takes down what a function of sources/ found wrong."""
+        assert error.kind in ERRORS, error
         self.fault(error.kind, at, str(error).removeprefix(f"{named(self.path, at)}: "))
 
     @contextlib.contextmanager
