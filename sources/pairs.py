@@ -1,6 +1,10 @@
 """
-What a set of pairs is: the interface that training and evaluation read, how a picture is decoded and how a
-list of captions is read line by line. The layouts that fulfil it: sources/layouts.py, and sources/shards.py for tar files.
+The interface through which training and evaluation read a data set, how a picture is decoded, and how a list
+of captions is read line by line. sources/layouts.py and sources/shards.py (for tar files) fulfil it.
+
+A run stops at the first fault of a list; `python -m tools.curate check` lists all of them. Both use the same
+functions: those that read one line or one picture raise a DataError that names the kind of fault, and those
+that read a whole file yield this DataError in the place of the line, so that a check can go on.
 """
 
 import contextlib
@@ -10,7 +14,11 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import struct
+import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,15 +28,27 @@ from PIL import Image, UnidentifiedImageError
 
 from common import UserError
 
-# What photos come in; Pillow knows more, among them PostScript, which it has another program execute.
+# The formats of photos. Pillow knows more, among them PostScript, which it has another program execute.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
-CACHE = os.path.join(  # of indices
+# What lists of captions call the columns of pictures and texts: ours, Hugging Face's, open_clip's, Wukong's.
+PICTURE_COLUMNS = ("image", "file_name", "filepath", "dir")
+TEXT_COLUMNS = ("text", "caption", "title")
+LIST_KEYS = (PICTURE_COLUMNS, TEXT_COLUMNS)
+LIMIT = 2**28  # bytes of a line that are read at once: no picture has 256 MB
+CACHE = os.path.join(  # where indices are kept
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip", "index")
+BROKEN = (  # what Pillow and tarfile raise on damaged files, beside the errors that they document
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError,
+    EOFError, MemoryError, struct.error, tarfile.TarError)
 
 
 class DataError(UserError):
-    """Data that is not what it should be: one line with the file, the line or key, what was expected and what
-    to do."""
+    """Data that is not what it should be. The message is one line that names the file, the line or key, what
+    was expected and what to do. `kind` is the name of the fault in tools/curate/faults.py, if it has one."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 class SourceChanged(DataError):
@@ -36,23 +56,23 @@ class SourceChanged(DataError):
 
 
 class Pairs:
-    """A split of a data set. Captions and pictures are numbered; `positives` [P, 2] says which belong
-    together, a row (caption, picture) each: several pictures a caption and several captions a picture are
-    both common. Training sees one row at a time, evaluation the whole relation."""
+    """A split of a data set. Captions and pictures are numbered; each row of `positives` [P, 2] is a caption
+    and a picture that belong together. Several pictures per caption and several captions per picture are both
+    common. Training sees one row at a time, evaluation the whole relation."""
 
-    texts: list[str]  # as they are: for evaluation
+    texts: list[str]  # unchecked, for evaluation
     image_count: int
     positives: torch.LongTensor
-    # Pairs that training shuffles at once. A source whose neighbours lie together on a disk takes fewer,
-    # which then fit into the machine's file cache: data.py, "the order of training".
+    # How many pairs training shuffles at once. A source whose neighbours lie together on a disk takes fewer,
+    # which then fit into the machine's file cache: sources/order.py.
     window = 2**20
 
     def text(self, row: int) -> str:
-        """Caption number `row`. DataError if it is something else than text."""
+        """Caption number `row`. DataError if it is not text."""
         raise NotImplementedError
 
     def picture(self, row: int) -> bytes:
-        """File number `row`, as it is."""
+        """The undecoded bytes of picture number `row`."""
         raise NotImplementedError
 
     def place(self, row: int) -> str:
@@ -60,18 +80,18 @@ class Pairs:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Of the pictures: changes when one of them, its file's size or its time does."""
+        """A hash that changes when a picture, its file's size or its file's time changes."""
         raise NotImplementedError
 
     def will_need(self, start: int, stop: int):
-        """Training pairs start to stop come next: a source on a slow disk reads them in one go."""
+        """Announces that training pairs start to stop come next; a source on a slow disk then reads ahead."""
 
     def image_id(self, row: int):
-        """What the set itself calls picture number `row`; its number where it has no name for it."""
+        """What the set itself calls picture number `row`; the number if it has no name for it."""
         return row
 
     def text_id(self, row: int):
-        """What the set itself calls caption number `row`."""
+        """What the set itself calls caption number `row`; the number if it has no name for it."""
         return row
 
     def image(self, row: int, size: int = 0) -> Image.Image:
@@ -79,15 +99,15 @@ class Pairs:
         return decode(self.picture(row), self.place(row), size)
 
     def __len__(self) -> int:
-        """Training pairs."""
+        """The number of training pairs."""
         return len(self.positives)
 
     def image_number(self, i: int) -> int:
-        """Which picture training pair number i has."""
+        """The number of the picture in training pair number i."""
         return int(self.positives[i, 1])
 
     def caption(self, i: int) -> str:
-        """Which caption training pair number i has."""
+        """The caption in training pair number i."""
         return self.text(int(self.positives[i, 0]))
 
     def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
@@ -96,9 +116,9 @@ class Pairs:
 
 
 def as_text(caption, where: str) -> str:
-    """The caption. DataError if it is something else than text, or says nothing."""
+    """The caption. DataError if it is not text, or blank."""
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the caption is {caption!r}, not text")
+        raise DataError(f"{where}: the caption is {caption!r}, not text; write a string")
     if not caption.strip():
         raise DataError(f"{where}: the caption is blank; write one or drop the pair")
     return caption
@@ -109,10 +129,10 @@ def as_text(caption, where: str) -> str:
 
 
 def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
-    """Bytes of a JPEG, PNG, WebP ... -> image, fully decoded. DataError with its place if Pillow cannot.
+    """The bytes of a JPEG, PNG, WebP ... -> image, fully decoded. DataError with its place if Pillow fails.
 
-    size: if not 0, a JPEG much larger than that comes out smaller, but no side under `size`: libjpeg leaves
-    out frequencies while it decodes, a multiple faster than to decode all and then to shrink."""
+    If `size` is not 0, a JPEG much larger than that comes out smaller, but no side under `size`: libjpeg
+    leaves out frequencies while it decodes, which is several times faster than to shrink afterwards."""
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
         if size:
@@ -120,39 +140,149 @@ def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
         image.load()
         return image
     except UnidentifiedImageError:
-        raise DataError(f"{where}: not a picture; expected one of {', '.join(FORMATS)}") from None
-    # what Pillow's decoders raise on damaged files
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a picture that can be decoded ({error})") from None
+        raise DataError(f"{where}: not a picture; expected one of {', '.join(FORMATS)}",
+                        "not a picture") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: the picture is too large ({error}); write it smaller",
+                        "enormous picture") from None
+    except BROKEN as error:
+        raise DataError(f"{where}: the picture cannot be decoded ({type(error).__name__}: {error}); "
+                        "fetch it again or drop it", "damaged picture") from None
 
 
 def read_picture(path: str) -> bytes:
-    """The file at `path`. DataError if it is gone."""
+    """The bytes of the file at `path`. DataError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or drop its line") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or drop its line",
+                        "unreadable file") from None
 
 
 def open_image(path: str) -> Image.Image:
-    """The picture at `path`. DataError if it is gone or cannot be decoded."""
+    """The picture at `path`. DataError if it cannot be read or decoded."""
     return decode(read_picture(path), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# files
+# lists of captions
+
+
+def lines_of(path: str, start: int = 0, stop: int = sys.maxsize):
+    """Yields (line number, byte offset, line) for each line that begins at bytes `start` to `stop`; the first
+    of them has number 1. A line longer than LIMIT is cut there."""
+    number, ends = 0, not start
+    with open(path, "rb") as file:
+        offset = file.seek(max(0, start - 1))
+        while offset < stop and (line := file.readline(LIMIT)):
+            begins, ends = ends, line.endswith(b"\n")
+            if begins:  # not the rest of a line that began before, or was cut
+                number += 1
+                yield number, offset, line
+            offset += len(line)
+
+
+def check_length(line: bytes, where: str):
+    """DataError if the line is so long that `lines_of` cuts it."""
+    if len(line) >= LIMIT:
+        raise DataError(f"{where}: longer than {LIMIT:,} bytes, which no picture or caption is; write the "
+                        "line again", "line too long")
+
+
+def read_jsonl(path: str):
+    """Yields (line number, byte offset, object) for each line that is not blank. A DataError takes the place
+    of an object that cannot be read."""
+    for number, offset, line in lines_of(path):
+        if line.strip():
+            try:
+                yield number, offset, parse_json(line, f"{path} line {number}")
+            except DataError as error:
+                yield number, offset, error
+
+
+def read_csv(path: str):
+    """Yields (line number, byte offset, row) for each row of a CSV whose first line names the columns. A row
+    is a dictionary; a DataError takes the place of one that cannot be read. The offset is approximate."""
+    # bytes that are not UTF-8 become half surrogates, so that they spoil only their own row
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(iter(lambda: file.readline(LIMIT), ""))
+        while True:
+            try:
+                missing = [names[0] for names in LIST_KEYS if not column(rows.fieldnames or (), names)]
+                if missing:
+                    yield 1, 0, DataError(
+                        f"{path} line 1: no column {missing[0]!r}; expected {said(LIST_KEYS)}, got "
+                        f"{rows.fieldnames or 'nothing'}. The pairs begin on line 2", "columns missing")
+                    return
+                row = next(rows)
+                where = f"{path} line {rows.line_num}"
+                if None in row:  # the cells beyond the columns that the first line names
+                    row = DataError(f"{where}: more cells than columns, {row[None][0][:40]!r} is one too "
+                                    'many; put a text with a comma in it in "quotes"', "too many cells")
+                elif re.search("[\udc80-\udcff]", "".join(filter(None, row.values()))):
+                    row = DataError(f"{where}: not UTF-8; save the file as UTF-8", "not UTF-8")
+            except StopIteration:
+                return
+            except csv.Error as error:
+                where = f"{path} line {rows.reader.line_num}"
+                row = DataError(f"{where}: not CSV ({error}); save the table again", "not CSV")
+            yield rows.reader.line_num, file.buffer.tell(), row
+
+
+def strict(rows):
+    """What `read_jsonl` or `read_csv` yields, but a DataError among it is raised: a run stops there."""
+    for number, offset, row in rows:
+        if isinstance(row, DataError):
+            raise row
+        yield number, offset, row
+
+
+def parse_json(line: bytes, where: str) -> dict:
+    """A JSON object in UTF-8. DataError if it is anything else."""
+    check_length(line, where)
+    try:
+        item = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8", "not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); write one JSON object per line", "not JSON") from None
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object, {{...}}", "not an object")
+    return item
+
+
+def require(item: dict, keys: tuple[tuple[str, ...], ...], where: str) -> list:
+    """The values of these keys, each given by its possible names. DataError if one of them is missing."""
+    found = [column(item, names) for names in keys]
+    if None in found:
+        missing = keys[found.index(None)][0]
+        raise DataError(f"{where}: no {missing!r}; expected {said(keys)}, got {list(item)}", "key missing")
+    return [item[name] for name in found]
+
+
+def column(item, names: tuple[str, ...]) -> str | None:
+    """The first of these names that the item has."""
+    return next((name for name in names if name in item), None)
+
+
+def said(keys: tuple[tuple[str, ...], ...]) -> str:
+    return " and ".join(" or ".join(names) for names in keys)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files that stay as they are during a run
 
 
 def stamp(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change): tells a file from what it was."""
+    """(size in bytes, time of the last change): a file whose stamp is the same has not changed."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
 def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -> bytes:
-    """`size` bytes of a file, or the line, from `offset` on. SourceChanged if its stamp is another than
-    expected: offsets into it mean nothing then."""
+    """`size` bytes of a file from `offset` on, or the line there. SourceChanged if its stamp is not the
+    expected one: offsets into it mean nothing then."""
     try:
         with open(path, "rb") as file:
             if stamp(path) != expected:
@@ -162,72 +292,8 @@ def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -
             return file.readline() if size < 0 else file.read(size)
     except FileNotFoundError:
         raise SourceChanged(f"{path}: gone; put it back") from None
-    except OSError as error:  # a bad sector, a network that stumbles: of this place only
+    except OSError as error:  # a bad sector or a network that stumbles: only this place is lost
         raise DataError(f"{path} at byte {offset}: cannot be read ({error.strerror})") from None
-
-
-def lines_of(path: str):
-    """Yields (line number from 1, byte offset, line) for each line with something in it."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, offset, line
-            offset += len(line)
-
-
-def read_jsonl(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", object) for each line with something in it; DataError where a line is not a JSON
-    object with these keys."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: not there; expected a line a caption, JSON objects with {said(keys)}")
-    for number, _, line in lines_of(path):
-        where = f"{path} line {number}"
-        yield where, require(parse_json(line, keys, where), keys, where)
-
-
-def parse_json(line: bytes, keys: tuple[str, ...], where: str):
-    """DataError where a line is not JSON."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, [[[[...
-        raise DataError(f"{where}: not JSON ({error}); expected an object with {said(keys)}") from None
-
-
-def read_csv(path: str, keys: tuple[str, ...]):
-    """Yields ("path line n", row) for each row of a CSV whose first line names the columns."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            for row in rows:
-                where = f"{path} line {rows.line_num}"
-                if None in row:  # what is beyond the columns that the first line names
-                    raise DataError(f"{where}: more cells than columns, {row[None][0][:40]!r} is one too "
-                                    'many; put a text with a comma in it in "quotes"')
-                yield where, require(row, keys, where)
-        except (UnicodeDecodeError, csv.Error) as error:
-            after = f"{path} after line {rows.line_num}"
-            raise DataError(f"{after}: not CSV in UTF-8 ({error}); save it as UTF-8") from None
-
-
-def require(item, keys: tuple, where: str) -> dict:
-    """The item, if it is an object with these keys; a tuple among them stands for any one of its names."""
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a {type(item).__name__}; expected an object with {said(keys)}")
-    for key in keys:
-        names = key if isinstance(key, tuple) else (key,)
-        if not any(name in item for name in names):
-            got = ", ".join(map(str, item)) or "nothing"
-            raise DataError(f"{where}: no {names[0]!r}; expected {said(keys)}, got {got}")
-    return item
-
-
-def said(keys: tuple) -> str:
-    return ", ".join(" or ".join(key) if isinstance(key, tuple) else key for key in keys)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# indices
 
 
 def kept(key: str, build) -> dict[str, np.ndarray]:
@@ -236,8 +302,8 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     folder = os.path.join(CACHE, hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32])
     try:
         os.makedirs(CACHE, exist_ok=True)
-        # One of several processes builds, the others wait. Not those that the builder has started: they would
-        # wait for ever if a script without `if __name__ == "__main__"` made them open the set again.
+        # One of several processes builds and the others wait, except those that the builder has started: they
+        # would wait for ever if a script without `if __name__ == "__main__"` made them open the set again.
         is_child = multiprocessing.parent_process() is not None
         with contextlib.nullcontext() if is_child else FileLock(f"{folder}.lock"):
             if not os.path.isdir(folder):
@@ -251,8 +317,8 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     except OSError as error:  # a home that cannot be written to: the index is built again next time
         print(f"{CACHE}: the index is not kept ({error.strerror or error})")
         return build()
-    # allow_pickle is off: arrays only. "c": pages are shared and read-only until written to, which nobody
-    # does
+    # allow_pickle is off, so only arrays are read. "c": pages are shared until they are written to, which
+    # nobody does
     return {name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="c")
             for name in sorted(os.listdir(folder))}
 

@@ -1,12 +1,12 @@
 """
 WebDataset tar shards (`KEY.jpg` and `KEY.txt` or `KEY.json`), as img2dataset writes them: the way to hundreds
 of millions of pairs. A tar file is a list of files one after the other, so with the byte offset of each a
-pair can be read from the middle of a shard: every order, every share of a rank and every position to resume
-at is the same function of numbers as for any other source. Nothing is ever unpacked: links, devices and
-whatever a member's name says stay what they are, bytes in a file.
+pair can be read from the middle of a shard: the order, a rank's share and the position to resume at are the
+same functions of numbers as for any other source. Nothing is ever unpacked: links, devices and whatever a
+member's name says remain bytes in a file.
 
-    find("set/{000000..000999}.tar", "train")     paths of the shards
-    TarPairs(paths)                               their pairs
+    shards_of("set/{000000..000999}.tar", "train")     paths of the shards
+    TarPairs(paths)                                    their pairs
 """
 
 import concurrent.futures
@@ -14,7 +14,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -24,14 +23,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.pairs import DataError, Pairs, as_text, kept, read_at, stamp
+from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, stamp
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+ROLES = dict.fromkeys(PICTURES, "picture") | {"txt": "txt", "json": "json"}
 ROW = np.dtype([  # where the two members of a pair are: 29 bytes
     ("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"),
     ("is_json", "?")])
-AHEAD = 2**26  # bytes read ahead of a stretch: of large pictures not all, or they would push each other out
-WINDOW = 2**16  # pairs shuffled at once, 64 blocks that lie together: about 2 GB of the machine's file cache
+AHEAD = 2**26  # most bytes to read ahead of a stretch; more would push out what was read ahead before
+WINDOW = 2**16  # pairs shuffled at once, 64 blocks of neighbours: about 2 GB of the machine's file cache
 
 # ------------------------------------------------------------------------------------------------------------
 # names of shards
@@ -56,18 +56,14 @@ def expand_braces(pattern: str) -> list[str]:
             for path in expand_braces(pattern[: found.start()] + choice + pattern[found.end():])]
 
 
-def find(source: str, split: str) -> list[str]:
-    """The shards of a split: of a pattern that ends in .tar all; in a folder those of `split-*.tar` or
-    `split/*.tar`, and for `train` else every *.tar. [] if there are none. DataError for one of a pattern that
-    is missing."""
+def shards_of(source: str, split: str) -> list[str]:
+    """The shards of a split, [] if there are none. A pattern that ends in .tar stands for all its shards,
+    even missing ones; a folder for `split-*.tar` or `split/*.tar`, or else, for train, its `*.tar`."""
     if source.endswith(".tar"):
         paths = expand_braces(source)
         if "*" in source:
             paths = sorted(path for pattern in paths for path in glob.glob(pattern)
                            if split != "train" or not is_held_out(path))
-        for path in paths:
-            if not os.path.isfile(path):
-                raise DataError(f"{path}: no such shard; {source} asks for {len(paths):,}")
         return paths
     folder = glob.escape(source)
     for pattern in (f"{split}-*.tar", f"{split}/*.tar", *(["*.tar"] if split == "train" else [])):
@@ -84,34 +80,59 @@ def is_held_out(path: str) -> bool:
 # the index
 
 
+def members(path: str):
+    """Yields (name, tarfile.TarInfo) for each member of a shard. A DataError takes the place of a member that
+    is damaged or not whole, and is the last.
+
+    tarfile takes garbage for the end and believes any size, even a negative one. So each member must lie
+    behind the one before it and inside the file, and behind the last one there must be a block of zeros."""
+    name, end = "", 0
+    try:
+        with open(path, "rb") as file:
+            total, shard = os.path.getsize(path), tarfile.open(fileobj=file, mode="r:")
+            for member in iter(shard.next, None):
+                name, last = member.name, member.offset_data + member.size
+                if member.offset < end or last > total or not 0 <= member.size < 2**32:
+                    raise ValueError(f"{member.size} bytes announced")
+                yield name, member
+                shard.members, end = [], shard.offset  # tarfile would keep them all
+            file.seek(shard.offset)
+            if file.read(512) != bytes(512):
+                raise ValueError(f"neither a member nor the end at byte {shard.offset}")
+    except BROKEN as error:
+        unread = "unreadable file" if isinstance(error, OSError) else "not a tar"
+        kind = "truncated shard" if name else unread
+        yield name, DataError(f"{path} {name}".rstrip() + f": {kind} ({error}); fetch or pack it again", kind)
+
+
+def sample_of(name: str) -> tuple[str, str]:
+    """Name of a member -> (key of its sample: the name up to the first dot after the last slash; its role in
+    it: picture, txt, json or "")."""
+    folder, _, file = name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    return f"{folder}/{stem}", ROLES.get(ending.lower(), "")
+
+
+def is_file(member: tarfile.TarInfo) -> bool:
+    """False for folders, links, devices and sparse files, whose bytes do not lie in the shard as they are."""
+    return member.isreg() and not member.issparse()
+
+
 def scan(path: str) -> tuple[np.ndarray, str]:
     """One shard -> (a ROW for each picture that has a caption, in the order of the pictures; what is wrong
-    with it, or ""). A key is a member's name up to the first dot after the last slash; of a .txt and a .json
-    the .txt is the caption."""
-    pictures, texts, wrong, size, end = {}, {}, "", os.path.getsize(path), -1
-    try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                if member.offset <= end or not 0 <= member.size < min(size, 2**32):
-                    raise ValueError("sizes that cannot be")
-                end = member.offset
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                if not member.isreg() or member.issparse():
-                    continue
-                where = (member.offset_data, member.size)
-                if kind.lower() in PICTURES:
-                    pictures[folder, key] = where
-                elif kind.lower() == "txt" or kind.lower() == "json" and (folder, key) not in texts:
-                    texts[folder, key] = (*where, kind.lower() == "json")
-        with open(path, "rb") as shard:  # tarfile takes the end of a file for the end of an archive
-            shard.seek(-min(size, 512), os.SEEK_END)
-            if any(shard.read()):
-                raise ValueError("no end mark")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        wrong = f"{path}: cut off or damaged ({error}); what is behind that place is left out, fetch it again"
-    rows = [(0, *pictures[key], *texts[key]) for key in pictures if key in texts
-            if sum(pictures[key]) <= size and sum(texts[key][:2]) <= size]
+    with it, or ""). If there is a .txt and a .json, the .txt is the caption."""
+    pictures, texts, wrong = {}, {}, ""
+    for name, member in members(path):
+        key, role = sample_of(name)
+        if isinstance(member, DataError):
+            wrong = f"{member}; what is behind that place is left out"
+        elif not is_file(member):
+            continue
+        elif role == "picture":
+            pictures[key] = member.offset_data, member.size
+        elif role == "txt" or role == "json" and key not in texts:
+            texts[key] = member.offset_data, member.size, role == "json"
+    rows = [(0, *pictures[key], *texts[key]) for key in pictures if key in texts]
     if not wrong and len(rows) < max(len(pictures), len(texts)):
         wrong = (f"{path}: {len(pictures):,} pictures, {len(texts):,} captions, {len(rows):,} pairs; "
                  "what has no partner is left out")
@@ -119,7 +140,7 @@ def scan(path: str) -> tuple[np.ndarray, str]:
 
 
 def index(paths: list[str]) -> dict[str, np.ndarray]:
-    """-> rows [n] of all shards, scanned by all cores; what is wrong with a shard is said once."""
+    """The rows [n] of all shards, scanned by all cores. What is wrong with a shard is printed once."""
     parts = []
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         # for a few, starting processes would take longer
@@ -148,6 +169,9 @@ class TarPairs(Pairs):
 
     def __init__(self, paths: list[str]):
         self.paths = paths
+        for path in paths:
+            if not os.path.isfile(path):
+                raise DataError(f"{path}: no such shard, of the {len(paths):,} that were asked for")
         self.stamps = [stamp(path) for path in paths]
         self.key = "\n".join(f"{os.path.abspath(p)} {s}" for p, s in zip(paths, self.stamps))
         self.rows = kept(f"tar shards, {' '.join(PICTURES)}\n" + self.key, lambda: index(paths))["rows"]
@@ -182,15 +206,8 @@ class TarPairs(Pairs):
         return self.member(row, "image")
 
     def text(self, row: int) -> str:
-        found, where = self.member(row, "text"), self.place(row, "text")
-        try:
-            text = found.decode("utf-8")
-            if self.rows[row]["is_json"]:
-                text = json.loads(text)["caption"]
-        except (ValueError, RecursionError, TypeError, KeyError) as error:
-            raise DataError(f"{where}: no caption in UTF-8 ({type(error).__name__}); "
-                            "expected text, or JSON with \"caption\"") from None
-        return as_text(text, where).strip()
+        where = self.place(row, "text")
+        return as_text(caption_in(self.member(row, "text"), self.rows[row]["is_json"], where), where).strip()
 
     def place(self, row: int, what: str = "image") -> str:
         found = self.rows[row]
@@ -209,3 +226,16 @@ class TarPairs(Pairs):
             first, last = int(here["image"].min()), int((here["image"] + here["image_size"]).max())
             with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 os.posix_fadvise(file.fileno(), first, min(last - first, AHEAD), os.POSIX_FADV_WILLNEED)
+
+
+def caption_in(content: bytes, is_json: bool, where: str):
+    """The caption in a KEY.txt or KEY.json. DataError if there is none."""
+    if is_json:
+        item = parse_json(content, where)
+        if "caption" not in item:
+            raise DataError(f'{where}: no "caption" in it; add it, or KEY.txt', "json without caption")
+        return item["caption"]
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); save it as UTF-8", "not UTF-8") from None

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import data
+from conftest import write_folder, write_tar
 from sources import order as order_of_training
 from sources import pairs as pairs_module
 from sources import shards
-from conftest import write_folder, write_tar
+from sources.layouts import open_pairs
 from sources.order import order, permutation
 from sources.pairs import DataError, SourceChanged
-from sources.layouts import open_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +82,14 @@ def test_commas_between_sources_and_in_braces():
 def test_which_shards_are_of_a_split(tmp_path):
     for name in ("000.tar", "001.tar", "valid-000.tar"):
         write_tar(tmp_path / name, members_of([1]))
-    names = [os.path.basename(path) for path in shards.find(str(tmp_path), "train")]
+    names = [os.path.basename(path) for path in shards.shards_of(str(tmp_path), "train")]
     assert names == ["000.tar", "001.tar"]
-    assert shards.find(str(tmp_path), "valid") == [str(tmp_path / "valid-000.tar")]
-    assert shards.find(str(tmp_path), "test") == []
-    assert len(shards.find(f"{tmp_path}/{{000..001}}.tar", "any")) == 2
-    assert len(shards.find(f"{tmp_path}/*.tar", "any")) == 3
-    says(lambda: shards.find(f"{tmp_path}/{{000..002}}.tar", "train"), "002.tar", "3")
-    says(lambda: shards.find("{0..99999999}.tar", "train"), "ten million")
+    assert shards.shards_of(str(tmp_path), "valid") == [str(tmp_path / "valid-000.tar")]
+    assert shards.shards_of(str(tmp_path), "test") == []
+    assert len(shards.shards_of(f"{tmp_path}/{{000..001}}.tar", "any")) == 2
+    assert len(shards.shards_of(f"{tmp_path}/*.tar", "any")) == 3
+    says(lambda: open_pairs(f"{tmp_path}/{{000..002}}.tar", "train"), "002.tar", "3")
+    says(lambda: shards.shards_of("{0..99999999}.tar", "train"), "ten million")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,6 +150,27 @@ def test_a_shard_that_was_cut_off_gives_what_is_whole(tmp_path, capsys):
     assert "a.tar" in capsys.readouterr().out
     path.write_bytes(b"no tar at all" * 100)
     says(lambda: open_pairs(str(path), "train"), "a.tar", "no pair")
+
+
+def test_a_pair_is_whole_even_if_the_shard_is_cut_right_behind_it(tmp_path, capsys):
+    """Without the zeros that fill the last block, and without the end: the caption is there all the same."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [("1.jpg", png(1)), ("1.txt", b"one")])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"one") + 3])
+    pairs = open_pairs(str(path), "train")
+    assert pairs.texts == ["one"] and "a.tar 1.txt: truncated shard" in capsys.readouterr().out
+
+
+def test_members_and_what_they_are_in_their_sample(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x/1.2.JPG", b"abc"), ("x/1.txt", b"d")])
+    found = list(shards.members(path))
+    assert [(name, member.offset_data, member.size) for name, member in found] == [
+        ("x/1.2.JPG", 512, 3), ("x/1.txt", 1536, 1)]
+    assert [shards.sample_of(name) for name in ("x/1.JPG", "x/1.txt", "1.json", "1.cls", "x/1.2.jpg")] == [
+        ("x/1", "picture"), ("x/1", "txt"), ("/1", "json"), ("/1", ""), ("x/1", "")]
+    (name, error), = shards.members(str(tmp_path / "gone.tar"))
+    assert name == "" and isinstance(error, DataError) and error.kind == "unreadable file"
 
 
 def test_the_index_follows_the_shards(tmp_path):

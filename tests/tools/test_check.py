@@ -1,4 +1,4 @@
-"""tools/curate/check.py, tools/curate/pieces.py and tools/curate/faults.py: planted faults are found where they are, and nothing else."""
+"""python -m tools.curate check: planted faults are found where they are, and nothing else is."""
 
 import argparse
 import base64
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.curate import check
-from tools.curate import faults
-from tools.curate import pieces
-from conftest import ROOT, write_tar
+from conftest import ROOT, typed, write_tar
 from data import tokenize, word_ids, words
+from sources import pairs
+from sources.layouts import open_pairs, splits_of
 from sources.pairs import DataError
+from tools.curate import check, faults, pieces
 
 
 def run(path, *options) -> tuple[int, dict]:
@@ -108,6 +108,19 @@ def write_clean(folder: Path, split: str = "train", first: int = 0, count: int =
     write_lines(folder / f"{split}_texts.jsonl", [text_line(n) for n in numbers])
 
 
+def test_a_wrong_line_is_found_where_it_is(tmp_path, capsys):
+    """Six pictures and six captions, then a seventh line that is no JSON."""
+    write_clean(tmp_path)
+    with open(tmp_path / "train_texts.jsonl", "ab") as file:
+        file.write(b'{"text_id": 7, "text": \n')
+    code, splits = run(tmp_path)
+    assert code == 1 and found(splits) == {("not JSON", "train_texts.jsonl", 7)}
+    out = capsys.readouterr().out
+    assert "6 pictures, 6 captions, 6 pairs" in out
+    assert "ERROR         1  not JSON: write one JSON object per line, or drop the line" in out
+    assert f"{tmp_path / 'train_texts.jsonl'} line 7: not JSON (Expecting value" in out
+
+
 def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
     write_clean(tmp_path / "set", "train", 0)
     write_clean(tmp_path / "set", "valid", 100)
@@ -125,7 +138,7 @@ def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
 
 
 def plant_official(folder: Path) -> tuple[set, set]:
-    """-> (errors, notes)"""
+    """Writes a set with every fault of this layout -> (errors, notes)."""
     folder.mkdir()
     tsv, jsonl, planted = [], [], {}
 
@@ -148,12 +161,13 @@ def plant_official(folder: Path) -> tuple[set, set]:
     tsv.append(b"")  # an empty line is no fault, but it is counted
     plant("one column", tsv, b"alone")
     plant("one column", tsv, b"\xff\xfe\x00")
+    plant("one column", tsv, b"i" * 257 + b"\t" + encode(picture(3000)))  # one byte too long for a run
     plant("empty id", tsv, b"\t" + encode(picture(3001)))
     plant("broken base64", tsv, b"b1\tabc*def")
     plant("broken base64", tsv, b"b2\tabcde")
     plant("id twice", tsv, b"1000\t" + encode(picture(3002)))
     plant("not a picture", tsv, b"b3\t")
-    jsonl.append(text_line(3003, image_ids=["alone", "\ufffd\ufffd\0", "", "b1", "b2", "b3"]))
+    jsonl.append(text_line(3003, image_ids=["alone", "\ufffd\ufffd\0", "i" * 257, "", "b1", "b2", "b3"]))
     good()
     plant("picture unused", tsv, b"u1\t" + encode(picture(3004)))
     plant("repeated picture", tsv, b"r1\t" + tsv[0].split(b"\t")[1])
@@ -211,7 +225,7 @@ def test_official_layout(tmp_path, monkeypatch, piece):
 
 
 def list_lines(folder: Path) -> tuple[list, list]:
-    """Lines of a list that JSONL and CSV have in common -> ([(image, text)], [kind or None])."""
+    """Writes pictures, good and bad -> ([(image, text)] for a JSONL or CSV, [kind of fault or None])."""
     (folder / "sub").mkdir(parents=True)
     lines, kinds = [], []
     for number in range(4):
@@ -383,6 +397,19 @@ def test_without_pairs(tmp_path):
     assert code == 1 and found(splits, error=True) == {("no pairs", "train_texts.jsonl", None)}
 
 
+def test_splits_are_those_of_the_files(tmp_path):
+    """Also those of other names, and those that have lost their pictures. Scenes are no files to check."""
+    for split in ("train", "few"):
+        write_clean(tmp_path, split)
+    write_lines(tmp_path / "valid_texts.jsonl", [text_line(0)])
+    assert splits_of(str(tmp_path)) == ["train", "valid", "few"]
+    assert run(tmp_path)[1].keys() == {"train", "valid", "few"}
+    with pytest.raises(DataError, match="valid_imgs.tsv: not there"):
+        open_pairs(str(tmp_path), "valid")
+    with pytest.raises(DataError, match="no split at all"):
+        check.run(argparse.Namespace(path="scenes-zh", split=""))
+
+
 def test_a_missing_file_is_one_error(tmp_path):
     write_clean(tmp_path)
     (tmp_path / "train_imgs.tsv").unlink()
@@ -405,19 +432,19 @@ def test_nothing_to_check(tmp_path):
     write_clean(tmp_path)
     with pytest.raises(DataError, match="no split valid"):
         run(tmp_path, "--split", "valid")
-    with pytest.raises(SystemExit, match="error: .*no split at all"):
-        check.main([str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as exit:
-        check.main([str(tmp_path), "--workers", "-1"])
-    assert exit.value.code == 2
+    code, said = typed("python -m tools.curate", "check", str(tmp_path / "nowhere"))
+    assert code == 1 and "error: " in said and "no split at all" in said
+    assert typed("python -m tools.curate", "check", str(tmp_path), "--workers", "-1")[0] == 2
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "TEXT_PIECE", 3000)
     monkeypatch.setattr(pieces, "TSV_PIECE", 20_000)
     plant_official(tmp_path / "set")
+    rows = [f'"{text}",{image}'.encode() for image, text in list_lines(tmp_path / "set")[0]]
+    write_lines(tmp_path / "set" / "valid.csv", [b"text,image", b"one,too,many", *rows])
     alone, together = run(tmp_path / "set"), run(tmp_path / "set", "--workers", "2")
-    assert alone == together
+    assert alone == together and alone[1].keys() == {"train", "valid"}
 
 
 def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
@@ -437,7 +464,7 @@ def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "LIMIT", 10_000)
+    monkeypatch.setattr(pairs, "LIMIT", 10_000)
     write_clean(tmp_path)
     with open(tmp_path / "train_texts.jsonl", "ab") as file:
         file.write(b'{"text": "' + b"x" * 100_000 + b"\n" + json.dumps(text_line(9, image_ids=[1])).encode())
@@ -445,8 +472,8 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 
 def test_every_kind_has_its_advice_and_every_advice_its_kind():
-    names = ("faults", "pieces", "check")
-    source = "".join((ROOT / "tools" / "curate" / f"{name}.py").read_text(encoding="utf-8") for name in names)
+    files = [*(ROOT / "tools" / "curate").glob("*.py"), *(ROOT / "sources").glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     for kind in (*faults.ERRORS, *faults.NOTES):
         assert len(re.findall(f'"{kind}"', source)) >= 2, kind
     assert not faults.ERRORS.keys() & faults.NOTES.keys()

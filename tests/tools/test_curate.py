@@ -4,24 +4,27 @@ import base64
 import io
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tools.curate import __main__ as curate
 import model
+from conftest import ROOT, typed
 from sources import pairs as pairs_module
-from conftest import typed
-from sources.pairs import DataError
 from sources.layouts import layout_of, open_pairs
+from sources.pairs import DataError
+from tools.curate import __main__ as curate
+from tools.curate import rewrite, rules
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs_module, "CACHE", str(tmp_path / "cache"))
-    curate.opened.cache_clear()
+    rules.opened.cache_clear()
 
 
 def photo(seed: int, size=(60, 50), kind: str = "JPEG") -> bytes:
@@ -99,6 +102,13 @@ def test_scores_are_cosines_and_the_lowest_go(tmp_path):
     assert report["taken"][f"score under {limit}"] == 2 and report["kept"] == 2
 
 
+def test_workers_find_what_they_are_to_do(tmp_path):
+    """As typed, where the program is __main__, which a worker cannot import."""
+    argv = ["pack", write_set(tmp_path / "set"), str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run([sys.executable, "-m", "tools.curate", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "out: 10 pairs" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("way", (["pack"], ["unpack"], ["unpack", "--to", "official"]))
 def test_there_and_back_byte_for_byte(tmp_path, way):
     source = write_set(tmp_path / "set")
@@ -152,7 +162,7 @@ def test_shrinking_keeps_shape_and_small_pictures(tmp_path):
 
 
 def test_shards_are_cut_and_numbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(curate, "SHARD", 3)
+    monkeypatch.setattr(rewrite, "SHARD", 3)
     curate.main(["pack", write_set(tmp_path / "set"), str(tmp_path / "out"), "--workers", "0"])
     names = sorted(os.listdir(tmp_path / "out"))
     assert names == ["report.json", "train-000000.tar", "train-000001.tar", "train-000002.tar",
@@ -169,12 +179,12 @@ def test_near_duplicates_differ_in_at_most_three_bits(bits, first):
             other ^= 1 << bit
         far = int(rng.integers(2**63))
         hashes = np.array([one, other, far], dtype=np.uint64)
-        assert curate.near_duplicates(hashes, grey).tolist() == [0, first, 2]
-        assert curate.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
+        assert rules.near_duplicates(hashes, grey).tolist() == [0, first, 2]
+        assert rules.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
 
 
 def test_a_duplicate_stays_when_the_first_one_goes(tmp_path):
-    """The copy whose caption is too short goes, so the other is the first; flat pictures are told by colour."""
+    """The copy with too short a caption goes, so the other is the first; flat pictures are told by colour."""
     folder = tmp_path / "set"
     folder.mkdir()
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):

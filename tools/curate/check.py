@@ -1,54 +1,55 @@
 """
-A data set before it is trained on: every fault with its place, and what else is worth knowing.
+A data set before a run trains on it: every fault with its place, and what else is worth knowing.
 
     python -m tools.curate check path/to/MUGE
     python -m tools.curate check "shards/{00000..00099}.tar" --json report.json
 
-What can be wrong with a caption or a picture: tools/curate/faults.py. Which files there are and what is in a piece of one:
-tools/curate/pieces.py. Here: who reads them, what only the whole set shows (repeats, leaks, missing pictures), the report.
+tools/curate/faults.py says what can be wrong with a caption or a picture, tools/curate/pieces.py checks one
+piece of a file. This file gives the pieces to processes, finds what only the whole set shows (repeats, leaks,
+missing pictures) and writes the report.
 
-Memory: some 100 bytes a pair, as all that stays of captions, ids and pictures are digests of 8 bytes; repeats
-are found by sorting them. That two of 200 M are equal by chance has odds of 1 in 1,000.
+A pair takes about 100 bytes of memory, because only 8-byte digests of captions, ids and pictures are kept.
+Repeats are found by sorting them. The odds that two of 200 million are equal by chance are 1 in 1,000.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import signal
-import sys
 import tarfile
 
 import numpy as np
 from tqdm import tqdm
 
-from tools.curate import faults
-from tools.curate import pieces
-from sources.pairs import DataError
 from common import write_json
+from sources.layouts import find, image_ids_of, splits_of
+from sources.pairs import DataError, lines_of, parse_json
+from tools.curate import faults, pieces
+from tools.curate.faults import named
 
-TOKENS = (2, 4, 8, 12, 16, 24, 32, 40, 53, 77, 129, 513)  # of a caption, lower ends of a histogram's bars
-SIDES = (0, 32, 64, 128, 192, 224, 256, 336, 512, 1024, 2048, 4096)  # the shorter of a picture, in pixels
+TOKENS = (2, 4, 8, 12, 16, 24, 32, 40, 53, 77, 129, 513)  # lower ends of a histogram's bars
+SIDES = (0, 32, 64, 128, 192, 224, 256, 336, 512, 1024, 2048, 4096)  # the same, in pixels
 
 # ------------------------------------------------------------------------------------------------------------
-# who reads the pieces
+# processes
 
 
-def parts(tasks, workers: int):
-    """Yields what was found in each piece, in order, read by `workers` processes (0: by this one). Few are
-    under way at a time, so that their number costs no memory."""
+def in_processes(function, tasks, workers: int):
+    """Yields function(task) for each task, in order, computed by `workers` processes (0: by this one). Few
+    tasks are under way at a time, so that their number costs no memory."""
     if not workers:
-        yield from map(pieces.work, tasks)
+        yield from map(function, tasks)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=leave_ctrl_c_to_the_parent)
+        min(workers, 61), multiprocessing.get_context("spawn"),  # Windows cannot wait for more than 61
+        initializer=leave_ctrl_c_to_the_parent)
     try:
         pending = collections.deque()
         for task in tasks:
-            pending.append(pool.submit(pieces.work, task))
+            pending.append(pool.submit(function, task))
             if len(pending) > 4 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -69,7 +70,8 @@ def leave_ctrl_c_to_the_parent():
 
 
 class Whole:
-    """A split, put together: faults, rows of digests (see faults.Part), token counts, short sides."""
+    """A split, put together from its pieces: faults, rows of digests (see faults.Part), counts of tokens and
+    of short sides."""
 
     def __init__(self, split: pieces.Split):
         self.split, self.faults, self.lines = split, faults.Faults(), collections.Counter()
@@ -77,7 +79,7 @@ class Whole:
         self.tokens, self.sides = collections.Counter(), collections.Counter()
 
     def add(self, part: faults.Part):
-        """In order: the lines of a piece are numbered from where the one before it ended."""
+        """Adds the next piece; its lines are numbered on from where the piece before it ended."""
         before = self.lines[part.path]
         for kind, places in part.faults.places.items():
             moved = ((file, at + before if isinstance(at, int) else at, what) for file, at, what in places)
@@ -90,7 +92,7 @@ class Whole:
         self.sides.update(part.sides)
 
     def close(self):
-        """What needs all pieces."""
+        """Finds what only all pieces together show."""
         for name, rows in self.rows.items():
             self.rows[name] = np.concatenate(rows)
         official = self.split.layout == "official"
@@ -113,7 +115,7 @@ class Whole:
             self.faults.add("no answers" if withheld else "no pairs", [(self.split.files[-1], "", "")], 1)
 
     def place(self, table: str, at: int) -> tuple[str, int | str]:
-        """Of a row: (file, line or name of a member)."""
+        """The place of a row: (file, line number or name of a member)."""
         if self.split.layout == "shards":
             number, block = divmod(int(at), pieces.SHARD)
             with tarfile.open(self.split.files[number], "r:") as tar:
@@ -126,7 +128,7 @@ class Whole:
         self.faults.add(kind, places, len(rows))
 
     def repeated(self, kind: str, table: str, column: int, of: "Whole | None" = None):
-        """Rows whose digest an earlier row has, or any of another split."""
+        """Adds the rows whose digest an earlier row has, or any row of another split."""
         rows = self.rows[table]
         before = of.rows[table] if of else rows[:0]
         digests = np.concatenate([before[:, column], rows[:, column]])
@@ -142,50 +144,46 @@ class Whole:
         self.add_rows(kind, table, rows[again], original)
 
     def find_missing_pictures(self):
-        """Ids of captions that the TSV has not; their lines are read again to say which."""
-        path, pairs = self.split.files[-1], self.rows["pairs"]
-        pairs = pairs[~np.isin(pairs[:, 1], self.rows["pictures"][:, 0])]
-        if not len(pairs) or not os.path.isfile(self.split.files[0]):
+        """Ids of captions that are not in the TSV; these lines are read again to say which."""
+        tsv, jsonl = self.split.files
+        pairs = self.rows["pairs"][~np.isin(self.rows["pairs"][:, 1], self.rows["pictures"][:, 0])]
+        if not len(pairs) or not os.path.isfile(tsv):
             return  # a missing file is one fault
-        wanted = collections.defaultdict(set)  # line -> digests
-        for _, name, at in pairs[:faults.CAP].tolist():
-            wanted[at].add(name)
-        places = []
-        with open(path, "rb") as file:
-            for at in range(1, max(wanted, default=0) + 1):
-                line = pieces.next_line(file)
-                for value in json.loads(line.decode("utf-8-sig"))["image_ids"] if at in wanted else ():
-                    if faults.digest(faults.id_text(value)) in wanted[at]:
-                        places.append((path, at, f"image id {faults.id_text(value)}"))
+        wanted, places = collections.defaultdict(set), []  # line number -> digests of ids
+        for _, image_id, at in pairs[:faults.CAP].tolist():
+            wanted[at].add(image_id)
+        for at, _, line in itertools.islice(lines_of(jsonl), max(wanted)):
+            if at in wanted:
+                places += [(jsonl, at, f"image id {one}") for one in image_ids_of(parse_json(line, ""), "")
+                           if faults.digest(one) in wanted[at]]
         self.faults.add("id not in the TSV", places, len(pairs))
 
 
 def loss_floor(pairs: np.ndarray, batch_size: int, batches: int = 8) -> tuple[float, float]:
-    """pairs [P, 2], digests of caption and picture -> (share of the pairs of a batch whose caption or picture
-    another has, the loss below which one-hot targets cannot come): data.repeats, for random batches."""
-    shared, floors = [0.0], [0.0]
-    for seed in range(batches if len(pairs) else 0):
-        rng = np.random.default_rng(seed)
-        rows = pairs[rng.choice(len(pairs), min(batch_size, len(pairs)), replace=False)]
-        counts = []
-        for column in rows.T:
-            _, which, count = np.unique(column, return_inverse=True, return_counts=True)
-            counts.append(count[which])
-        shared.append((np.max(counts, axis=0) > 1).mean())
-        floors.append(np.log(counts).mean(axis=1).max())  # one of n alike gets 1/n at most: ln n
-    return sum(shared) / batches, sum(floors) / batches
+    """pairs [P, 2] (numbers of caption and picture) -> the mean of `repeats` over random batches."""
+    drawn = (np.random.default_rng(seed).choice(len(pairs), min(batch_size, len(pairs)), replace=False)
+             for seed in range(batches if len(pairs) else 0))
+    found = [repeats(pairs[rows]) for rows in drawn]
+    return tuple(np.mean(found or [(0, 0)], axis=0).tolist())
+
+
+def repeats(numbers: np.ndarray) -> tuple[float, float]:
+    """numbers [B, 2] of the captions and pictures of a batch's pairs -> (the share of pairs whose caption or
+    picture another pair has too; the loss below which one-hot targets cannot come). n equal captions cannot
+    be told apart, so each gets a probability of at most 1/n, which is a loss of ln n."""
+    counts = []
+    for column in numbers.T:
+        _, which, count = np.unique(column, return_inverse=True, return_counts=True)
+        counts.append(count[which])  # [B]: how many pairs of the batch have this caption, or this picture
+    return (np.max(counts, axis=0) > 1).mean(), np.log(counts).mean(axis=1).max()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def named(file: str, at: int | str) -> str:
-    return f"{file} line {at}" if isinstance(at, int) else f"{file} {at}".rstrip()
-
-
 def summary(whole: Whole, batch_size: int) -> dict:
-    """All that is known of a split, for --json and to print."""
+    """All that is known about a split, to print and for --json."""
     captions = whole.rows["captions"][:, 0]
     counts = np.unique(captions, return_counts=True)[1]
     share, floor = loss_floor(whole.pairs[:, :2], batch_size)
@@ -196,7 +194,8 @@ def summary(whole: Whole, batch_size: int) -> dict:
                       for file, at, what in whole.faults.places[kind]]
             kinds[kind] = {"error": kind in faults.ERRORS, "count": count, "places": places}
     return {
-        "layout": whole.split.layout, "files": [faults.shown(file) for file in whole.split.files],
+        "layout": {"jsonl": "list", "csv": "list"}.get(whole.split.layout, whole.split.layout),
+        "files": [faults.shown(file) for file in whole.split.files],
         "pictures": len(whole.rows["pictures"]), "captions": len(captions), "pairs": len(whole.pairs),
         "repeated_captions": float(counts[counts > 1].sum() / max(1, len(captions))),
         "batch_size": batch_size, "repeated_in_batch": float(share), "loss_floor": float(floor),
@@ -251,29 +250,33 @@ def at_least(low: int):
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("path", metavar="PATH", help="folder of a data set or of shards, or shards as "
                         '"name-{00000..00099}.tar" or "name-*.tar"')
-    parser.add_argument("--split", help="only this one (default: all that are there)")
-    parser.add_argument("--no-pictures", action="store_true", help="do not look into pictures: much faster")
+    parser.add_argument("--split", default="", help="check this split only, not all that are there")
+    parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures: much faster")
     parser.add_argument("--context-length", type=at_least(3), default=52, metavar="T",
-                        help="tokens of a caption that are read (default: %(default)s)")
+                        help="tokens of a caption that training reads")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="B",
-                        help="for the loss that repeats allow (default: %(default)s)")
+                        help="for the bound that repeats put on the loss")
     parser.add_argument("--show", type=at_least(0), default=5, metavar="N",
-                        help="places to print of each kind (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE",
-                        help=f"write it all there, with up to {faults.CAP:,} places of each kind")
+                        help="places to print of each kind")
+    parser.add_argument("--json", default="", metavar="FILE",
+                        help=f"write the report there, with up to {faults.CAP:,} places of each kind")
     parser.add_argument("--workers", type=at_least(0), default=os.cpu_count(), metavar="N",
-                        help="processes that read; 0: this one (default: the cores, %(default)s)")
+                        help="processes that read; 0: only this one")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks, prints -> exit code: 1 if there is an error; notes do not count. DataError if there is nothing
-    to check."""
-    splits = pieces.find(args.path, args.split)
-    wholes = {name: Whole(split) for name, split in splits.items()}
-    tasks = itertools.chain.from_iterable(pieces.tasks(split, args) for split in splits.values())
-    total = sum(pieces.size(file) for split in splits.values() for file in split.files)
+    """Checks a set and prints the report -> exit code: 1 if there is an error, 0 if there are at most notes.
+    DataError if there is nothing to check."""
+    names = [args.split] if args.split else splits_of(args.path)
+    splits = [split for name in names if (split := pieces.Split(name, *find(args.path, name))).files]
+    if not splits:
+        raise DataError(f"{args.path}: no split {args.split or 'at all'} in it; expected SPLIT_imgs.tsv with "
+                        "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
+    wholes = {split.name: Whole(split) for split in splits}
+    tasks = itertools.chain.from_iterable(pieces.tasks(split, args) for split in splits)
+    total = sum(pieces.size_of(file) for split in splits for file in split.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="check", disable=None) as bar:
-        for part in parts(tasks, args.workers):
+        for part in in_processes(pieces.work, tasks, args.workers):
             wholes[part.split].add(part)
             bar.update(part.size)
     for whole in wholes.values():
@@ -288,19 +291,3 @@ def run(args: argparse.Namespace) -> int:
     for name in found:
         print_report(name, found[name], args)
     return int(any(row["error"] for split in found.values() for row in split["kinds"].values()))
-
-
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser("python -m tools.curate check", description=(
-        "What is wrong with a data set, and where. Exit code 1 if there is an error, 0 if at most notes."))
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args(argv)))
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,88 +1,80 @@
 """
-What can be wrong with a data set, and how a line of JSON, a caption and a picture are looked at.
+What can be wrong with a data set, and how a caption and a picture are looked at.
 
-What one process finds in a piece of a file is a `Part`. Of captions, ids and pictures only 8-byte digests
-leave it, by which tools/curate/check.py finds repeats. The files and their pieces: tools/curate/pieces.py.
-
-ERRORS: training would refuse or skip it, or should not learn from it. NOTES: worth knowing.
+ERRORS are faults at which training would stop, or from which it should not learn. NOTES are worth knowing. A
+`Part` holds what one process finds in a piece of a file (tools/curate/pieces.py). Workers return only 8-byte
+digests of captions, ids and pictures, by which tools/curate/check.py finds repeats.
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
-import json
 import re
-import struct
-import tarfile
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data import word_ids, words
-from sources.pairs import DataError, decode
+from sources.pairs import BROKEN, DataError, decode
 
-LIMIT = 2**28  # bytes of a line or a file that are looked at: no picture has 256 MB
-CAP = 1000  # places kept of each kind; all are counted
-COLUMNS = {"captions": 2, "text_ids": 2, "pictures": 3, "pairs": 3}
+CAP = 1000  # places that are kept of each kind; all of them are counted
+COLUMNS = {"captions": 2, "text_ids": 2, "pictures": 3, "pairs": 3}  # of the tables of digests, see Part
 ERRORS = {  # kind -> what to do
     "unreadable file": "put it there, or make it readable",
     "line too long": "no picture or caption has 256 MB; write the line again",
     "not UTF-8": "save the file as UTF-8",
-    "not JSON": "one JSON object a line; write it again or drop it",
-    "not an object": "one JSON object a line, {...}",
+    "not JSON": "write one JSON object per line, or drop the line",
+    "not an object": "write one JSON object per line, {...}",
     "key missing": "add the key or drop the line",
     "text_id twice": "give each caption its own number",
-    "image_ids not a list": "write a list, also of a single id",
+    "image_ids not a list": "write a list, even of a single id",
     "id not in the TSV": "add the picture or drop the id",
-    "one column": "two columns, `id <tab> base64`",
+    "one column": "write two columns, `id <tab> base64`, with an id of at most 256 bytes",
     "id twice": "drop one of them",
     "empty id": "give the picture an id",
     "broken base64": "write the picture again",
     "not a picture": "drop it, or write it as one of the formats named",
     "damaged picture": "fetch the file again or drop it",
-    "enormous picture": "write it smaller; Pillow takes it for an attack",
-    "not text": "a caption is a string",
+    "enormous picture": "write it smaller; Pillow refuses it as an attack",
+    "not text": "write the caption as a string",
     "blank caption": "write one or drop the pair",
     "columns missing": "name the columns image and text in the first line",
     "not CSV": "save the table again",
     "too many cells": 'put a text with a comma in it in "quotes"',
-    "path not text": "image is the path of a picture in the folder",
+    "path not text": "write the path of a picture in the folder",
     "picture missing": "put it there or drop the line",
     "not a tar": "pack the shard again, uncompressed",
     "truncated shard": "fetch or pack the shard again",
-    "member outside": "pack with paths inside the shard: no .. and no / in front",
+    "member outside": "pack with paths inside the shard, without .. and without / in front",
     "member not a file": "pack files, not links, devices or sparse files",
     "picture without caption": "add KEY.txt or KEY.json, or drop the picture",
     "caption without picture": "add KEY.jpg, or drop the caption",
     "json without caption": "add the key caption, or KEY.txt",
-    "key twice": "one picture and one caption a key",
+    "key twice": "keep one picture and one caption per key",
     "no pairs": "there is nothing to learn or to measure recall on",
 }
 NOTES = {
     "no image_ids": "this caption is in no pair",
-    "no answers": "a test set whose answers are withheld: it cannot be measured on",
-    "path outside": "a path with .. or / in front: read here, but the set cannot be moved",
+    "no answers": "the answers of this test set are withheld; recall cannot be measured on it",
+    "path outside": "a path with .. or / in front can be read here, but the set cannot be moved",
     "picture unused": "no caption names it",
-    "large picture": "slow to decode; write it smaller",
-    "CMYK": "made for print; colours may look different in RGB",
-    "16 bits": "brightness is cut at 255: most of it may become white; write it with 8 bits",
+    "large picture": "it is slow to decode; write it smaller",
+    "CMYK": "it is made for print; its colours may look different in RGB",
+    "16 bits": "brightness is cut at 255, so most of it may become white; write it with 8 bits",
     "animated": "only the first frame is seen",
     "transparent": "what lies under transparent pixels is seen; paste it on a background",
     "sideways": "EXIF asks for a turn that training does not do; pack --resize turns it",
-    "tiny picture": "under 32 pixels; it will be blown up",
-    "repeated picture": "byte for byte the same under another name",
-    "picture in train too": "recall is measured on what was learnt",
+    "tiny picture": "a side has under 32 pixels and will be enlarged",
+    "repeated picture": "another name has the same bytes",
+    "picture in train too": "recall would be measured on what was learnt",
     "long caption": "its end is cut; see --context-length",
-    "repeated caption": "in one batch they cannot be told apart",
-    "caption in train too": "recall is measured on what was learnt",
+    "repeated caption": "in one batch, equal captions cannot be told apart",
+    "caption in train too": "recall would be measured on what was learnt",
     "replacement characters": "text was read in a wrong encoding once; fetch it again",
     "control characters": "they vanish in tokenize; clean them",
     "HTML entities": "write the character itself",
 }
-BROKEN = (  # what Pillow and tarfile raise on garbage, beside what they should
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError,
-    EOFError, MemoryError, struct.error, tarfile.TarError)
-
 # ------------------------------------------------------------------------------------------------------------
 # what is found
 
@@ -100,9 +92,9 @@ class Faults:
 
 
 class Part:
-    """What was found in a piece (pieces.Task). Rows of digests, their place last: captions (caption, at),
-    text_ids (id, at), pictures (id, content or 0, at), pairs (caption or 0 if it is none, id of the picture,
-    at)."""
+    """What was found in a piece of a file (pieces.Task). Rows hold digests, and last their place `at`, a line
+    number or the number of a shard's member: captions (caption, at), text_ids (id, at), pictures (id,
+    content or 0, at), pairs (caption or 0, id of the picture, at)."""
 
     def __init__(self, task):
         self.split, self.path, self.size, self.args = task.split, task.path, task.size, task.args
@@ -113,22 +105,22 @@ class Part:
     def fault(self, kind: str, at: int | str, what: str = ""):
         self.faults.add(kind, [(self.path, at, what)], 1)
 
-    def object(self, line: bytes, at: int | str, keys: tuple[str, ...]) -> dict | None:
-        """A line of JSON; None with a fault if it is none."""
+    def note(self, error: DataError, at: int | str):
+        """Takes down what a function of sources/ found wrong."""
+        assert error.kind in ERRORS, error
+        self.fault(error.kind, at, str(error).removeprefix(f"{named(self.path, at)}: "))
+
+    @contextlib.contextmanager
+    def noting(self, at: int | str):
+        """Where a run stops at a DataError, the check takes it down and goes on behind the `with`."""
         try:
-            item = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            return self.fault("not UTF-8", at, str(error))
-        except (ValueError, RecursionError) as error:
-            return self.fault("not JSON", at, str(error))
-        if not isinstance(item, dict):
-            return self.fault("not an object", at, f"a {type(item).__name__}")
-        if missing := [key for key in keys if key not in item]:
-            self.fault("key missing", at, f"no {', '.join(missing)}; got {', '.join(item) or 'nothing'}")
-        return item
+            yield
+        except DataError as error:
+            self.note(error, at)
 
     def caption(self, text, at: int, place: int | str) -> int:
-        """-> its digest, 0 if it is none. `place`: `at` if that is a line, the name of member number `at`."""
+        """Looks at a caption -> its digest, 0 if it is none. `place` is the line `at`, or the name of member
+        number `at`."""
         if not isinstance(text, str):
             return self.fault("not text", place, f"a {type(text).__name__}") or 0
         tokens = sum(len(word_ids(word)) for word in words(text))
@@ -148,25 +140,20 @@ class Part:
         return digest(text)
 
     def picture(self, name: int, content: bytes | None, at: int, place: int | str, what: str):
-        """A row, and what is to be said of the content, if there is any. `name`: digest of its id."""
-        if content is None or self.args.no_pictures:
-            return self.rows["pictures"].append((name, 0, at))
-        self.rows["pictures"].append((name, digest(content), at))
-        with warnings.catch_warnings(record=True) as warned:
+        """Looks at a picture, if it has content. `name` is the digest of its id, `what` says which it is."""
+        looks = content is not None and not self.args.no_pictures
+        self.rows["pictures"].append((name, digest(content) if looks else 0, at))
+        if not looks:
+            return
+        with warnings.catch_warnings(record=True) as warned, self.noting(place):
             warnings.simplefilter("always")
-            try:
-                image = decode(content, what)
-            except DataError as error:
-                kinds = {UnidentifiedImageError: "not a picture",
-                         Image.DecompressionBombError: "enormous picture"}
-                return self.fault(kinds.get(type(error.__context__), "damaged picture"), place, str(error))
-            except BROKEN as error:
-                return self.fault("damaged picture", place, f"{what}: {error!r}")
+            image = decode(content, what)
             self.sides[min(image.size)] += 1
-            for kind in peculiarities(image):
+            kinds = list(peculiarities(image))
+            if any(warning.category is Image.DecompressionBombWarning for warning in warned):
+                kinds.append("large picture")
+            for kind in kinds:
                 self.fault(kind, place, f"{what}: {image.format} {image.mode} {image.width} x {image.height}")
-        if any(w.category is Image.DecompressionBombWarning for w in warned):
-            self.fault("large picture", place, f"{what}: {image.width} x {image.height}")
 
 
 def peculiarities(image: Image.Image):
@@ -182,23 +169,23 @@ def peculiarities(image: Image.Image):
             yield "transparent"
         if image.getexif().get(0x0112, 1) in range(2, 9):  # the tag Orientation
             yield "sideways"
-        if image.format != "MPO" and getattr(image, "is_animated", False):  # a phone's JPEG with a preview
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a phone's, with a preview
             yield "animated"
     except BROKEN:  # damage in what training does not look at: EXIF, later frames
         return
 
 
 def digest(content: bytes | str) -> int:
-    """8 bytes, never 0."""
+    """A hash of 8 bytes, never 0."""
     content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1
 
 
-def id_text(value) -> str:
-    """An id of JSON as sources/layouts.py compares it; of a list or an object, which is none, its type."""
-    return type(value).__name__ if isinstance(value, (list, dict)) else str(value)
-
-
 def shown(text: str) -> str:
-    """In one line that any terminal prints, 200 characters of it."""
+    """The first 200 characters, in one line that any terminal prints."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+
+
+def named(file: str, at: int | str) -> str:
+    """A place: "FILE line 7", "SHARD member", or the file alone if `at` is ""."""
+    return f"{file} line {at}" if isinstance(at, int) else f"{file} {at}".rstrip()
