@@ -69,10 +69,8 @@ def test_figures_of_the_text_are_those_of_the_code():
 
 
 @pytest.mark.parametrize("language", READMES)
-def test_it_is_short_and_begins_with_the_result(language):
-    lines = read(language).splitlines()
-    assert len(lines) <= 200
-    assert lines.index("<!-- command: demo -->") < 25
+def test_it_begins_with_the_result(language):
+    assert read(language).splitlines().index("<!-- command: demo -->") < 25
 
 
 def test_both_languages_have_the_same_figures():
@@ -85,8 +83,3 @@ def test_both_languages_have_the_same_figures():
 
     assert figures("README.md") == figures("README_zh.md")
     assert tables("README.md") == tables("README_zh.md") != []
-
-
-def test_pictures_are_light():
-    pictures = list((ROOT / "docs").glob("*.png"))
-    assert len(pictures) == 2 and sum(path.stat().st_size for path in pictures) <= 200_000
