@@ -34,6 +34,7 @@ PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob
 ONCE = [page for page in PAGES if page.name != "README_zh.md"]  # whose code is README.md's, as a test says
 PROGRAMS = ("train.py", "eval.py", "tools.curate", "tools.measure", "tools.weights", "tools.bench")
 ids = dict(ids=lambda page: page.name)
+pytestmark = pytest.mark.filterwarnings("ignore:'tools.*found in sys.modules")  # other tests import it
 
 # ------------------------------------------------------------------------------------------------------------
 # what stands on a page
