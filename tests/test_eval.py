@@ -45,7 +45,7 @@ def test_recall_by_hand():
     positives = torch.tensor([[0, 4], [1, 5], [2, 9]])  # (caption, picture) pairs that belong together
     text_ranks, _ = measure.ranks(captions, pictures, positives)
     assert text_ranks.tolist() == [0, 3, 11]
-    recall = measure.recall(text_ranks)  # how many of the three ranks are below 1, 5 and 10?
+    recall = t2i(captions, pictures, positives)  # how many of the three ranks are below 1, 5 and 10?
     assert recall == pytest.approx({"R@1": 100 / 3, "R@5": 200 / 3, "R@10": 200 / 3, "mean": 500 / 9})
 
 

@@ -1,4 +1,5 @@
-"""What the README shows: its snippet runs, its numbers are the models'."""
+"""What the README shows: its snippet downloads and runs, its figures are the code's, and it says the same in
+both languages."""
 
 import re
 from pathlib import Path
@@ -10,14 +11,16 @@ from PIL import Image
 from hub import FILE, NAME
 from checkpoints import VIT, built, official
 
+from sources import order, shards
+from sources.classes import TEMPLATES, read_templates
 from weights import download
 from model import MODELS, ChineseCLIP
 
 READMES = ("README.md", "README_zh.md")
 
 
-def read(language: str) -> str:
-    return (ROOT / language).read_text(encoding="utf-8")
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("language", READMES)
@@ -49,13 +52,34 @@ def test_table_of_the_released_models(language):
         assert f"`{name}`" in read(language)
 
 
+def test_figures_of_the_text_are_those_of_the_code():
+    sets = [path for path in (ROOT / "labels").iterdir() if path.name != "templates.txt"]
+    assert f"templates of {len(sets)} data sets" in read("README.md")
+    general = len(read_templates(TEMPLATES))
+    assert f"the {general} general ones" in read("docs/measuring.md").replace("\n", " ")
+    stretches = shards.WINDOW // order.BLOCK
+    assert (f"{shards.WINDOW:,} pairs at a time, drawn from {stretches} stretches"
+            in read("docs/data.md").replace("\n", " "))
+    views, width = 4, MODELS["ViT-B-16"].embed_dim  # in float16
+    assert f"{views * width * 2 // 1024} KB per picture" in read("docs/scaling.md").replace("\n", " ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the form
+
+
 @pytest.mark.parametrize("language", READMES)
-def test_speed_is_that_of_the_benchmarks(language):
-    """Every figure of the table stands in a row of docs/benchmarks.md with the same words."""
-    benchmarks = [re.split(r" *\| *", line) for line in read("docs/benchmarks.md").splitlines() if line[:1] == "|"]
-    rows = re.findall(r"^\| `(?:encode|load|eval|train|data)` \| (.+?) \| (.+) \|$", read(language), re.M)
-    assert len(rows) > 8
-    for what, figures in rows:
-        words, numbers = what.split("; "), re.findall(r"\d[\d,.]*", figures)
-        cells = [row + " ".join(row).split() for row in benchmarks]  # some say more than the number
-        assert any(all(part in row for part in words + numbers) for row in cells), what
+def test_it_begins_with_the_result(language):
+    assert read(language).splitlines().index("<!-- command: demo -->") < 25
+
+
+def test_both_languages_have_the_same_figures():
+    def figures(language: str) -> set[str]:
+        outside_code = re.sub(r"^```.*?^```", "", read(language), flags=re.DOTALL | re.MULTILINE)
+        return set(re.findall(r"\d[\d,./-]*\d|\d", outside_code))
+
+    def tables(language: str) -> list[str]:
+        return re.findall(r"^```\n( +mean .*?)^```", read(language), re.DOTALL | re.MULTILINE)
+
+    assert figures("README.md") == figures("README_zh.md")
+    assert tables("README.md") == tables("README_zh.md") != []

@@ -17,12 +17,12 @@ import sys
 import torch
 
 import model
+from common import one_line_errors
 from sources.layouts import layout_of
-from sources.pairs import DataError
 from tools.curate import check
 from tools.curate.rewrite import WRITERS, rewrite
 from tools.curate.rules import Rules, read_words
-from weights.read import WeightsError
+
 
 
 def add_filter(parser: argparse.ArgumentParser):
@@ -80,11 +80,5 @@ def main(argv: list[str] | None = None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for terminals without Chinese or a histogram's blocks
-    try:
+    with one_line_errors(then="; nothing was written under the final name"):
         main()
-    except (DataError, WeightsError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error}; nothing was written under the final name")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written under the final name")
