@@ -95,7 +95,7 @@ def pair_features(clip, pairs: Pairs, context_length: int = 52) -> tuple[torch.T
 # recall
 
 
-def recall_at_k(queries, gallery, positives, tile: int = 0) -> list[dict[str, float]]:
+def recall_at_k(queries, gallery, positives, tile: int = 0) -> tuple[dict[str, float], ...]:
     """{"R@1", "R@5", "R@10", "mean"} in percent: of the queries among the gallery, and of the gallery's
     items, as queries, among the queries. The arguments are those of `ranks`."""
     results = []
@@ -103,7 +103,7 @@ def recall_at_k(queries, gallery, positives, tile: int = 0) -> list[dict[str, fl
         counted = found[found >= 0]  # a query without a right answer does not count
         shares = {f"R@{k}": 100 * (counted < k).sum().item() / len(counted) for k in KS}
         results.append(shares | {"mean": sum(shares.values()) / len(KS)})
-    return results
+    return tuple(results)
 
 
 def ranks(queries, gallery, positives, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
