@@ -39,10 +39,9 @@ from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, seeded)
 from training.distill import distillation_loss, teach
-from training.parallel import average_statistics, distribute
+from training.processes import average_statistics, distribute, started
 from training.recipes import Config, chained, loader_processes, parse, schedule, warmup_steps
 from training.tiles import DENSE_LIMIT, tiled_loss
-from training.workers import started
 from weights.start import initialise
 
 # ------------------------------------------------------------------------------------------------------------

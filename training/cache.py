@@ -27,7 +27,7 @@ from sources.augment import augment
 from data import DRAFT, Stream, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
-from training.workers import started
+from training.processes import started
 from training.recipes import Config, loader_processes
 from common import write_json
 

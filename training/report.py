@@ -167,7 +167,6 @@ def open_log(cfg: Config, step: int, history: list[dict]):
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
         replace_text(path, "".join(kept))
-    os.makedirs(cfg.out, exist_ok=True)
     return open(path, "a", encoding="utf-8")
 
 
