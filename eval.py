@@ -260,7 +260,7 @@ def run_command(parser, args, run):
         clip, _ = model.load(args.model, device, dtype=args.dtype)
         result = run(args, clip)
         if args.out and rank() == 0:
-            write_json(args.out, vars(args) | result)
+            write_json(args.out, vars(args) | {"device": device.type} | result)
         print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))
     leave_processes()
 
