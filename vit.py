@@ -39,7 +39,7 @@ class QuickGELU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The plain formula, x * torch.sigmoid(1.702 * x), makes three tensors [B, T, 4D], the widest of a
         # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is the same: autograd keeps only y,
-        # and without autograd only y is made, which takes half the time on a CPU (BENCHMARKS.md).
+        # and without autograd only y is made, which takes half the time on a CPU (docs/benchmarks.md).
         return F.silu(1.702 * x, inplace=not x.requires_grad).div_(1.702)
 
 
