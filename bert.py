@@ -24,7 +24,7 @@ LAYER_NORM_EPS = 1e-12  # BERT's; PyTorch's default is 1e-5
 class BertConfig:
     layers: int = 12
     width: int = 768  # D
-    heads: int = 12  # no tensor shape shows it, so it travels with the weights
+    heads: int = 12  # the shapes of the weights do not reveal it, so `save` stores it
     vocab_size: int = 21128
     max_positions: int = 512
     token_types: int = 2  # sentence A and B; captions are always sentence A, row 0
@@ -148,7 +148,7 @@ class Bert(nn.Module):
         if ids.shape[1] > self.max_positions:
             raise ValueError(
                 f"{ids.shape[1]} tokens per caption, but the position table ends at {self.max_positions}")
-        # ids may be on the CPU while the weights are on a GPU: then cut_padding need not wait for the GPU.
+        # Reading .max() from a GPU would wait for the GPU, so ids may stay on the CPU until they are cut.
         ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
         pad_mask = ids != PAD_ID  # [B, T]
         return self.encoder(self.embeddings(ids), pad_mask)  # [B, D]

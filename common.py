@@ -31,7 +31,7 @@ def join_processes(device: str = "") -> torch.device:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=datetime.timedelta(minutes=30))
-        patient_group()  # made while all are here
+        patient_group()  # now, because all processes must take part in making it
     if kind == "cpu":
         return torch.device("cpu")
     own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -92,7 +92,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """In place, without gradient."""
+    """Changes x itself; gradients do not flow through it."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -117,7 +117,7 @@ def replace(path: str, write_to):
             mode = os.fstat(file.fileno()).st_mode  # the usual one; safetensors would set 0600
         try:
             write_to(temporary)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # their writers' word for a full disk
+        except (RuntimeError, safetensors.SafetensorError) as error:  # what they raise on a full disk
             raise OSError(f"{path} could not be written ({str(error).splitlines()[0][-120:]})") from None
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
@@ -145,15 +145,15 @@ def write_json(path: str, value):
 
 
 class UserError(ValueError):
-    """Something that a user can mend. Its message is one line: where, what was expected, what to do."""
+    """Something that a user can correct. Its message is one line: where, what was expected, what to do."""
 
     exit_code = 1
 
 
 @contextlib.contextmanager
 def one_line_errors(then: str = "", out_of_memory: str = "--dtype bfloat16 takes half"):
-    """Around a whole command: what the user, the memory or another process did wrong ends it with one line,
-    followed by `then`, and an exit code."""
+    """Around a whole command: a user's mistake, too little memory or a lost process ends it with one line and
+    an exit code. `then` says what the user can do after an interruption."""
     try:
         yield
     except UserError as error:

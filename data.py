@@ -44,7 +44,7 @@ def clean(char: str) -> str:
     if char in "\0\ufffd" or category in ("Cc", "Cf"):
         return ""
     if category == "Cs":
-        return "\ue000"  # Half a surrogate pair, from broken JSON, is no text: this letter makes it [UNK].
+        return "\ue000"  # Half a surrogate pair, from broken JSON, is not text; this letter is [UNK].
     return f" {char} " if any(first <= ord(char) <= last for first, last in CJK) else char
 
 
@@ -57,8 +57,8 @@ def separate(char: str) -> str:
 
 
 class CharacterTable(dict):
-    """A function of a character as a table for `str.translate`, filled as characters turn up. It gives the
-    same as "".join(map(function, text)) in little more than half the time."""
+    """A table for `str.translate` that asks a function about each new character and remembers the answer. The
+    plain "".join(map(function, text)) gives the same and takes nearly twice as long."""
 
     def __init__(self, function):
         super().__init__()
@@ -93,7 +93,7 @@ def word_ids(word: str) -> list[int]:
 
 def tokenize(texts: str | list[str], context_length: int = 52) -> torch.LongTensor:
     """Captions -> ids [N, context_length]: [CLS], tokens, [SEP] and zeros. A caption that is too long loses
-    its end. The default is the paper's 50 tokens and these two. One Chinese character is one token.
+    its end. 52 is the paper's 50 tokens, [CLS] and [SEP]. One Chinese character is one token.
 
     >>> tokenize("Hello, 世界", 8).tolist()
     [[101, 8701, 117, 686, 4518, 102, 0, 0]]"""
@@ -157,7 +157,8 @@ class Batch(NamedTuple):
 
 
 class Stream(torch.utils.data.Dataset):
-    """The endless row of training samples. Order, augmentation and replacements of broken pairs depend on the
+    """The endless row of training samples. A position counts along this row, over all epochs; an index counts
+    the pairs of the set. Order, augmentation and replacements of broken pairs depend on the
     seed and the position alone, so they are the same for any number of workers, ranks and restarts."""
 
     def __init__(self, pairs: Pairs, seed: int, resolution: int, augmentation: str):
@@ -179,8 +180,8 @@ class Stream(torch.utils.data.Dataset):
         return squash(augment(image, self.resolution, self.augmentation, rng), self.resolution), caption
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at this position. A random pair from the whole set replaces a broken one, because the
-        next pair is in the batch already. A hundred broken pairs in a row mean that the set is broken."""
+        """The sample at this position. A random pair from the whole set replaces a broken one; the next pair
+        would be in the batch twice. A hundred broken pairs in a row mean that the set is broken."""
         index, problems = self.index(position), []
         others = random.Random(f"{self.seed} instead of {position}")
         while len(problems) < 100:
@@ -204,7 +205,8 @@ def collate(samples: list[Sample], context_length: int) -> Batch:
 
 def first_position(step: int, batch_size: int, pairs: int) -> int:
     """The position at which the batch of a step begins: right after the batch before. A batch larger than the
-    set begins with an epoch instead, so that it contains each pair equally often, or some once more."""
+    set begins with an epoch: with 10 pairs and batches of 25, step 1 begins at 30. So it contains every pair
+    two or three times, and no pair more often."""
     epochs = math.ceil(batch_size / pairs)
     return step * (batch_size if epochs == 1 else epochs * pairs)
 
@@ -213,10 +215,9 @@ def batches(
     stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
     rank: int = 0, world_size: int = 1, chunk: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """A loader, to be read once, of the batches of these steps, which worker processes prepare ahead. Rank r
-    gets rows r * B / world_size to (r + 1) * B / world_size of a batch, so that features gathered from all
-    ranks are in its order. The rows come in chunks of at most `chunk` (0: all together), as memory may not
-    hold the whole batch."""
+    """A loader that iterates once over the batches of these steps; worker processes prepare them ahead. Rank
+    r gets rows r * B / world_size to (r + 1) * B / world_size, so that features gathered from all ranks are
+    in the batch's order. This share comes in chunks of at most `chunk` pairs (0: in one)."""
     share = batch_size // world_size
     size = chunk or share
 

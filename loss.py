@@ -7,16 +7,17 @@ pairs of an image and its caption, and features of E numbers:
     logits = exp(t) * I @ T.T                 # [B, B], cosines times a learned factor; row i is image i
     loss = (cross_entropy(logits, arange(B)) + cross_entropy(logits.T, arange(B))) / 2
 
-Image i belongs to caption i, and the other B - 1 captions of the batch are its negatives; for a caption, so
-are the other images. The batch size is therefore part of the task: guessing costs ln B, and gradients of two
-batches of B/2, added up, are not the gradient of one batch of B.
+Image i belongs to caption i. The other B - 1 captions of the batch are its negatives, and the other images
+are the negatives of caption i. So the batch size is part of the task: guessing costs ln B, and the gradients
+of two batches of B/2, added up, are not the gradient of one batch of B.
 
-On N processes ("ranks"), each encodes its own b = B/N pairs, and only features are exchanged. A rank then
-computes b rows of the matrix and b columns, against all B features of the other side. The mean of the ranks'
-losses is the loss of the whole batch. Because `gather` carries gradient, the mean of the ranks' gradients,
-which DistributedDataParallel takes, is exactly the gradient of one process with the whole batch, the factor's
-gradient included. The official code gathers without gradient by default: its towers then get 1/N of the
-gradient, and its factor gets all of it.
+With N processes ("ranks"), each holds a copy of the model and encodes its own b = B/N pairs; only features
+are exchanged. A rank computes b rows of the matrix and b columns, against all B features of the other side,
+and the mean of the ranks' losses is the loss of the whole batch. PyTorch's DistributedDataParallel replaces
+each copy's gradient by the mean over the ranks. For that mean to be the gradient of the whole batch, a
+feature must collect its gradient from the losses of all ranks that used it, which is what `gather` does in
+its backward pass. The official code does not, by default. There a feature gets its gradient from its own
+rank's loss alone, and after the mean the towers have 1/N of it; the factor exp(t) has all of it.
 
 Shapes: B global batch, b = B / world_size this rank's share, E joint width.
 """
@@ -29,9 +30,8 @@ from common import mean_over_ranks, rank
 
 
 class Gather(torch.autograd.Function):
-    """x [b, E] of every rank -> [B, E] on every rank, in the order of ranks. Every rank's loss uses my
-    features, so their gradient is the sum over ranks: backward adds the ranks' [B, E] gradients, and each
-    rank keeps its own b rows."""
+    """x [b, E] of every rank -> [B, E] on every rank, in the order of ranks. Backward adds up the [B, E]
+    gradients of all ranks, and each rank keeps the b rows of its own features."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -47,13 +47,13 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """x [b, E] -> [B, E], with gradient; x itself if this process is alone. All ranks must have the same
-    b."""
+    """x [b, E] -> [B, E], and back for gradients; x itself if this process is alone. b is equal on all
+    ranks."""
     return Gather.apply(x) if dist.is_initialized() else x
 
 
 def own_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [b, E] -> the places of its rows among the gathered ones [b]: row i of rank r is row r*b + i."""
+    """x [b, E] -> [b], the places of its rows in gather(x): row i of rank r is row r * b + i there."""
     return torch.arange(len(x), device=x.device) + rank() * len(x)
 
 
@@ -65,25 +65,24 @@ def contrastive_loss(
     is the loss.
 
     image_features, text_features: [b, E], unit norm, row i of one belongs to row i of the other. logit_scale:
-    scalar, the factor exp(t), at most 100 (paper, table 8). keys: None, or [b, 2], numbers that stand for the
-    image and the caption of each pair; pairs that share one are then no negatives, see `positives`."""
+    scalar, the factor exp(t), at most 100 (paper, table 8). keys: None, or [b, 2], a number for the image and
+    one for the caption of each pair. Pairs that share a number are then not negatives, see `positives`."""
     logits_per_image = logit_scale * image_features @ gather(text_features).T  # [b, B]
     logits_per_text = logit_scale * text_features @ gather(image_features).T  # [b, B]
-    labels, floor = own_rows(image_features), 0.0
+    labels, floor = own_rows(image_features), 0.0  # [b], for each row the number of its right column
     if keys is not None:
         right = positives(keys, gather(keys)).to(logits_per_image.dtype)
-        labels = right / right.sum(dim=1, keepdim=True)  # [b, B], every row sums to 1
-        floor = right.sum(dim=1).log().mean()  # the labels' own entropy: subtracted, the loss can reach 0
+        labels = right / right.sum(dim=1, keepdim=True)  # [b, B], for each row the probabilities of all
+        floor = right.sum(dim=1).log().mean()  # the least these labels allow; a perfect model scores 0
     return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2 - floor
 
 
 def positives(keys: torch.Tensor, all_keys: torch.Tensor) -> torch.Tensor:
     """keys [b, K], all_keys [B, K] -> [b, B], True where two pairs have a key in common.
 
-    A caption that occurs twice in a batch is right for both of its images. The paper's labels call one of the
-    two wrong. Identical captions have identical features, so the loss then cannot fall below ln 2 for this
-    pair. With keys, all right answers of a row share its label equally (SupCon, Khosla et al., 2020, eq.
-    2)."""
+    If two pairs have the same caption, it is right for both images, but the paper's labels call one of the
+    two captions wrong. Identical captions have identical features, so each of these rows costs at least ln 2.
+    With keys, all right answers of a row have the same probability (SupCon, Khosla et al., 2020, eq. 2)."""
     return (keys[:, None] == all_keys[None]).any(dim=2)
 
 

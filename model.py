@@ -5,7 +5,7 @@ Two towers, one space: the model, the table of its sizes, load and save.
                                                                          |-> cosine * exp(logit_scale)
     ids    [B, T]       -> bert.py, projection -> text_features  [B, E] -'   = logits [B, B]
 
-A picture and its caption should point the same way in the joint space; everything else follows from that.
+The features of a picture and of its caption should point in the same direction.
 Chinese CLIP (Yang et al., 2022) is OpenAI's CLIP with a Chinese BERT as its text tower.
 
     import model
@@ -76,8 +76,8 @@ class ChineseCLIP(nn.Module):
         # The text projection is the one part that no published weights initialise (paper, app. A.2).
         self.text_projection = nn.Parameter(torch.empty(config.text.width, config.embed_dim))
         nn.init.normal_(self.text_projection, std=config.text.width**-0.5)
-        # The temperature starts at 0.07 (CLIP paper, sec. 2.5). Cosines are divided by it, or multiplied by
-        # exp(logit_scale): a step on the logarithm changes it by a factor, and it cannot become negative.
+        # Cosines are divided by a temperature, which starts at 0.07 (CLIP paper, sec. 2.5). We learn t =
+        # ln(1 / temperature) and multiply by exp(t), which is always positive.
         self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
 
     @property
@@ -142,7 +142,7 @@ def available_models() -> list[str]:
 
 def load(name: str, device: str | torch.device = "cpu", jit: bool = False, download_root: str | None = None,
          dtype: str | torch.dtype = torch.float32):
-    """-> (model in eval mode, preprocess for its resolution); prints what it is. WeightsError if it is none.
+    """-> (model in eval mode, preprocess for its resolution). WeightsError if the file is not a model.
 
     `name` is a file, recognised by its content, a folder with such a file, or a name of `available_models`
     ("ViT-B-16", or "ViT-B/16" as OpenAI spells it), which is downloaded once, into `download_root`.
@@ -154,21 +154,21 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     if name in SOURCES and name not in RELEASED:
         raise WeightsError(f"{name}: {ONE_TOWER}")
     path = find(name, download_root or "")
-    everything, config, layout = read(path)
+    everything, said, layout = read(path)  # `said`: the config in the file, as text
     state = whole_model(everything, path)
-    config = ModelConfig(*read_config(config, path)) if config else MODELS.get(guess(state, MODELS))
+    config = ModelConfig(*read_config(said, path)) if said else MODELS.get(guess(state, MODELS))
     if config is None:
         raise WeightsError(f"{path}: its tensors look like none of {', '.join(MODELS)}")
-    with SkipInit(), torch.device("meta"):  # shapes without numbers, as random ones would be overwritten
+    with SkipInit(), torch.device("meta"):  # no random numbers, which the file's would overwrite
         clip = ChineseCLIP(config)
     check(state, clip.state_dict(), path, MODELS)
     clip.load_state_dict(state, assign=True)
-    for module in clip.modules():  # BatchNorm and the temperature stay float32: rounding costs them a percent
+    for module in clip.modules():  # all to dtype but BatchNorm and logit_scale, which rounding moves by 1 %
         if not isinstance(module, nn.BatchNorm2d):
             for p in module.parameters(recurse=False):
                 p.data = p.data.to(torch.float32 if p is clip.logit_scale else dtype)
     if isinstance(clip.visual, ModifiedResNet):
-        clip.visual.to(memory_format=torch.channels_last)  # its convolutions are faster so
+        clip.visual.to(memory_format=torch.channels_last)  # the layout in which its convolutions are fast
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config, MODELS)}, {count:,} parameters in {dtype}"
           f"{left_out(everything, state)}")
@@ -192,5 +192,5 @@ def load_from_name(name: str, device: str | torch.device | None = None, download
 
 
 def save(clip: ChineseCLIP, path: str):
-    """Write one .safetensors that carries its config: `load(path)` needs nothing else. Atomic."""
+    """Write one .safetensors that carries its config: `load(path)` needs nothing else."""
     write(path, clip.state_dict(), {"config": json.dumps(dataclasses.asdict(clip.config))})

@@ -4,7 +4,7 @@ The image tower of RN50: ResNet-50 (He et al., 2016) with three changes by CLIP 
 
   1. The stem is three 3x3 convolutions and an average pool, not one 7x7 convolution and a max pool.
   2. Downsampling is anti-aliased: in the stages every convolution has stride 1, and an average pool shrinks.
-  3. The last average is attention: the mean of all positions is the query, and all positions are attended to.
+  3. Attention replaces the final average pool: the mean of all positions is the query, which attends to all.
 
 The interface is that of vit.py, and the parameter names are the official ones.
 
@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Identity()
         if stride > 1 or in_channels != 4 * channels:
             self.downsample = nn.Sequential(OrderedDict([
-                # "-1", because in the files "0" and "1" are the names of the two that have weights
+                # In the files the convolution is "0" and the norm "1", so the pool before them is "-1".
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(in_channels, 4 * channels, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * channels)),

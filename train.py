@@ -80,7 +80,7 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     torch.manual_seed(cfg.seed)
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
     if not checkpoint.paths(cfg.out):  # a checkpoint would replace all weights
-        starts = cfg.image_init, cfg.text_init, cfg.init
+        starts = cfg.image_init, cfg.text_init, cfg.init  # files, names, or "@stage1", an earlier act
         initialise(clip, model.MODELS, *(chained(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
@@ -89,8 +89,8 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     if device.type == "cuda":
         if isinstance(clip.visual, model.ModifiedResNet):
             clip.visual.to(memory_format=torch.channels_last)  # the layout in which its convolutions are fast
-        # TF32 for the products that autocast leaves in float32, those of the loss: its rounding moves the
-        # gradient by 5e-4 (imitated on a CPU, batch 4,096), that of the features to bfloat16 by 4e-3
+        # TF32 is a faster float32 with fewer digits, here for the loss, which autocast leaves in float32. It
+        # moves the gradient by 5e-4 (imitated on a CPU, batch 4,096); bfloat16 features move it by 4e-3
         torch.set_float32_matmul_precision("high")
     return clip
 
@@ -138,13 +138,13 @@ def train(act: str, cfg: Config) -> list[dict]:
     report.print_settings(cfg, clip, stream, valid, total, step, chunk_size)
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        torch.manual_seed(chunk.seed)  # the same dropout, should this chunk be computed again
+        torch.manual_seed(chunk.seed)  # so that a second pass over this chunk draws the same dropout
         with model.autocast(device):
             return towers(data.on_device(chunk.pictures, device), chunk.ids)
 
     # 4. the loop
     log = report.Log(cfg, total, step, history)
-    save, stop = not history, False
+    save, stop = not history, False  # a new run saves its start
     with checkpoints:
         loader = started(data.batches(
             stream, cfg.batch_size, range(step, total), cfg.context_length, loader_processes(cfg, device),
@@ -156,7 +156,7 @@ def train(act: str, cfg: Config) -> list[dict]:
                 recall = retrieval(clip.eval(), valid, cfg.context_length)
                 history.append({"step": step, "samples": step * cfg.batch_size} | recall)
                 log.measurement(history, clip)
-                save, stop = True, checkpoints.asked()[1]  # a measurement may take minutes
+                save, stop = True, checkpoints.asked()[1]  # a signal may have come meanwhile
             if save:
                 checkpoints.save(clip, optimizer, scaler, step, history, chunk_size)
             if stop:
@@ -167,12 +167,14 @@ def train(act: str, cfg: Config) -> list[dict]:
             # one step: learning rate, batch, features, loss, gradients, update
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, cfg, total)
-            batch = [next(loader) for _ in range(chunk_count)]
-            chunks = seeded(batch, cfg.seed, step)
-            keys = torch.cat([part.keys for part in batch]).to(device) if cfg.targets == "multi" else None
+            parts = [next(loader) for _ in range(chunk_count)]
+            chunks = seeded(parts, cfg.seed, step)
+            keys = torch.cat([part.keys for part in parts]).to(device) if cfg.targets == "multi" else None
             set_train_mode(clip, cfg.freeze_image)
             optimizer.zero_grad(set_to_none=True)
-            # image_features [b, E], text_features [b, E], logit_scale
+            # Features are image_features [b, E], text_features [b, E] and logit_scale. In the plain case there
+            # is one chunk, and backward() goes through the towers. With several chunks it stops at the
+            # features, and backward_in_chunks carries their gradients into the towers.
             features = forward(chunks[0]) if chunk_count == 1 else features_in_chunks(forward, towers, chunks)
             loss = tiled_loss(*features, keys) if in_tiles else contrastive_loss(*features, keys)
             if teacher:
@@ -182,12 +184,12 @@ def train(act: str, cfg: Config) -> list[dict]:
                 backward_in_chunks(forward, towers, chunks, features)
             scaler.step(optimizer)
             scaler.update()
-            clip.logit_scale.data.clamp_(0, math.log(100))  # paper, table 8: the factor is at most 100
+            clip.logit_scale.data.clamp_(0, math.log(100))  # exp(logit_scale) is at most 100 (table 8)
             average_statistics(clip)
             step += 1
 
-            # say how it goes; what is not finite is never saved
-            log.skipped(batch)
+            # log lines, and before anything is saved a check that all is finite
+            log.skipped(parts)
             scheduled = step == total or step % save_every == 0 or step % eval_every == 0
             save, stop = checkpoints.asked()
             save = save or scheduled
@@ -206,7 +208,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 def main(argv: list[str] | None = None):
     start = time.perf_counter()
     first = int(os.environ.get("RANK", 0)) == 0
-    with contextlib.redirect_stdout(sys.stdout if first else None):  # one voice for all processes
+    with contextlib.redirect_stdout(sys.stdout if first else None):  # only rank 0 prints
         acts = parse(argv)
         try:
             histories = {act: train(act, cfg) for act, cfg in acts.items()}

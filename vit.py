@@ -38,8 +38,8 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The plain formula, x * torch.sigmoid(1.702 * x), makes three tensors [B, T, 4D], the widest of a
-        # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is the same: autograd keeps only y,
-        # and without autograd only y is made, which takes half the time on a CPU (docs/benchmarks.md).
+        # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is the same, and autograd keeps only
+        # y. Without autograd y is overwritten, which takes half the time on a CPU (docs/benchmarks.md).
         return F.silu(1.702 * x, inplace=not x.requires_grad).div_(1.702)
 
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         w_q, w_kv = self.in_proj_weight.split([D, 2 * D])
         b_q, b_kv = self.in_proj_bias.split([D, 2 * D])
-        # q [B, H, n, D/H], k and v [B, H, T, D/H]
+        # q [B, H, n, D/H]; k and v [B, H, T, D/H], from [B, T, 2, H, D/H] by way of [2, B, H, T, D/H]
         q = F.linear(x[:, :n], w_q, b_q).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
         k, v = F.linear(x, w_kv, b_kv).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         # (q @ k.transpose(-2, -1) / math.sqrt(D // H)).softmax(-1) @ v, without storing the [n, T] matrices
@@ -130,8 +130,8 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Random weights as OpenAI's CLIP draws them. Each block adds two branches to the stream, which start
-        smaller in deeper towers, so that the sum has the same size at any depth."""
+        """Random weights as OpenAI's CLIP draws them. Each block adds the outputs of two branches to x. Their
+        last weights are smaller in deeper towers, so that the sum has the same size at any depth."""
         D, layers = self.class_embedding.numel(), len(self.transformer.resblocks)
         for p in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(p, std=D**-0.5)
@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
 
 def drop_patches(x: torch.Tensor, share: float) -> torch.Tensor:
     """x [B, T, D] -> [B, 1 + kept, D]: the class token and a random (1 - share) of each image's patches.
-    Their order is random too, as it carries nothing once positions are added. FLIP, sec. 3: half the cost."""
+    Their order is random too, which is harmless because positions are added before."""
     B, T, D = x.shape
     kept = int((T - 1) * (1 - share))
     order = torch.rand(B, T - 1, device=x.device).argsort(dim=1)[:, :kept] + 1  # [B, kept], from 1 to T - 1
@@ -165,8 +165,8 @@ def drop_patches(x: torch.Tensor, share: float) -> torch.Tensor:
 
 def resize_positions(table: torch.Tensor, tokens: int) -> torch.Tensor:
     """Position table [1 + g*g, D] -> [tokens, D] for another resolution; the class token's row stays as it
-    is. ValueError if a table is no square grid plus one. With align_corners=True, corner patches stay corner
-    patches, as in the official code from 224 to 336 pixels (paper, sec. 2.4). open_clip and Hugging Face use
+    is. ValueError if a table is not a square grid plus one. With align_corners=True the corners of both grids
+    coincide, as in the official code from 224 to 336 pixels (paper, sec. 2.4). open_clip and Hugging Face use
     False, which shifts every position by a fraction of a patch."""
     old, new = round((len(table) - 1) ** 0.5), round((tokens - 1) ** 0.5)
     if old**2 + 1 != len(table) or new**2 + 1 != tokens:
