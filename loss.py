@@ -17,7 +17,8 @@ and the mean of the ranks' losses is the loss of the whole batch. PyTorch's Dist
 each copy's gradient by the mean over the ranks. For that mean to be the gradient of the whole batch, a
 feature must collect its gradient from the losses of all ranks that used it, which is what `gather` does in
 its backward pass. The official code does not, by default. There a feature gets its gradient from its own
-rank's loss alone, and after the mean the towers have 1/N of it; the factor exp(t) has all of it.
+rank's loss alone, and after the mean the towers have 1/N of it; the factor exp(t) has all of it. (A tower
+with BatchNorm is not the same on N processes as on one: see resnet.py.)
 
 Shapes: B global batch, b = B / world_size this rank's share, E joint width.
 """
@@ -73,7 +74,7 @@ def contrastive_loss(
     if keys is not None:
         right = positives(keys, gather(keys)).to(logits_per_image.dtype)
         labels = right / right.sum(dim=1, keepdim=True)  # [b, B], for each row the probabilities of all
-        floor = right.sum(dim=1).log().mean()  # the least these labels allow; a perfect model scores 0
+        floor = right.sum(dim=1).log().mean()  # the labels' entropy: no prediction costs less
     return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2 - floor
 
 
@@ -81,7 +82,7 @@ def positives(keys: torch.Tensor, all_keys: torch.Tensor) -> torch.Tensor:
     """keys [b, K], all_keys [B, K] -> [b, B], True where two pairs have a key in common.
 
     If two pairs have the same caption, it is right for both images, but the paper's labels call one of the
-    two captions wrong. Identical captions have identical features, so each of these rows costs at least ln 2.
+    two captions wrong. Without dropout both have the same feature, so each of these rows costs at least ln 2.
     With keys, all right answers of a row have the same probability (SupCon, Khosla et al., 2020, eq. 2)."""
     return (keys[:, None] == all_keys[None]).any(dim=2)
 

@@ -97,7 +97,7 @@ class ChineseCLIP(nn.Module):
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """-> image_features [B, E] and text_features [B, E] of unit norm, and the factor exp(logit_scale).
         `pixels` may also be image features [B, E] that were computed before (training/cache.py)."""
-        image_features = normalise(self.encode_image(pixels) if pixels.ndim == 4 else pixels)
+        image_features = normalise(pixels if pixels.ndim == 2 else self.encode_image(pixels))
         text_features = normalise(self.encode_text(ids))
         return image_features, text_features, self.logit_scale.exp()
 

@@ -8,9 +8,10 @@ The image tower of RN50: ResNet-50 (He et al., 2016) with three changes by CLIP 
 
 The interface is that of vit.py, and the parameter names are the official ones.
 
-BatchNorm has state besides its parameters: in training mode each forward pass moves a running mean and a
-running variance. A frozen tower must therefore also be in eval mode, as train.py puts it (paper, app. A.2,
-stage 1), or its "frozen" features drift.
+In training mode BatchNorm normalises with the mean and variance of the batch, so that a picture's features
+depend on the other pictures, and it moves running statistics, with which eval mode normalises. A frozen tower
+must therefore be in eval mode, as train.py puts it (paper, app. A.2, stage 1). Several processes normalise
+each with its own pictures.
 
 Shapes: B batch, S image side, C channels, h and w positions, E joint width. Stages 2 to 4 halve h and w.
 """

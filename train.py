@@ -1,10 +1,10 @@
-"""
+r"""
 The two-stage recipe of Chinese CLIP (Yang et al., 2022, sec. 2.3): build a model, then repeat steps. The same
 file runs on one CPU, one GPU or many (no GPU has run it yet).
 
     python train.py                                                    # a laptop: the demo, in minutes
     python train.py --recipe muge --init ViT-B-16 --data path/to/MUGE  # one GPU: fine-tune the released model
-    torchrun --nproc-per-node 8 train.py --recipe pretrain --image-init openai-ViT-B-16 \\
+    torchrun --nproc-per-node 8 train.py --recipe pretrain --image-init openai-ViT-B-16 \
         --text-init chinese-roberta-wwm-ext --data path/to/pairs       # eight GPUs: both stages
 
 Stage 1 freezes the image tower and teaches the text tower to read it ("locked-image tuning", Zhai et al.,
@@ -37,10 +37,11 @@ from training import checkpoint, report
 from training.cache import cached_stream
 from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
-    Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, seeded)
+    Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, make_chunks)
 from training.distill import distillation_loss, teach
-from training.processes import average_statistics, distribute, started
-from training.recipes import Config, chained, loader_processes, parse, schedule, warmup_steps
+from training.processes import average_batchnorm, distribute, start_workers
+from training.recipes import (
+    Config, loader_processes, parse, resolve_start, schedule, warmup_steps)
 from training.tiles import DENSE_LIMIT, tiled_loss
 from weights.start import initialise
 
@@ -68,8 +69,8 @@ def param_groups(clip: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):
-    """Training mode. A frozen image tower stays in eval mode, or its BatchNorm statistics would move (paper,
-    app. A.2)."""
+    """Training mode. A frozen image tower stays in eval mode, or BatchNorm would make its features depend on
+    the other pictures of the batch and move its statistics (paper, app. A.2)."""
     clip.train()
     clip.visual.train(not freeze_image)
 
@@ -81,7 +82,7 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
     if not checkpoint.paths(cfg.out):  # a checkpoint would replace all weights
         starts = cfg.image_init, cfg.text_init, cfg.init  # files, names, or "@stage1", an earlier act
-        initialise(clip, model.MODELS, *(chained(start, cfg.out) for start in starts))
+        initialise(clip, model.MODELS, *(resolve_start(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
@@ -111,7 +112,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     """Run one act to its end, from the start or from its checkpoint. Returns its history, the same on every
     rank: a list of {"step", "samples", "text_to_image", "image_to_text", "mean_recall"}."""
     # 1. device and data
-    gc.collect()  # an earlier act's model would count as memory in use
+    gc.collect()  # or the memory of an earlier act's model would seem to be in use
     device = join_processes(cfg.device)
     pairs, valid = open_pairs(cfg.data, "train"), open_pairs(cfg.valid_data or cfg.data, cfg.valid_split)
     total, eval_every, save_every = schedule(cfg, len(pairs))
@@ -134,7 +135,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     if cfg.compile:
         compile_towers(cfg, clip, chunk_size)
     towers = distribute(clip)
-    in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # then the matrix of logits is too large too
+    in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # are the logits [b, B] too many to hold?
     report.print_settings(cfg, clip, stream, valid, total, step, chunk_size)
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,18 +145,18 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     # 4. the loop
     log = report.Log(cfg, total, step, history)
-    save, stop = not history, False  # a new run saves its start
+    save = stop = False  # what the end of a step asks for, the top of the next turn does
     with checkpoints:
-        loader = started(data.batches(
+        loader = start_workers(data.batches(
             stream, cfg.batch_size, range(step, total), cfg.context_length, loader_processes(cfg, device),
             rank(), world_size(), chunk_size))
         while True:
-            # now and then: measure recall, keep the best weights, save a checkpoint
-            due = step == total or step % eval_every == 0
-            if due and not stop and not (history and history[-1]["step"] == step):
+            # now and then: measure recall, save a checkpoint
+            measured = bool(history) and history[-1]["step"] == step  # before this run was interrupted
+            if (step == total or step % eval_every == 0) and not measured and not stop:
                 recall = retrieval(clip.eval(), valid, cfg.context_length)
                 history.append({"step": step, "samples": step * cfg.batch_size} | recall)
-                log.measurement(history, clip)
+                log.measurement(history, clip)  # keeps the weights, if they are the best so far
                 save, stop = True, checkpoints.asked()[1]  # a signal may have come meanwhile
             if save:
                 checkpoints.save(clip, optimizer, scaler, step, history, chunk_size)
@@ -168,24 +169,22 @@ def train(act: str, cfg: Config) -> list[dict]:
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, cfg, total)
             parts = [next(loader) for _ in range(chunk_count)]
-            chunks = seeded(parts, cfg.seed, step)
+            chunks = make_chunks(parts, cfg.seed, step)
             keys = torch.cat([part.keys for part in parts]).to(device) if cfg.targets == "multi" else None
             set_train_mode(clip, cfg.freeze_image)
             optimizer.zero_grad(set_to_none=True)
-            # Features are image_features [b, E], text_features [b, E] and logit_scale. In the plain case there
-            # is one chunk, and backward() goes through the towers. With several chunks it stops at the
-            # features, and backward_in_chunks carries their gradients into the towers.
+            # image_features [b, E], text_features [b, E] and logit_scale; from several chunks without a graph
             features = forward(chunks[0]) if chunk_count == 1 else features_in_chunks(forward, towers, chunks)
             loss = tiled_loss(*features, keys) if in_tiles else contrastive_loss(*features, keys)
             if teacher:
                 loss = loss + cfg.distill * distillation_loss(*features, teach(teacher, chunks, device))
             scaler.scale(loss).backward()
-            if chunk_count > 1:
+            if chunk_count > 1:  # that backward pass ended at the features; this one goes on into the towers
                 backward_in_chunks(forward, towers, chunks, features)
             scaler.step(optimizer)
             scaler.update()
             clip.logit_scale.data.clamp_(0, math.log(100))  # exp(logit_scale) is at most 100 (table 8)
-            average_statistics(clip)
+            average_batchnorm(clip)
             step += 1
 
             # log lines, and before anything is saved a check that all is finite

@@ -38,7 +38,7 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The plain formula, x * torch.sigmoid(1.702 * x), makes three tensors [B, T, 4D], the widest of a
-        # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is the same, and autograd keeps only
+        # block, and autograd keeps two. silu(y) / 1.702 with y = 1.702 x is equal, and autograd keeps only
         # y. Without autograd y is overwritten, which takes half the time on a CPU (docs/benchmarks.md).
         return F.silu(1.702 * x, inplace=not x.requires_grad).div_(1.702)
 
@@ -130,8 +130,9 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Random weights as OpenAI's CLIP draws them. Each block adds the outputs of two branches to x. Their
-        last weights are smaller in deeper towers, so that the sum has the same size at any depth."""
+        """Random weights, in the blocks as OpenAI's CLIP draws those of its text tower. Each block adds the
+        outputs of two branches to x; in deeper towers their last weights are smaller, which keeps the sum at
+        the same size."""
         D, layers = self.class_embedding.numel(), len(self.transformer.resblocks)
         for p in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(p, std=D**-0.5)

@@ -27,7 +27,7 @@ from sources.augment import augment
 from data import DRAFT, Stream, preprocess
 from common import rank, wait_for_all, world_size
 from sources.pairs import DataError, Pairs, SourceChanged
-from training.processes import started
+from training.processes import start_workers
 from training.recipes import Config, loader_processes
 from common import write_json
 
@@ -124,7 +124,7 @@ def cached_stream(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> CachedS
     device, training = clip.logit_scale.device, clip.training
     clip.eval()
     with open(path, "r+b") as file, open(done_path, "r+b") as ticks, torch.inference_mode():
-        bar = tqdm(zip(mine, started(loader)), "caching features", len(mine),
+        bar = tqdm(zip(mine, start_workers(loader)), "caching features", len(mine),
                    disable=None if rank() == 0 else True)
         for start, pixels in bar:
             with model.autocast(device):

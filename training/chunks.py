@@ -37,12 +37,12 @@ class Chunk(NamedTuple):
     seed: int  # of this chunk's dropout, so that a second pass draws the same
 
 
-def seeded(batch: list, seed: int, step: int) -> list[Chunk]:
-    """The parts of this process's batch, each with a seed of its own: 32 bits, as a CPU's generator takes no
-    more."""
-    first = rank() * len(batch)
+def make_chunks(parts: list, seed: int, step: int) -> list[Chunk]:
+    """The parts of this process's batch, each with a dropout seed of its own (32 bits, as a CPU's generator
+    takes no more)."""
+    first = rank() * len(parts)
     return [Chunk(part.pictures, part.ids, zlib.crc32(f"{seed} {step} {first + k}".encode()))
-            for k, part in enumerate(batch)]
+            for k, part in enumerate(parts)]
 
 
 # ------------------------------------------------------------------------------------------------------------

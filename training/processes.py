@@ -29,7 +29,7 @@ def distribute(clip: model.ChineseCLIP) -> torch.nn.Module:
         return torch.nn.parallel.DistributedDataParallel(clip, broadcast_buffers=False)
 
 
-def average_statistics(clip: model.ChineseCLIP):
+def average_batchnorm(clip: model.ChineseCLIP):
     """Every process moves BatchNorm's running statistics by its own pairs. Set them to the mean over the
     processes, so that all measure and save the same model."""
     moving = [buffer for buffer in clip.visual.buffers() if buffer.is_floating_point()]
@@ -44,7 +44,7 @@ def average_statistics(clip: model.ChineseCLIP):
 # step, for which it needs its workers, saves, and then ends the workers itself.
 
 
-def started(loader: torch.utils.data.DataLoader):
+def start_workers(loader: torch.utils.data.DataLoader):
     """-> an iterator over the loader, whose workers ignore the signals."""
     loader.worker_init_fn = ignore_signals
     if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows cannot block signals

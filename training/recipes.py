@@ -235,7 +235,7 @@ def check_start(recipe: str, given: dict):
         raise ConfigError(f"--recipe {recipe} needs {wanted}; {hint}")
 
 
-def chained(start: str, out: str) -> str:
+def resolve_start(start: str, out: str) -> str:
     """The name or path that an act in the folder `out` starts from. "@act" is the best weights of that act in
     the folder beside this one, wherever both have been moved."""
     return os.path.join(os.path.dirname(out), start[1:], "best.safetensors") if start[:1] == "@" else start

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from training.processes import started
+from training.processes import start_workers
 
 
 class Counting(torch.utils.data.Dataset):
@@ -38,14 +38,14 @@ class Handlers(torch.utils.data.Dataset):
 def test_workers_ignore_signals_however_they_are_started(way):
     if way not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {way} processes")
-    (ignored,) = started(DataLoader(Handlers(), num_workers=1, multiprocessing_context=way))
+    (ignored,) = start_workers(DataLoader(Handlers(), num_workers=1, multiprocessing_context=way))
     assert all(ignored)
 
 
 def test_a_process_that_fails_does_not_wait_for_its_workers():
     """multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever."""
     code = ("from test_processes import Counting, DataLoader, started\n"
-            "for _ in started(DataLoader(Counting(), num_workers=1)): pass")
+            "for _ in start_workers(DataLoader(Counting(), num_workers=1)): pass")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": path})

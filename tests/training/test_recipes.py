@@ -25,7 +25,7 @@ def test_recipes_are_the_papers():
     assert (one.freeze_image, one.image_init) == (True, "a")
     assert (two.batch_size, two.peak_lr, two.epochs, two.freeze_image) == (16384, 2e-5, 44, False)
     assert (two.init, two.image_init) == ("@stage1", "")
-    assert recipes.chained("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
+    assert recipes.resolve_start("@stage1", two.out) == os.path.join("out", "stage1", "best.safetensors")
 
 
 # pairs of training, about (as remembered)
