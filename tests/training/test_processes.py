@@ -44,7 +44,7 @@ def test_workers_ignore_signals_however_they_are_started(way):
 
 def test_a_process_that_fails_does_not_wait_for_its_workers():
     """multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever."""
-    code = ("from test_processes import Counting, DataLoader, started\n"
+    code = ("from test_processes import Counting, DataLoader, start_workers\n"
             "for _ in start_workers(DataLoader(Counting(), num_workers=1)): pass")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
