@@ -6,7 +6,7 @@ from the data set's own label_cn.txt. Class numbers follow the data set's own la
 label_cn.txt, where line 1 names class 0; names of labels/ are put into that order. Pictures lie in one of
 three ways:
 
-    test.txt                   path<TAB>class number from 0 for each picture; several numbers in VOC-2007
+    test.txt                   path<TAB>class number from 0 for each picture; for VOC-2007 several with spaces
     test/000/ test/001/ ...    the official layout: a folder for each class, numbered from 0
     test/apple_pie/ ...        a folder for each class, named in English or Chinese; test/ may be left out
 
@@ -101,7 +101,7 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
         row = wrong[0] if wrong else len(names)
         few = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "all have one"
         got = repr(names[row]) if wrong else "the end"
-        raise DataError(f"{path} line {row + 1}: expected another class of labels {labels} ({few}), got {got}; "
+        raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got}; "
                         "give English names in label.txt, or leave out --labels for those of label_cn.txt")
     return classes._replace(english=[classes.english[c] for c in order],
                             chinese=[classes.chinese[c] for c in order], numbered=True)

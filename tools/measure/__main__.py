@@ -46,7 +46,7 @@ def run_retrieval(args, clip) -> dict:
         found = ranks(*(x.to(clip.logit_scale.device) for x in sides))  # every process has a share
         if rank() == 0:
             page.write_retrieval(args.page, f"{args.model} on {title}", lines, pairs, *sides[:2], found)
-    if args.published or (table and args.split == published.split_of(table)):
+    if args.published or (table and args.split == published.read_paper()[table].get("split", "test")):
         measured = published.retrieval_columns(result, table)
         result["published"] = published.compare(measured, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
@@ -61,13 +61,11 @@ def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
         str(pairs.image_id(row)) for row in range(pairs.image_count)]
     ids = {"text": [pairs.text_id(row) for row in range(len(pairs.texts))],
            "image": [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]}
-    choices = len(ids[args.direction.split("-")[2]])
-    if choices < args.top_k:
+    if (choices := len(ids[args.direction.split("-")[2]])) < args.top_k:
         raise DataError(f"--top-k {args.top_k}: every query of --predictions gets that many answers, but "
                         f"{args.direction} has only {choices} to choose from")
     for what, some in ids.items():
-        twice = [i for i, times in collections.Counter(map(str, some)).items() if times > 1]
-        if twice:
+        if twice := [i for i, times in collections.Counter(map(str, some)).items() if times > 1]:
             raise DataError(f"{args.data} {args.split}: the {what} id {twice[0]} occurs twice; --predictions "
                             "needs ids that differ")
     return ids
@@ -109,17 +107,16 @@ def run_calibrate(args, clip) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# classification
+# classification, and the paper's tables
 
 
 def run_zeroshot(args, clip) -> dict:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
-    data = args.labels or args.data
+    data = args.labels or os.path.abspath(args.data)
     table, *where = published.figures_for(args.published, args.model, data, ("table12",))
     if args.submission and not classes.numbered:
-        label_txt = os.path.join(args.data, "label.txt")
         raise DataError(f"--submission: ELEVATER numbers the classes of {data} differently; expected "
-                        f"{label_txt}, with ELEVATER's English class name on each line")
+                        f"label.txt in {args.data}, with ELEVATER's English class name on each line")
     rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
     result, cosines = zeroshot.own_zero_shot(clip, classes, get_image, labels, templates)
     value = result[classes.metric]
@@ -130,8 +127,7 @@ def run_zeroshot(args, clip) -> dict:
         page.write_zeroshot(
             args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
     if args.submission and rank() == 0:
-        name = os.path.basename(os.path.abspath(data))
-        write_json(args.submission, zeroshot.submission(clip, name, cosines[rows]))
+        write_json(args.submission, zeroshot.submission(clip, os.path.basename(data), cosines[rows]))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
     if table:
         result["published"] = published.compare({where[0]: value}, table, *where, row_of(clip))
@@ -163,10 +159,6 @@ def run_prompts(args, clip) -> dict:
     return {"metric": classes.metric, "prompts": found}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the paper's figures
-
-
 def row_of(clip) -> str:
     """The paper's name of this model, which its shape tells; "" if it is none of the five."""
     return next((name for name in RELEASED if model.MODELS[name] == clip.config), "")
@@ -174,14 +166,12 @@ def row_of(clip) -> str:
 
 def run_reproduce(args, clip) -> dict:
     """One of the paper's tables, for the data sets given by NAME=PATH."""
-    table, ours, rows = args.table, row_of(clip), []
-    setup = "finetune" if table == "table10" else args.setup
+    table, ours, rows, paper = args.table, row_of(clip), [], published.read_paper()[args.table]
+    setup, context_length = ("finetune", 128) if table == "table10" else (args.setup, 52)  # ICR: app. A.4
     for data, folder in args.data.items():
         print(f"{data}: {folder}")
         if table in published.RETRIEVAL:
-            pairs = open_pairs(folder, published.split_of(table))
-            # the long texts of ICR get 128 tokens (app. A.4)
-            result = retrieval(clip, pairs, 128 if table == "table10" else 52)
+            result = retrieval(clip, open_pairs(folder, paper.get("split", "test")), context_length)
             measured = published.retrieval_columns(result, table)
         else:
             result, _ = zeroshot.own_zero_shot(clip, *open_classification(folder, data))
@@ -190,13 +180,8 @@ def run_reproduce(args, clip) -> dict:
     if table == "table12" and len(args.data) == len(published.places_of(table)):
         average = {"average": sum(row["measured"] for row in rows) / len(rows)}
         rows += published.compare(average, table, "average", setup, ours)
-    title = published.read_paper()[table]["title"]
-    print(f"{title}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
-    return {"title": title, "row": ours, "setup": setup, "rows": rows}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# command line
+    print(f"{paper['title']}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
+    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}
 
 
 RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts,
@@ -212,28 +197,26 @@ def main(argv: list[str] | None = None):
     def command(name: str, data: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=[command_flags(data)], conflict_handler="resolve", help=text)
 
-    pairs = command("retrieval", "pairs", "Recall@K, and files of predictions")
-    add = pairs.add_argument
+    add = command("retrieval", "pairs", "Recall@K, and files of predictions").add_argument
     add("--predictions", **file, help="write each query's nearest; the split needs no answers")
-    add("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"))
-    add("--format", default="official", choices=("official", "muge"), help="for which program to read")
+    add("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"), help="their way")
+    add("--format", default="official", choices=("official", "muge"), help="whose program reads them")
     add("--top-k", type=int, default=10, help="answers to each query; the official scripts and MUGE want 10")
-    classes = command("zeroshot", "classes", "classification by the data set's own measure (Table 11)")
-    classes.add_argument("--submission", **file, help="write the predictions as ELEVATER's server takes them")
-    for p in (pairs, classes):
+    add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
+    add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
+    for p in (commands.choices["retrieval"], commands.choices["zeroshot"]):
         p.add_argument("--page", **file, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
                        "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
     add = command("prompts", "classes", "every template alone and all together").add_argument
     add("--data", default="", help="a folder as for zeroshot; --negation needs none")
     add("--negation", action="store_true", help="instead, on drawn scenes: is 'no X' understood?")
-    calibration = command("calibrate", "pairs", "the cosine that gives a wanted precision")
-    add = calibration.add_argument
+    add = command("calibrate", "pairs", "the cosine that gives a wanted precision").add_argument
     add("--precision", type=float, default=0.9, help="the wanted share of right pairs, 0 to 1 (default: 0.9)")
     add("--prior", type=float, default=0.5, help="the share of right pairs among those you will judge "
         "(default: 0.5); 0: that of this split, where every text meets every picture")
     add("--test", default="", metavar="SPLIT", help="also try the threshold on this split")
-    for p in (pairs, calibration):
+    for p in (commands.choices["retrieval"], commands.choices["calibrate"]):
         p.add_argument("--features", default="", metavar="DIR", help="keep the features there as .npy, or "
                        "use those that are there; all processes must see the folder")
     add = command("reproduce", "", "a table of the paper, beside the paper's figures").add_argument

@@ -25,7 +25,7 @@ FILES = ("image_features.npy", "text_features.npy")
 
 def kept_features(clip, pairs: Pairs, context_length: int, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`eval.pair_features` [N_image, E] and [N_text, E], read from `folder`, or computed and kept there; only
-    computed if `folder` is "". DataError if the folder holds features of something else."""
+    computed if `folder` is ""."""
     if not folder:
         return pair_features(clip, pairs, context_length)
     origin = origin_of(clip, pairs, context_length)

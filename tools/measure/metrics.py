@@ -76,9 +76,8 @@ def average_precision_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 def calibrate(queries, gallery, positives, precision: float, prior: float = 0.5) -> dict:
     """`threshold_for` unit features [Q, E] and [G, E] with positives [P, 2], and what it was computed from.
-    prior: the share of right pairs among those one will meet; 0 means that of the split. All queries meet the
-    whole gallery, and pairs that are not positives count as wrong, even if they fit; so the true precision is
-    a little better than the measured one."""
+    Pairs that are not positives count as wrong, even if they fit, so the true precision is a little better.
+    prior: the share of right pairs among those one will meet; 0 means that of the split."""
     right, wrong = right_and_wrong(queries, gallery, positives)
     prior = prior or (right.sum() / (right.sum() + wrong.sum())).item()
     return {"wanted_precision": precision, "prior": prior, "right_pairs": int(right.sum()),
@@ -114,9 +113,8 @@ def threshold_for(right: torch.Tensor, wrong: torch.Tensor, precision: float, pr
     enough = ((precisions >= precision) & (counted >= ENOUGH)).nonzero().flatten().tolist()
     if not enough:
         return {"threshold": None, "precision": None, "recall": None}
-    first = enough[0]
-    return {"threshold": 2 * first / BINS - 1, "precision": precisions[first].item(),
-            "recall": recalls[first].item()}
+    return {"threshold": 2 * enough[0] / BINS - 1, "precision": precisions[enough[0]].item(),
+            "recall": recalls[enough[0]].item()}
 
 
 def upwards(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> tuple[torch.Tensor, ...]:

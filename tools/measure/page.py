@@ -51,8 +51,12 @@ def write_zeroshot(path: str, title: str, line: str, names: list[str], get_image
     taken = torch.nn.functional.one_hot(lead.indices, len(names)).float()
     mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row for each true class
     counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    matrix = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
     worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
-    parts = [confusion_matrix(counts, names),
+    parts = ["<h2>Confusion matrix</h2>a row for each true class, a column for each class named; black is "
+             f"the whole row<br>{embedded(matrix, 'matrix')}<br>from the top, and from the left: "
+             + html.escape("、".join(names)),
              f"<h2>The {len(worst)} pictures most surely taken for something else</h2>"]
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
@@ -62,16 +66,12 @@ def write_zeroshot(path: str, title: str, line: str, names: list[str], get_image
     write(path, title, line, parts)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# parts of a page
-
-
 def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
     """An SVG of how many percent of the queries find a right answer among the K nearest, for K from 1 to all,
     on a roughly logarithmic axis. The gallery of one direction is the queries of the other."""
     most = max(len(ranks) for ranks in ranks_of.values())
-    ks = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
-    ks = [1, *(k for k in ks[1:] if k < most), most]
+    round_numbers = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
+    ks = [1, *(k for k in round_numbers if 1 < k < most), most]
     step, width, height = 64, 64 * (len(ks) - 1), 300
     drawn = [f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
              f'<text x="-8" y="{y + 4}" text-anchor="end">{100 - 100 * y // height}</text>'
@@ -79,23 +79,14 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
     drawn += [f'<text x="{step * i}" y="{height + 20}" text-anchor="middle">{k:,}</text>'
               for i, k in enumerate(ks)]
     for line, (name, ranks) in enumerate(ranks_of.items()):
-        shares = [(ranks[ranks >= 0] < k).float().mean().item() for k in ks]
-        points = " ".join(f"{step * i},{height * (1 - share):.1f}" for i, share in enumerate(shares))
+        found = [(ranks[ranks >= 0] < k).float().mean().item() for k in ks]
+        points = " ".join(f"{step * i},{height * (1 - share):.1f}" for i, share in enumerate(found))
         colour = ("#d64541", "#346dbd")[line]
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{width - 8}" y="{height - 30 + 18 * line}" text-anchor="end" fill="{colour}">'
                      f"{name}</text>")
     return ("<h2>Found among the K nearest, in percent; below: K</h2>"
             f'<svg viewBox="-50 -20 {width + 80} {height + 60}" width="{width + 80}">{"".join(drawn)}</svg>')
-
-
-def confusion_matrix(counts: torch.Tensor, names: list[str]) -> str:
-    """Counts [C, C], a row for each true class, as a picture."""
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    picture = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
-    return ("<h2>Confusion matrix</h2>a row for each true class, a column for each class named; black is the "
-            f"whole row<br>{embedded(picture, 'matrix')}<br>from the top, and from the left: "
-            + html.escape("、".join(names)))
 
 
 def embedded(image: Image.Image, kind: str) -> str:

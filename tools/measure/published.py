@@ -23,10 +23,6 @@ def read_paper() -> dict:
         return json.load(file)
 
 
-def split_of(table: str) -> str:
-    return read_paper()[table].get("split", "test")
-
-
 def places_of(*tables: str) -> dict[str, tuple[str, str]]:
     """(table, data set) by the bare name of the data set, for all data sets of these tables."""
     paper, places = read_paper(), {}
@@ -64,8 +60,7 @@ def data_folders(table: str, items: list[str]) -> dict[str, str]:
 
 
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
-    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's recalls, three or
-    six."""
+    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's other columns."""
     ways = {"t2i": result["text_to_image"], "i2t": result["image_to_text"]}
     columns = read_paper()[table]["columns"]
     found = {column: ways[column[:3]][column[4:]] for column in columns if column != "MR"}
