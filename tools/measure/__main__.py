@@ -91,13 +91,12 @@ def run_calibrate(args, clip) -> dict:
     test = open_pairs(args.data, args.test) if args.test else None  # before anything is encoded
     images, texts = kept_features(clip, pairs, args.context_length, args.features)
     result = calibrate(texts, images, pairs.positives, args.precision, args.prior)
-    wanted = 100 * args.precision
     if result["threshold"] is None:
-        print(f"no cosine gives a precision of {wanted:g} % here; ask for less, or judge pairs that are more "
-              "often right (--prior)")
+        print(f"no cosine gives a precision of {100 * args.precision:g} % here; ask for less, or judge pairs "
+              "that are more often right (--prior)")
         return result
-    print("from {threshold:.3f} on {0:.1f} % of the pairs are right ({1:g} wanted); it keeps {2:.1f} % of "
-          "the right ones".format(100 * result["precision"], wanted, 100 * result["recall"], **result))
+    print(f"from {result['threshold']:.3f} on {100 * result['precision']:.1f} % of the pairs are right "
+          f"({100 * args.precision:g} wanted); it keeps {100 * result['recall']:.1f} % of the right ones")
     if test:
         images, texts = kept_features(clip, test, args.context_length, "")
         result["test"] = at_threshold(texts, images, test.positives, result["threshold"], result["prior"])
@@ -199,8 +198,9 @@ def main(argv: list[str] | None = None):
 
     add = command("retrieval", "pairs", "Recall@K, and files of predictions").add_argument
     add("--predictions", **file, help="write each query's nearest; the split needs no answers")
-    add("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"), help="their way")
-    add("--format", default="official", choices=("official", "muge"), help="whose program reads them")
+    add("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
+        help="of --predictions")
+    add("--format", default="official", choices=("official", "muge"), help="of --predictions")
     add("--top-k", type=int, default=10, help="answers to each query; the official scripts and MUGE want 10")
     add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
     add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
