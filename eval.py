@@ -9,8 +9,8 @@ the query is a picture, and the gallery has one text feature for each class.
     python eval.py retrieval --model out/stage2/best.safetensors --data path/to/MUGE --split valid
     python eval.py zeroshot --model ViT-B-16 --data path/to/cifar-100 --labels cifar-100
 
-Shapes: Q queries, G gallery items, P pairs that belong together, N pictures, C classes, S sentences a class,
-E joint width. All features have unit length, so a product of two is their cosine. Under torchrun every
+Shapes: Q queries, G gallery items, P pairs that belong together, N pictures, C classes, S sentences for each
+class, E joint width. All features have unit length, so a product of two is their cosine. Under torchrun every
 process computes a share, with the same result. tools/measure has the rarer measures.
 """
 
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import os
 import sys
-import time
 
 import torch
 from tqdm import tqdm
@@ -42,15 +41,16 @@ TIE = 1e-6  # Closer cosines are equal: float32 sums differ by about 1e-7 with t
 
 
 @torch.inference_mode()
-def encode(function, items, batch_size: int, width: int, what: str, get=None) -> torch.Tensor:
-    """Unit features [N, E = width] of N items, in float32, on the CPU. `function` makes features [b, E] of a
-    list of items, or of get(item). Processes take turns at the batches; each returns all features."""
-    features = torch.zeros(len(items), width)
+def encode(clip, function, items, batch_size: int, what: str, get=None) -> torch.Tensor:
+    """Unit features [N, E] of N items, in float32, on the CPU. `function` makes features [b, E] of a list of
+    items, or of get(item). Processes take turns at the batches; each returns all features."""
+    features = torch.zeros(len(items), clip.config.embed_dim)
     starts = range(0, len(items), batch_size)[rank() :: world_size()]
     batches = [items[start : start + batch_size] for start in starts]
     bar = tqdm(starts, what, leave=False, delay=2, disable=None if rank() == 0 else True)
     for start, batch in zip(bar, ahead(get, batches) if get else batches):
-        features[start : start + batch_size] = model.normalise(function(batch))
+        with model.autocast(clip.logit_scale.device):
+            features[start : start + batch_size] = model.normalise(function(batch))
     wait_for_all()
     sum_over_ranks(features)  # the rows of other processes are still 0 in this one
     if bad := int((~features.isfinite()).any(dim=1).sum()):
@@ -63,25 +63,16 @@ def encode_images(clip, get_image, count: int, batch_size: int = 0) -> torch.Ten
     GPU; 2^19 pixels on a CPU, where RN50 takes a third longer with 64."""
     device, resolution = clip.logit_scale.device, clip.config.visual.resolution
     batch_size = batch_size or (64 if device.type == "cuda" else max(1, 2**19 // resolution**2))
-
-    def features(pictures):
-        with model.autocast(device):
-            return clip.encode_image(to_pixels(torch.stack(pictures).to(device)))
-
-    return encode(features, range(count), batch_size, clip.config.embed_dim, "encoding images",
-                  get=lambda row: squash(get_image(row), resolution))
+    return encode(clip, lambda pictures: clip.encode_image(to_pixels(torch.stack(pictures).to(device))),
+                  range(count), batch_size, "encoding images", lambda row: squash(get_image(row), resolution))
 
 
 def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: int = 256) -> torch.Tensor:
     """Unit features [N, E] of N captions. Captions of similar length share a batch, to pad little."""
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-
-    def features(rows):
-        with model.autocast(clip.logit_scale.device):
-            return clip.encode_text(tokenize([texts[row] for row in rows], context_length))
-
-    sorted_features = encode(features, order, batch_size, clip.config.embed_dim, "encoding texts")
-    return sorted_features[torch.tensor(order).argsort()]  # back in the order of `texts`
+    features = encode(clip, lambda batch: clip.encode_text(tokenize(batch, context_length)),
+                      [texts[row] for row in order], batch_size, "encoding texts")
+    return features[torch.tensor(order).argsort()]  # back in the order of `texts`
 
 
 def pair_features(clip, pairs: Pairs, context_length: int = 52) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,9 +98,8 @@ def recall_at_k(queries, gallery, positives, tile: int = 0) -> tuple[dict[str, f
 
 
 def ranks(queries, gallery, positives, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank of every query [Q], and of every gallery item as a query among the queries [G]: the number of
-    wrong answers that score at least as high as the best right one, or -1 if there is no right one. Since a
-    tie counts against us, a model that gives everything the same feature scores nothing.
+    """The rank of every query [Q], and of every gallery item as a query among the queries [G]; -1 without a
+    right answer. As ties count against us, a model that gives everything the same feature scores nothing.
 
     queries [Q, E], gallery [G, E]; positives [P, 2] are the pairs (query, item) that belong together. The
     score matrix is computed in tiles, each for both directions; all processes must call this."""
@@ -153,8 +143,8 @@ def cosines(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
 
 
 def retrieval(clip, pairs: Pairs, context_length: int = 52, features=None) -> dict:
-    """Recall in both directions over a whole split. "mean_recall" is the mean of all six figures, by which
-    train.py chooses its best checkpoint. features: those of `pair_features`, if they are known already."""
+    """Recall in both directions over a whole split; features: its `pair_features`, if they are known already.
+    train.py chooses its best checkpoint by "mean_recall", the mean of all six figures."""
     image_features, text_features = features or pair_features(clip, pairs, context_length)
     sides = (x.to(clip.logit_scale.device) for x in (text_features, image_features, pairs.positives))
     t2i, i2t = recall_at_k(*sides)
@@ -177,13 +167,6 @@ def ensemble(sentences: torch.Tensor) -> torch.Tensor:
     return model.normalise(sentences.mean(dim=1))
 
 
-def zero_shot_cosines(clip, names, get_image, count: int, templates) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines [N, C] of `count` pictures with the classes: with all templates, and with the first alone."""
-    image_features = encode_images(clip, get_image, count)  # [N, E]
-    sentences = sentence_features(clip, names, templates)  # [C, S, E]
-    return image_features @ ensemble(sentences).T, image_features @ sentences[:, 0].T
-
-
 def hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[N] bool: the label [N] of a picture scores highest in its row of [N, C]. A tie is wrong."""
     return (scores >= scores.gather(1, labels[:, None]) - TIE).sum(dim=1) == 1
@@ -196,8 +179,10 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
 def zero_shot(clip, names: list[str], get_image, labels: torch.Tensor, templates: list[str]) -> dict:
     """The accuracy, in percent, on the pictures get_image(0) ... get_image(N - 1) with labels [N]: with all
     templates and with the first alone. Beside it stand the sizes and what guessing gives."""
-    cosines, single = zero_shot_cosines(clip, names, get_image, len(labels), templates)
-    return {"accuracy": accuracy(cosines, labels), "accuracy_single_template": accuracy(single, labels),
+    image_features = encode_images(clip, get_image, len(labels))  # [N, E]
+    sentences = sentence_features(clip, names, templates)  # [C, S, E]
+    return {"accuracy": accuracy(image_features @ ensemble(sentences).T, labels),
+            "accuracy_single_template": accuracy(image_features @ sentences[:, 0].T, labels),
             "metric": "accuracy", "classes": len(names), "images": len(labels), "templates": len(templates),
             "chance": 100 / len(names)}
 
@@ -229,44 +214,51 @@ def run_zeroshot(args, clip) -> dict:
     return result
 
 
-def build_parser(program: str, text: str):
-    """-> (parser, its commands, the flags of all), to which tools/measure adds."""
-    parser = argparse.ArgumentParser(program, description=text)
+def command_flags(data: str) -> argparse.ArgumentParser:
+    """The flags of every command, and those of a command whose data are "pairs" or "classes"."""
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--model", required=True, help="a weights file, or one of " + ", ".join(RELEASED))
-    flags.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
-    flags.add_argument("--out", default="", metavar="FILE", help="also write the result to this JSON file")
-    commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
-    pairs = commands.add_parser("retrieval", parents=[flags], help="Recall@K in both directions")
-    pairs.add_argument("--data", required=True, help="what train.py --data takes, such as a folder of pairs")
-    pairs.add_argument("--split", default="valid", help="train, valid (default) or test")
-    pairs.add_argument("--context-length", type=int, default=52, help="tokens of a caption (default: 52)")
-    classes = commands.add_parser("zeroshot", parents=[flags], help="classification by names of classes")
-    classes.add_argument("--data", required=True, help="folder with test/000 ..., test/NAME ..., or test.txt")
-    classes.add_argument("--labels", default="", help="name of a file in labels/, or a file like those "
-                         "(default: label_cn.txt in --data)")
-    classes.add_argument("--templates", default="", metavar="FILE", help="sentences with {} for the class "
-                         "name (default: those of the labels, and the general ones if they fit)")
-    return parser, commands, flags
+    add = flags.add_argument
+    add("--model", required=True, help="a weights file, or one of " + ", ".join(RELEASED))
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    add("--out", default="", type=file_name, metavar="FILE", help="also write the result to this JSON file")
+    if data == "pairs":
+        add("--data", required=True, help="what train.py --data takes, such as a folder of pairs")
+        add("--split", default="valid", help="train, valid (default) or test")
+        add("--context-length", type=int, default=52, help="tokens of a caption (default: 52)")
+    elif data == "classes":
+        add("--data", required=True, help="folder with test/000 ..., test/NAME ..., or test.txt")
+        add("--labels", default="", help="a name in labels/, or a file (default: label_cn.txt in --data)")
+        add("--templates", default="", metavar="FILE", help="sentences to use, with {} for the class name")
+    return flags
+
+
+def file_name(path: str) -> str:
+    """The type of a flag that names a file to write: a folder is refused before anything is computed."""
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is a folder; expected the name of a file")
+    return path
 
 
 def run_command(parser, args, run):
     """Load the model, call run(args, model), and write its result to --out."""
-    if not 2 <= getattr(args, "context_length", 2) <= 512 or os.path.isdir(args.out):
-        parser.error("--context-length: expected 2 to 512; --out: expected the name of a file")
-    start, device = time.time(), join_processes(args.device)
+    if not 2 <= getattr(args, "context_length", 2) <= 512:
+        parser.error(f"--context-length {args.context_length}: expected 2 to 512")
+    device = join_processes(args.device)
     with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
         clip, _ = model.load(args.model, device, dtype=args.dtype)
         result = run(args, clip)
         if args.out and rank() == 0:
             write_json(args.out, vars(args) | {"device": device.type} | result)
-        print(f"{time.time() - start:.0f} s" + (f", written to {args.out}" if args.out else ""))
+            print(f"The result is in {args.out}")
     leave_processes()
 
 
 def main(argv: list[str] | None = None):
-    parser, _, _ = build_parser("eval.py", __doc__.strip().split("\n")[0])
+    parser = argparse.ArgumentParser("eval.py", description=__doc__.strip().split("\n")[0])
+    commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
+    commands.add_parser("retrieval", parents=[command_flags("pairs")], help="Recall@K in both directions")
+    commands.add_parser("zeroshot", parents=[command_flags("classes")], help="accuracy by names of classes")
     args = parser.parse_args(argv)
     run_command(parser, args, {"retrieval": run_retrieval, "zeroshot": run_zeroshot}[args.task])
 

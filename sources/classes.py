@@ -6,8 +6,7 @@ from the data set's own label_cn.txt. Class numbers follow the data set's own la
 label_cn.txt, where line 1 names class 0; names of labels/ are put into that order. Pictures lie in one of
 three ways:
 
-    test.txt                   a line for each picture, path<TAB>class number from 0; where a picture may show
-                               several classes (VOC-2007) there are several numbers with spaces between
+    test.txt                   path<TAB>class number from 0 for each picture; for VOC-2007 several with spaces
     test/000/ test/001/ ...    the official layout: a folder for each class, numbered from 0
     test/apple_pie/ ...        a folder for each class, named in English or Chinese; test/ may be left out
 
@@ -52,10 +51,8 @@ def read_classes(name_or_path: str) -> Classes:
     metric, templates, english, chinese, marks, taken = "", [], [], [], set(), set()
     for number, line in text_lines(path):
         key, _, value = line.partition(": ")
-        if "\t" in line:
-            names = [name.strip() for name in line.split("\t")]
-            if len(names) != 2 or "" in names:
-                raise DataError(f"{path} line {number}: expected English<TAB>Chinese, got {line!r}")
+        names = [name.strip() for name in line.split("\t")]
+        if len(names) == 2 and "" not in names:
             english.append(names[0].split("|"))
             chinese.append(names[1])
             for bare, name in {bare_name(name): name for name in (*english[-1], names[1])}.items():
@@ -98,16 +95,14 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
         return classes
     names, number_of = read_names(path), numbers_of(classes)
     order = [number_of.get(bare_name(name)) for name in names]
+    wrong = [row for row, c in enumerate(order) if c is None or c in order[:row]]
     absent = [english[0] for c, english in enumerate(classes.english) if c not in order]
-    wanted = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "no further line"
-    for line, (name, c) in enumerate(zip(names, order), 1):
-        if c is None or c in order[: line - 1]:
-            raise DataError(f"{path} line {line}: {name!r} is {'no' if c is None else 'again a'} class of "
-                            f"labels {labels}; expected {wanted}. Write the labels' English names into "
-                            "label.txt, or leave out --labels to take the names of label_cn.txt")
-    if absent:
-        raise DataError(f"{path} line {len(names) + 1}: not there; labels {labels} has {len(absent)} more "
-                        f"classes: {wanted}")
+    if wrong or absent:
+        row = wrong[0] if wrong else len(names)
+        few = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "all have one"
+        got = repr(names[row]) if wrong else "the end"
+        raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got}; "
+                        "give English names in label.txt, or leave out --labels for those of label_cn.txt")
     return classes._replace(english=[classes.english[c] for c in order],
                             chinese=[classes.chinese[c] for c in order], numbered=True)
 
@@ -119,14 +114,12 @@ def numbers_of(classes: Classes) -> dict[str, int]:
 
 
 def bare_name(name: str) -> str:
-    """A name without capitals, spaces and punctuation, since folders spell names freely: Apple_pie, apple-pie
-    -> applepie. Also for names of data sets."""
+    """Apple_pie, apple-pie -> applepie, since folders spell names freely."""
     return "".join(c for c in name.lower() if c.isalnum()) or name
 
 
 def templates_for(classes: Classes, path: str = "") -> list[str]:
-    """The templates of the file at `path`, or else those of the data set followed by the general ones, each
-    once."""
+    """The templates of the file at `path`, or else those of the data set and then the general ones."""
     if path:
         return read_templates(path)
     general = [] if classes.alone else read_templates(TEMPLATES)
@@ -135,14 +128,10 @@ def templates_for(classes: Classes, path: str = "") -> list[str]:
 
 def read_templates(path: str) -> list[str]:
     """A template from each line, with {} where the class name goes. Lines that start with # are notes."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; expected templates, with {{}} for the class name")
-    templates = [line for _, line in text_lines(path)]
-    for template in templates:
-        if "{}" not in template:
-            raise DataError(f"{path}: the template {template!r} has no {{}} for the class name")
-    if not templates:
-        raise DataError(f"{path}: no template in it; expected at least one line with {{}}")
+    templates = [line for _, line in text_lines(path)] if os.path.isfile(path) else []
+    if not templates or not all("{}" in template for template in templates):
+        raise DataError(f"{path}: expected lines with {{}} for the class name, got "
+                        + (", ".join(line for line in templates if "{}" not in line) or "none"))
     return templates
 
 
@@ -189,11 +178,10 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
     shows = torch.zeros(len(paths), len(classes.chinese), dtype=torch.long)  # [N, C]
     for row, numbers in enumerate(shown):
         shows[row, numbers] = 1
-    empty = (shows.sum(dim=0) == 0).nonzero().flatten().tolist()
-    if empty:
+    if empty := (shows.sum(dim=0) == 0).nonzero().flatten().tolist():
         few = ", ".join(f"{c:03d} {classes.chinese[c]}" for c in empty[:5])
-        raise DataError(f"{folder}: no pictures of {len(empty)} of {len(classes.chinese)} classes ({few}"
-                        f"{' ...' if len(empty) > 5 else ''}); add them, or shorten the labels")
+        raise DataError(f"{folder}: no pictures of {len(empty)} of {len(classes.chinese)} classes, which are "
+                        f"{few}{' ...' if len(empty) > 5 else ''}; add them, or shorten the labels")
     return classes, paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
 
 
@@ -201,53 +189,42 @@ def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list
     """test.txt -> picture paths [N] and the numbers of the classes that each shows."""
     if not classes.numbered:
         raise DataError(f"{path}: its numbers {TWO_ORDERS.format(os.path.join(folder, 'label.txt'))}")
-    paths, shown = [], []
+    paths, shown, last, several = [], [], len(classes.chinese) - 1, classes.metric == "map-11"
     for number, line in text_lines(path):
         name, tab, numbers = line.partition("\t")
         numbers = numbers.split()
-        if not tab or not all(n.isdecimal() and int(n) < len(classes.chinese) for n in numbers):
-            raise DataError(f"{path} line {number}: expected path<TAB>numbers from 0 to "
-                            f"{len(classes.chinese) - 1}, got {line!r}")
-        if classes.metric != "map-11" and len(numbers) != 1:
-            raise DataError(f"{path} line {number}: {len(numbers)} classes; {classes.metric} takes one")
+        fit = all(n.isdecimal() and int(n) <= last for n in numbers)
+        if not tab or not fit or not (several or len(numbers) == 1):
+            raise DataError(f"{path} line {number}: expected path<TAB>number from 0 to {last}"
+                            f"{' or several' if several else ''}, got {line!r}")
         if not os.path.isfile(os.path.join(folder, name)):
             raise DataError(f"{path} line {number}: there is no picture {name} in {folder}")
         paths.append(os.path.join(folder, name))
         shown.append(list(map(int, numbers)))
-    if not paths:
-        raise DataError(f"{path}: no pictures in it")
     return paths, shown
 
 
 def read_folders(folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:
     """Folders -> picture paths [N], folder by folder, and a list with the class number of each."""
-    test, count = os.path.join(folder, "test"), len(classes.chinese)
-    if os.path.isdir(test):
-        folders = visible(test)
-    else:
-        test = folder
-        folders = [name for name in visible(folder) if os.path.isdir(os.path.join(folder, name))]
-    paths, shown, folder_of, number_of = [], [], {}, numbers_of(classes)
-    for name in folders:
-        place = os.path.join(test, name)
+    test, count, number_of = os.path.join(folder, "test"), len(classes.chinese), numbers_of(classes)
+    root = test if os.path.isdir(test) else folder
+    paths, shown = [], []
+    for name in visible(root):
+        place = os.path.join(root, name)
+        if root == folder and not os.path.isdir(place):
+            continue  # such as label.txt
         number = number_of.get(bare_name(name), int(name) if name.isdecimal() else count)
         if number >= count or not os.path.isdir(place):
             raise DataError(f"{place}: no class has that name; expected folders 000 to {count - 1:03d}, or "
                             f"English names such as {classes.english[0][0]}")
         if bare_name(name) not in number_of and not classes.numbered:
             raise DataError(f"{place}: its number {TWO_ORDERS.format(os.path.join(folder, 'label.txt'))}")
-        if number in folder_of:
-            raise DataError(f"{place}: class {number:03d} {classes.chinese[number]} already has the folder "
-                            f"{folder_of[number]}; expected one folder for each class, numbered from 000")
-        folder_of[number] = name
         paths += [os.path.join(place, picture) for picture in visible(place)]
         shown += [[number]] * (len(paths) - len(shown))
-    if not paths:
-        raise DataError(f"{test}: no pictures; expected folders 000 to {count - 1:03d} with pictures in them")
     return paths, shown
 
 
 def visible(folder: str) -> list[str]:
     """Sorted names in a folder, without those that desktops leave there."""
-    leftovers = ("Thumbs.db", "desktop.ini")
-    return sorted(name for name in os.listdir(folder) if name[0] != "." and name not in leftovers)
+    return sorted(name for name in os.listdir(folder)
+                  if name[0] != "." and name not in ("Thumbs.db", "desktop.ini"))

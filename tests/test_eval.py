@@ -200,12 +200,12 @@ def test_images_come_back_in_their_order(clip, batch_size):
     torch.testing.assert_close(found, seen(clip, map(picture, range(7))), rtol=0, atol=1e-5)
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_features_that_are_no_numbers_are_refused(clip):
     def function(rows):
-        return torch.tensor([[1.0, float("nan") if row == 3 else 2.0] for row in rows])
+        return torch.tensor([15 * [1.0] + [float("nan") if row == 3 else 2.0] for row in rows])
 
     with pytest.raises(DataError, match="1 of 5 features"):
-        measure.encode(function, range(5), 2, 2, "encoding")
+        measure.encode(clip, function, range(5), 2, "encoding")
 
 
 def test_retrieval_is_recall_of_the_encoders(clip):
@@ -273,19 +273,19 @@ def write_pairs(folder) -> str:
     return str(folder)
 
 
-def test_retrieval_command_prints_a_table_and_writes_json(clip, weights, tmp_path, monkeypatch, capsys):
+def test_retrieval_command_prints_both_directions_and_writes_json(clip, weights, tmp_path, monkeypatch, capsys):
     folder, out = write_pairs(tmp_path / "pairs"), tmp_path / "result.json"
     command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--out", out)
     printed = capsys.readouterr().out
-    assert "5 images, 6 texts, 6 pairs" in printed and str(out) in printed
+    assert "5 images, 6 texts" in printed and str(out) in printed
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["model"] == weights and result["data"] == folder and result["split"] == "test"
     expected = measure.retrieval(clip, layouts.open_pairs(folder, "test"))
     for way in ("text_to_image", "image_to_text"):
         assert result[way] == pytest.approx(expected[way])
-        assert all(f"{result[way][f'R@{k}']:.1f}" in printed for k in (1, 5, 10))
+        figures = ", ".join(f"{key} {value:.1f}" for key, value in result[way].items())
+        assert f"{way.replace('_', ' ')}: {figures}\n" in printed
     assert result["mean_recall"] == pytest.approx(expected["mean_recall"])
-    assert f"{result['mean_recall']:.1f}" in printed
 
 
 def test_zeroshot_command_prints_a_line_and_writes_json(clip, weights, tmp_path, monkeypatch, capsys):
@@ -397,7 +397,7 @@ def test_a_folder_is_no_file_to_write(flag, weights, tmp_path, capsys):
     main = measure.main if flag == "--out" else rarer.main
     with pytest.raises(SystemExit) as caught:
         main([*RETRIEVAL, weights, "--data", str(tmp_path / "nothing"), flag, str(tmp_path)])
-    assert caught.value.code == 2 and f"{flag} {tmp_path}: a folder" in capsys.readouterr().err
+    assert caught.value.code == 2 and f"argument {flag}: {tmp_path} is a folder" in capsys.readouterr().err
 
 
 def test_weights_in_half_the_bits(clip, weights, tmp_path):
@@ -411,7 +411,7 @@ def test_weights_in_half_the_bits(clip, weights, tmp_path):
         found = torch.from_numpy(np.load(tmp_path / "f" / f"{name}_features.npy"))
         cosines = (found * exact).sum(dim=1)
         assert (cosines > 0.999).all() and not torch.equal(found, exact), name
-    with pytest.raises(DataError, match=r"not the same: dtype\)"):
+    with pytest.raises(DataError, match=r"not the same: model, dtype\)"):
         rarer.main([*RETRIEVAL, weights, "--data", folder, "--features", str(tmp_path / "f")])
 
 

@@ -80,7 +80,7 @@ def test_folders_that_do_not_fit_the_labels(tmp_path):
     refused(1, ("test/apple pie", "test/fox", "test/boat"), os.path.join("test", "fox"), "apple pie")
     refused(2, ("test/000", "test/001"), "1 of 3 classes", "002 船")
     refused(3, ("test/1", "test/2", "test/3"), os.path.join("test", "3"), "000 to 002")  # from 1
-    refused(4, ("test/0", "test/000", "test/1"), "000 苹果派")
+    refused(4, ("test/0", "test/000", "test/1"), "1 of 3 classes", "002 船")
     write_folders(tmp_path / "set5", "test/000", "test/001")
     write_folders(tmp_path / "set5", "test/002", count=0)
     says(lambda: classes.open_classes(str(tmp_path / "set5"), labels), "002 船")
@@ -110,10 +110,10 @@ def test_numbers_mean_what_the_folders_own_file_says(tmp_path, files, listed):
 
 
 @pytest.mark.parametrize("name, text, parts", [
-    ("label.txt", "boat\nfox\napple pie\n", ("label.txt line 2", "'fox' is no class", "expected Red Fox")),
-    ("label.txt", "boat\nboat\nred fox\n", ("label.txt line 2", "'boat' is again", "expected apple pie")),
-    ("label.txt", "boat\nred fox\n", ("label.txt line 3", "1 more", "apple pie")),
-    ("label.txt", "boat\nred fox\napple pie\ncat\n", ("label.txt line 4", "'cat'", "no further line")),
+    ("label.txt", "boat\nfox\napple pie\n", ("label.txt line 2", "got 'fox'", "(Red Fox)")),
+    ("label.txt", "boat\nboat\nred fox\n", ("label.txt line 2", "got 'boat'", "(apple pie)")),
+    ("label.txt", "boat\nred fox\n", ("label.txt line 3", "got the end", "(apple pie)")),
+    ("label.txt", "boat\nred fox\napple pie\ncat\n", ("label.txt line 4", "got 'cat'", "all have one")),
     ("label.txt", "boat\n\napple pie\n", ("label.txt line 2", "empty")),
     ("label_cn.txt", "船\n狐狸\n苹果派\n", ("label_cn.txt line 2", "狐狸", "leave out --labels")),
     ("label_cn.txt", "猫\n狗\n", ("label_cn.txt line 1", "猫", "three.txt"))])
@@ -162,14 +162,16 @@ def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
     _, paths, shown = classes.open_classes(data, write_labels(labels, "map-11"))
     assert [os.path.basename(path) for path in paths] == ["0.png", "2.png", "1.png"]
     assert shown.tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
-    says(lambda: classes.open_classes(data, write_labels(labels)), "test.txt line 2", "2 classes")
+    says(lambda: classes.open_classes(data, write_labels(labels)), "test.txt line 2", "<TAB>number from 0 to 2, got")
     lines = [f"JPEGImages/{n}.png\t{c}" for n, c in enumerate((2, 0, 1))]
     (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
     assert classes.open_classes(data, str(labels))[2].tolist() == [2, 0, 1]
     for line, part in (("JPEGImages/0.png\t3", "0 to 2"), ("JPEGImages/0.png 1", "path<TAB>"),
-                       ("JPEGImages/9.png\t1", "9.png"), ("", "no pictures")):
+                       ("JPEGImages/9.png\t1", "9.png")):
         (tmp_path / "set" / "test.txt").write_text(line, encoding="utf-8")
         says(lambda: classes.open_classes(data, str(labels)), "test.txt", part)
+    (tmp_path / "set" / "test.txt").write_text("", encoding="utf-8")
+    says(lambda: classes.open_classes(data, str(labels)), "no pictures of 3 of 3")
 
 
 def test_several_classes_a_picture_need_a_list(tmp_path):

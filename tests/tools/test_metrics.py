@@ -1,4 +1,5 @@
-"""The rarer measures against answers by hand, plain restatements, scikit-learn and the official script."""
+"""The rarer measures against answers by hand, plain restatements, scikit-learn and the official script. The
+threshold holds what it promises, on the pairs that it was chosen on and on others of the same kind."""
 
 import json
 
@@ -134,7 +135,7 @@ def test_measures_against_scikit_learn():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# scores one can use
+# the worth of a cosine
 
 
 def test_right_and_wrong_pairs_are_counted_once_each():
@@ -156,13 +157,48 @@ def test_threshold_by_hand():
     right, wrong = torch.zeros(metrics.BINS), torch.zeros(metrics.BINS)
     right[1500], right[1300], wrong[1300], wrong[1100] = 100, 100, 100, 800
     prior = 200 / 1100  # as in the sample itself
-    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.9, prior)
+    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.9, prior).values()
     assert 0.3 < cosine <= 0.5 and (precision, kept) == (1, 0.5)
-    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.6, prior)
+    cosine, precision, kept = metrics.threshold_for(right, wrong, 0.6, prior).values()
     assert 0.1 < cosine <= 0.3 and precision == pytest.approx(20 / 30) and kept == 1
     # where half of all pairs are right, wrong ones weigh 20 / 90 as much
-    cosine, precision, _ = metrics.threshold_for(right, wrong, 0.85, 0.5)
+    cosine, precision, _ = metrics.threshold_for(right, wrong, 0.85, 0.5).values()
     assert cosine <= 0.3 and precision == pytest.approx(20 / (20 + 10 * 20 / 90))
     right[1999] = 29  # too few to rely on
     wrong[1900] = 1000
-    assert metrics.threshold_for(right, wrong, 0.9, prior) is None
+    assert metrics.threshold_for(right, wrong, 0.9, prior)["threshold"] is None
+
+
+def noisy_pairs(seed: int, count: int = 300) -> tuple:
+    """Texts and pictures that share a direction, with noise on both."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(count, 16, generator=g)
+    texts, images = (F.normalize(common + 0.8 * torch.randn(count, 16, generator=g), dim=1) for _ in range(2))
+    return texts, images, torch.arange(count)[:, None].expand(-1, 2)
+
+
+@pytest.mark.parametrize("prior", (0.5, 0.1, 0.0))
+def test_precision_above_the_threshold_is_what_was_asked_for(prior):
+    texts, images, positives = noisy_pairs(0)
+    result = metrics.calibrate(texts, images, positives, 0.9, prior)
+    scores, right = texts @ images.T, torch.eye(300, dtype=torch.bool)
+    kept, others = ((scores[mine] >= result["threshold"]).float().mean().item() for mine in (right, ~right))
+    prior = prior or 1 / 300
+    assert result["prior"] == pytest.approx(prior) and result["recall"] == pytest.approx(kept, abs=0.01)
+    precision = prior * kept / (prior * kept + (1 - prior) * others)
+    assert precision == pytest.approx(result["precision"], abs=0.01)
+    assert result["precision"] >= 0.9
+    other = metrics.at_threshold(*noisy_pairs(1), result["threshold"], prior)
+    assert other["precision"] == pytest.approx(0.9, abs=0.06)
+
+
+def test_where_no_threshold_will_do():
+    texts, images, positives = noisy_pairs(0)
+    result = metrics.calibrate(texts, images.roll(1, 0), positives, 0.99)  # every text with another's picture
+    assert result["threshold"] is None
+
+
+def test_collapsed_features_promise_nothing():
+    same = torch.full((50, 16), 0.25)
+    result = metrics.calibrate(same, same, torch.arange(50)[:, None].expand(-1, 2), 0.9)
+    assert result["threshold"] is None

@@ -6,19 +6,23 @@ from sources.pairs import DataError
 from tools.measure import published
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("MUGE", ("table2", "MUGE")), ("flickr30k_cn", ("table3", "Flickr30K-CN")),
-    ("coco-cn", ("table4", "COCO-CN")),
+EVERY = (*published.RETRIEVAL, "table12")
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("path/to/MUGE", ("table2", "MUGE")), ("flickr30k_cn", ("table3", "Flickr30K-CN")),
+    ("coco-cn/", ("table4", "COCO-CN")), ("my/labels/cifar-100.txt", ("table12", "cifar-100")),
     ("icr", ("table10", "ICR")), ("cifar-100", ("table12", "cifar-100")), ("emoji-cn", ("", ""))])
-def test_tables_are_found_by_the_name_of_the_data(name, expected):
-    assert published.table_of(name) == expected
+def test_tables_are_found_by_the_name_of_the_data(path, expected):
+    assert published.figures_for("", "ViT-B-16", path, EVERY) == (*expected, "zero-shot")
+    assert published.figures_for("", "my.safetensors", path, EVERY)[0] == ""  # which may be finetuned
 
 
 def test_what_is_asked_for_in_words():
-    assert published.figures_named("muge finetune") == ("table2", "MUGE", "finetune")
-    for wrong in ("MUGE", "MUGE zeroshot", "emoji zero-shot", ""):
+    assert published.figures_for("muge finetune", "my.pt", "mine", EVERY) == ("table2", "MUGE", "finetune")
+    for wrong in ("MUGE", "MUGE zeroshot", "emoji zero-shot", " "):
         with pytest.raises(DataError, match="Flickr30K-CN"):
-            published.figures_named(wrong)
+            published.figures_for(wrong, "my.pt", "MUGE", EVERY)
 
 
 RESULT = {"text_to_image": {"R@1": 52.0, "R@5": 77.0, "R@10": 84.0, "mean": 71.0},

@@ -6,7 +6,6 @@ DIR/features.json records what they were computed from. It is written last, so t
 run that was killed, and features of another model, other data or another preprocessing are refused.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ FILES = ("image_features.npy", "text_features.npy")
 
 def kept_features(clip, pairs: Pairs, context_length: int, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`eval.pair_features` [N_image, E] and [N_text, E], read from `folder`, or computed and kept there; only
-    computed if `folder` is "". DataError if the folder holds features of something else."""
+    computed if `folder` is ""."""
     if not folder:
         return pair_features(clip, pairs, context_length)
     origin = origin_of(clip, pairs, context_length)
@@ -35,7 +34,10 @@ def kept_features(clip, pairs: Pairs, context_length: int, folder: str) -> tuple
     features = pair_features(clip, pairs, context_length)
     if rank() == 0:
         for name, array in zip(FILES, features):
-            replace(os.path.join(folder, name), functools.partial(write_array, array.numpy()))
+            def write_to(temporary: str, array=array):
+                with open(temporary, "wb") as file:  # given a name, np.save would add .npy
+                    np.save(file, array.numpy())
+            replace(os.path.join(folder, name), write_to)
         write_json(os.path.join(folder, "features.json"), origin)
         print(f"{folder}: kept the features of {pairs.image_count:,} images and {len(pairs.texts):,} texts")
     return features
@@ -59,30 +61,17 @@ def origin_of(clip, pairs: Pairs, context_length: int) -> dict:
 def read_features(folder: str, origin: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """The features kept in `folder`. DataError if they are damaged or have another origin."""
     header = os.path.join(folder, "features.json")
-    path = header
+    remedy = f"name another folder, or delete {header} to encode again"
     try:
         with open(header, encoding="utf-8") as file:
             found = json.load(file)
-        other = [key for key, value in origin.items() if found.get(key) != value]
-        features = []
-        for path in (os.path.join(folder, name) for name in FILES):
-            features.append(torch.from_numpy(np.load(path)))  # allow_pickle is off, so nothing is executed
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete {header} to encode again") from None
-    if "dtype" in other and "model" in other:
-        other.remove("model")  # the digest of the weights changes with their type
+        arrays = [np.load(os.path.join(folder, name)) for name in FILES]  # which executes no pickled code
+        found |= {"shapes": [list(array.shape) for array in arrays if array.dtype == np.float32]}
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise DataError(f"{folder}: its features cannot be read ({error}); {remedy}") from None
+    other = [key for key, value in origin.items() if found.get(key) != value]
     if other:
-        raise DataError(f"{header}: features of something else (not the same: {', '.join(other)}); name "
-                        "another folder, or delete this one to encode again")
-    shapes = [list(array.shape) for array in features if array.dtype == torch.float32]
-    if shapes != origin["shapes"]:
-        raise DataError(f"{folder}: its arrays are {shapes}, expected {origin['shapes']} of float32; delete "
-                        f"{header} to encode again")
+        raise DataError(f"{folder}: features of something else (not the same: {', '.join(other)}); {remedy}")
     if rank() == 0:
         print(f"{folder}: features of this model and data are there; nothing is encoded")
-    return features[0], features[1]
-
-
-def write_array(array: np.ndarray, path: str):
-    with open(path, "wb") as file:  # given a name, np.save would add .npy
-        np.save(file, array)
+    return tuple(map(torch.from_numpy, arrays))

@@ -1,10 +1,8 @@
 """
-The rarer measures as formulas: tensors in, percentages out. Recall and accuracy are in eval.py.
+The rarer measures as formulas: predictions, measures of classification (Table 11, in percent), and the cosine
+above which enough pairs are right. Recall and accuracy are in eval.py.
 
-Classification (paper, Table 11): mean_per_class, roc_auc, map_11. Predictions: nearest. Scores that one can
-rely on: right_and_wrong, shares, threshold_for.
-
-Shapes: Q queries, G gallery items, N pictures, C classes, P positive pairs, E joint width. Features have unit
+Shapes: Q queries, G gallery items, P positive pairs, N pictures, C classes, E joint width. Features have unit
 length, so the product of two is their cosine.
 """
 
@@ -23,10 +21,6 @@ def nearest(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> torch.LongT
     rows = max(1, min(TILE, 2**24 // len(gallery)))  # so that at most 64 MB of scores exist at a time
     return torch.cat([cosines(some, gallery).topk(min(k, len(gallery))).indices
                       for some in queries.split(rows)])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# classification
 
 
 def mean_per_class(scores: torch.Tensor, labels: torch.Tensor) -> float:
@@ -77,14 +71,29 @@ def average_precision_11(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# scores that one can rely on
+# the worth of a cosine
 
 
-def right_and_wrong(
-    queries: torch.Tensor, gallery: torch.Tensor, positives: torch.Tensor, rows: int = TILE // 8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosines of all pairs of queries [Q, E] and gallery items [G, E], counted in bins: those of the
-    positives [BINS], and all others [BINS]. Processes share the work, so all of them must call this."""
+def calibrate(queries, gallery, positives, precision: float, prior: float = 0.5) -> dict:
+    """`threshold_for` unit features [Q, E] and [G, E] with positives [P, 2], and what it was computed from.
+    Pairs that are not positives count as wrong, even if they fit, so the true precision is a little better.
+    prior: the share of right pairs among those one will meet; 0 means that of the split."""
+    right, wrong = right_and_wrong(queries, gallery, positives)
+    prior = prior or (right.sum() / (right.sum() + wrong.sum())).item()
+    return {"wanted_precision": precision, "prior": prior, "right_pairs": int(right.sum()),
+            "wrong_pairs": int(wrong.sum()), **threshold_for(right, wrong, precision, prior)}
+
+
+def at_threshold(queries, gallery, positives, threshold: float, prior: float) -> dict:
+    """The precision and recall, 0 to 1, of a threshold on other pairs than those it was chosen on."""
+    _, precisions, recalls = upwards(*right_and_wrong(queries, gallery, positives), prior)
+    first = round((threshold + 1) * BINS / 2)
+    return {"precision": precisions[first].item(), "recall": recalls[first].item()}
+
+
+def right_and_wrong(queries, gallery, positives, rows: int = TILE // 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosines of all pairs of queries and gallery items, counted in bins: those of the positives [BINS],
+    and all others [BINS]. Processes share the work, so all of them must call this."""
     right, wrong = (torch.zeros(BINS, dtype=torch.long, device=queries.device) for _ in range(2))
     positives = positives.unique(dim=0)
     for start in range(0, len(queries), rows)[rank() :: world_size()]:
@@ -96,23 +105,21 @@ def right_and_wrong(
     return sum_over_ranks(right), sum_over_ranks(wrong)
 
 
-def shares(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts of right and wrong pairs [BINS] as weights [BINS], if a share `prior` (0 to 1) of the pairs that
-    one will meet is right."""
-    return prior * right.double() / right.sum(), (1 - prior) * wrong.double() / wrong.sum()
-
-
-def threshold_for(
-    right: torch.Tensor, wrong: torch.Tensor, precision: float, prior: float
-) -> tuple[float, float, float] | None:
+def threshold_for(right: torch.Tensor, wrong: torch.Tensor, precision: float, prior: float) -> dict:
     """The lowest cosine at and above which at least `precision` (0 to 1) of the pairs are right, that
-    precision, and the share of right pairs that it keeps; None if there is no such cosine. right, wrong:
-    counts [BINS]. A threshold with fewer than ENOUGH pairs above it does not count."""
-    counted, right, wrong = (x.flip(0).cumsum(0).flip(0)  # [BINS], from a bin upwards
-                             for x in (right + wrong, *shares(right, wrong, prior)))
-    precisions = torch.where(right > 0, right / (right + wrong), 0)
+    precision, and the recall, which is the share of right pairs that it keeps; all None if there is no such
+    cosine. right, wrong: counts [BINS]. A threshold with fewer than ENOUGH pairs above it does not count."""
+    counted, precisions, recalls = upwards(right, wrong, prior)
     enough = ((precisions >= precision) & (counted >= ENOUGH)).nonzero().flatten().tolist()
     if not enough:
-        return None
-    first = enough[0]
-    return 2 * first / BINS - 1, precisions[first].item(), (right[first] / right[0]).item()
+        return {"threshold": None, "precision": None, "recall": None}
+    return {"threshold": 2 * enough[0] / BINS - 1, "precision": precisions[enough[0]].item(),
+            "recall": recalls[enough[0]].item()}
+
+
+def upwards(right: torch.Tensor, wrong: torch.Tensor, prior: float) -> tuple[torch.Tensor, ...]:
+    """Of the pairs in each bin and all above it: their number, precision and recall [BINS], if a share
+    `prior` of the pairs that one will meet is right."""
+    weights = prior * right.double() / right.sum(), (1 - prior) * wrong.double() / wrong.sum()
+    counted, right, wrong = (x.flip(0).cumsum(0).flip(0) for x in (right + wrong, *weights))
+    return counted, torch.where(right > 0, right / (right + wrong), 0), right / right[0]

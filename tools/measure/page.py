@@ -2,8 +2,6 @@
 A measurement to look at: one HTML file that needs nothing else, because the pictures are inside and a browser
 has fonts for Chinese. For retrieval it shows how recall grows with K, and the captions whose picture ranks
 worst; for classification the confusion matrix, and the pictures most surely taken for something else.
-
-Shapes: N pictures or texts, C classes, E joint width.
 """
 
 import base64
@@ -19,17 +17,15 @@ from sources.pairs import Pairs
 from tools.measure.metrics import nearest
 
 WORST = 24  # failures on a page
-STYLE = """body { font: 15px sans-serif; margin: 2em; max-width: 1100px } td, th { padding: 3px 10px }
+STYLE = """body { font: 15px sans-serif; margin: 2em; max-width: 1100px }
 img { height: 110px; margin: 3px; border: 3px solid white } img.right { border-color: #28aa50 }
 img.matrix { height: 440px; border: 1px solid #888; image-rendering: pixelated } p { margin: 1.6em 0 .2em }"""
 
 
-def write_retrieval(
-    path: str, title: str, table: str, pairs: Pairs, text_features: torch.Tensor,
-    image_features: torch.Tensor, text_ranks: torch.Tensor, image_ranks: torch.Tensor,
-):
+def write_retrieval(path: str, title: str, table: str, pairs: Pairs, text_features, image_features, ranks):
     """Unit features [N_text, E] and [N_image, E], and their `eval.ranks`. Each of the worst captions is shown
     with its best right picture (green) and the nearest of those that came before it."""
+    text_ranks, image_ranks = ranks
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
     first = nearest(text_features[worst], image_features, 6).tolist()
     parts = [recall_curve({"text to image": text_ranks, "image to text": image_ranks}),
@@ -41,13 +37,12 @@ def write_retrieval(
         before = [image for image in images if image not in right][: int(text_ranks[text])]
         parts.append(f"<p>{html.escape(pairs.text(text))} "
                      f"<small>(place {text_ranks[text] + 1:,} of {len(image_features):,})</small></p>")
-        parts += [thumbnail(pairs.image(image, 128), image == best) for image in (best, *before)]
+        parts += [embedded(pairs.image(image, 128), "right" if image == best else "other")
+                  for image in (best, *before)]
     write(path, title, table, parts)
 
 
-def write_zeroshot(
-    path: str, title: str, line: str, names: list[str], get_image, cosines: torch.Tensor, labels: torch.Tensor
-):
+def write_zeroshot(path: str, title: str, line: str, names: list[str], get_image, cosines, labels):
     """Cosines [N, C] and labels: [N], or [N, C] of 0 and 1 where a picture shows several classes."""
     right = labels.bool() if labels.ndim == 2 else labels[:, None] == torch.arange(len(names))  # [N, C]
     lead = cosines.masked_fill(right, -torch.inf).max(dim=1)  # the best wrong class of every picture
@@ -56,27 +51,27 @@ def write_zeroshot(
     taken = torch.nn.functional.one_hot(lead.indices, len(names)).float()
     mistakes = (right & wrong[:, None]).float().T @ taken  # [C, C], a row for each true class
     counts = mistakes + (right & ~wrong[:, None]).sum(dim=0).float().diag()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    matrix = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
     worst = (lead.values - own).where(wrong, -torch.inf).topk(min(WORST, int(wrong.sum()))).indices.tolist()
-    parts = [confusion_matrix(counts, names), most_confused(counts, names),
+    parts = ["<h2>Confusion matrix</h2>a row for each true class, a column for each class named; black is "
+             f"the whole row<br>{embedded(matrix, 'matrix')}<br>from the top, and from the left: "
+             + html.escape("、".join(names)),
              f"<h2>The {len(worst)} pictures most surely taken for something else</h2>"]
     for row in worst:
         is_one = "、".join(names[c] for c in right[row].nonzero().flatten().tolist())
         parts.append(f"<p>{html.escape(is_one)}: cosine {own[row]:.3f}, taken for "
                      f"{html.escape(names[lead.indices[row]])}: {lead.values[row]:.3f}</p>"
-                     + thumbnail(get_image(row)))
+                     + embedded(get_image(row), "other"))
     write(path, title, line, parts)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# parts of a page
 
 
 def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
     """An SVG of how many percent of the queries find a right answer among the K nearest, for K from 1 to all,
     on a roughly logarithmic axis. The gallery of one direction is the queries of the other."""
     most = max(len(ranks) for ranks in ranks_of.values())
-    ks = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
-    ks = [1, *(k for k in ks[1:] if k < most), most]
+    round_numbers = [k * 10**power for power in range(len(str(most))) for k in (1, 2, 5)]
+    ks = [1, *(k for k in round_numbers if 1 < k < most), most]
     step, width, height = 64, 64 * (len(ks) - 1), 300
     drawn = [f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
              f'<text x="-8" y="{y + 4}" text-anchor="end">{100 - 100 * y // height}</text>'
@@ -84,8 +79,8 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
     drawn += [f'<text x="{step * i}" y="{height + 20}" text-anchor="middle">{k:,}</text>'
               for i, k in enumerate(ks)]
     for line, (name, ranks) in enumerate(ranks_of.items()):
-        shares = [(ranks[ranks >= 0] < k).float().mean().item() for k in ks]
-        points = " ".join(f"{step * i},{height * (1 - share):.1f}" for i, share in enumerate(shares))
+        found = [(ranks[ranks >= 0] < k).float().mean().item() for k in ks]
+        points = " ".join(f"{step * i},{height * (1 - share):.1f}" for i, share in enumerate(found))
         colour = ("#d64541", "#346dbd")[line]
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{width - 8}" y="{height - 30 + 18 * line}" text-anchor="end" fill="{colour}">'
@@ -94,32 +89,12 @@ def recall_curve(ranks_of: dict[str, torch.Tensor]) -> str:
             f'<svg viewBox="-50 -20 {width + 80} {height + 60}" width="{width + 80}">{"".join(drawn)}</svg>')
 
 
-def confusion_matrix(counts: torch.Tensor, names: list[str]) -> str:
-    """Counts [C, C], a row for each true class, as a picture."""
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    picture = Image.fromarray((255 * (1 - shares)).round().byte().numpy())
-    return ("<h2>Confusion matrix</h2>a row for each true class, a column for each class named; black is the "
-            f"whole row<br>{embedded(picture, 'PNG', 'matrix')}<br>from the top, and from the left: "
-            + html.escape("、".join(names)))
-
-
-def most_confused(counts: torch.Tensor, names: list[str]) -> str:
-    mistakes = counts - counts.diag().diag()  # [C, C]
-    most = mistakes.flatten().topk(min(WORST, int((mistakes > 0).sum()))).indices.tolist()
-    rows = [f"<tr><td>{html.escape(names[true])}</td><td>{html.escape(names[taken])}</td>"
-            f"<td>{int(counts[true, taken]):,} of {int(counts[true].sum()):,}</td></tr>"
-            for true, taken in (divmod(place, len(names)) for place in most)]
-    return "<table><tr><th>is</th><th>taken for</th><th>how often</th></tr>" + "".join(rows) + "</table>"
-
-
-def thumbnail(image: Image.Image, right: bool = False) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((220, 220))
-    return embedded(small, "JPEG", "right" if right else "other")
-
-
-def embedded(image: Image.Image, form: str, kind: str) -> str:
-    file = io.BytesIO()
+def embedded(image: Image.Image, kind: str) -> str:
+    """A picture inside the page: a "matrix" pixel by pixel, others small, "right" ones with a green frame."""
+    file, form = io.BytesIO(), "PNG" if kind == "matrix" else "JPEG"
+    if kind != "matrix":
+        image = image.convert("RGB")
+        image.thumbnail((220, 220))
     image.save(file, form)
     encoded = base64.b64encode(file.getvalue()).decode()
     return f'<img class="{kind}" src="data:image/{form.lower()};base64,{encoded}">'

@@ -10,6 +10,7 @@ import os
 
 from sources.classes import bare_name
 from sources.pairs import DataError
+from weights.download import RELEASED
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "assets", "paper.json")
 RETRIEVAL = ("table2", "table3", "table4", "table10")  # MUGE, Flickr30K-CN, COCO-CN, ICR
@@ -22,38 +23,44 @@ def read_paper() -> dict:
         return json.load(file)
 
 
-def data_of(table: str) -> list[str]:
-    """The names of a table's data sets."""
-    paper = read_paper()[table]
-    if table in CLASSIFICATION:
-        return [column for column in paper["columns"] if column != "average"]
-    return sorted({row["data"] for row in paper["rows"]})
+def places_of(*tables: str) -> dict[str, tuple[str, str]]:
+    """(table, data set) by the bare name of the data set, for all data sets of these tables."""
+    paper, places = read_paper(), {}
+    for table in tables:
+        columns = [column for column in paper[table]["columns"] if column != "average"]
+        for data in columns if table in CLASSIFICATION else [row["data"] for row in paper[table]["rows"]]:
+            places[bare_name(data)] = table, data
+    return places
 
 
-def table_of(name: str) -> tuple[str, str]:
-    """The table with this data set, and the set's name there; "" and "" if the paper does not have it.
-    Capitals, hyphens and underscores do not matter."""
-    for table in (*RETRIEVAL, "table12"):
-        for data in data_of(table):
-            if bare_name(data) == bare_name(name):
-                return table, data
-    return "", ""
+def figures_for(published: str, name: str, path: str, tables: tuple[str, ...]) -> tuple[str, str, str]:
+    """The (table, data set, setup) to compare with: what `published` says, such as "MUGE finetune", or for a
+    released model of this name the zero-shot figures of what the data at `path` are called. Otherwise the
+    table is "", because other weights may be finetuned or not. DataError if `published` is wrong."""
+    wanted, _, setup = published.rpartition(" ")
+    places = places_of(*tables)
+    if published and (bare_name(wanted) not in places or setup not in SETUPS):
+        known = ", ".join(data for _, data in places.values())
+        raise DataError(f"--published {published!r}: expected a data set of the paper ({known}), a space, "
+                        f"and one of {', '.join(SETUPS)}")
+    if not published and name in RELEASED:
+        wanted = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+    return *places.get(bare_name(wanted), ("", "")), setup or "zero-shot"
 
 
-def figures_named(text: str) -> tuple[str, str, str]:
-    """"MUGE zero-shot" -> (table, data set, setup). DataError if the paper has no such figures."""
-    name, _, setup = text.rpartition(" ")
-    table, data = table_of(name)
-    if setup not in SETUPS or not table:
-        known = [data for table in (*RETRIEVAL, "table12") for data in data_of(table)]
-        raise DataError(f"--published {text!r}: expected a data set of the paper ({', '.join(known)}), a "
-                        f"space, and one of {', '.join(SETUPS)}")
-    return table, data, setup
+def data_folders(table: str, items: list[str]) -> dict[str, str]:
+    """The folders of `reproduce --data NAME=PATH ...` by the table's names of the data sets."""
+    places = places_of(table)
+    folders = {bare_name(item.partition("=")[0]): item.partition("=")[2] for item in items}
+    if not folders or not folders.keys() <= places.keys() or "" in folders.values():
+        names = ", ".join(data for _, data in places.values())
+        raise DataError(f"{table} is measured on {names}; expected one of these or more as --data "
+                        f"NAME=PATH, got {' '.join(items) or 'nothing'}")
+    return {places[name][1]: folder for name, folder in folders.items()}
 
 
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
-    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's recalls, three or
-    six."""
+    """A result of eval.retrieval by the columns of a table. MR is the mean of the table's other columns."""
     ways = {"t2i": result["text_to_image"], "i2t": result["image_to_text"]}
     columns = read_paper()[table]["columns"]
     found = {column: ways[column[:3]][column[4:]] for column in columns if column != "MR"}
@@ -80,13 +87,12 @@ def compare(measured: dict[str, float], table: str, data: str, setup: str, ours:
 
 
 def comparison_table(rows: list[dict]) -> str:
-    """Rows of `compare` as lines of text."""
+    """Rows of `compare` as lines of text, with a dash for what the paper does not have."""
     lines = [f"{'':30} measured  published    gap  best baseline"]
     for row in rows:
         name = row["column"] if row["column"] == row["data"] else f"{row['data']} {row['column']}"
-        known = (f"{row['published']:10.1f} {row['gap']:+6.1f}" if row["published"] is not None
-                 else f"{'-':>10} {'-':>6}")
-        best = (f"{row['best_baseline']:6.1f} {row['best_baseline_model']}" if row["best_baseline_model"]
-                else f"{'-':>6}")
-        lines.append(f"{name:30} {row['measured']:8.1f} {known} {best}")
+        published, gap, best = ("-" if row[key] is None else format(row[key], form) for key, form in (
+            ("published", ".1f"), ("gap", "+.1f"), ("best_baseline", ".1f")))
+        lines.append(f"{name:30} {row['measured']:8.1f} {published:>10} {gap:>6} {best:>6} "
+                     + row["best_baseline_model"])
     return "\n".join(lines)

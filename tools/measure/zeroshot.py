@@ -1,7 +1,6 @@
 """
-More about classification without training (paper, sec. 3.2): every data set's own measure, the file that
-ELEVATER's server takes, and the analyses of sec. 3.2.3, where much depends on the sentence and "no" is not
-understood. The method itself is in eval.py.
+More about zero-shot classification than eval.py has (paper, sec. 3.2): every data set's own measure, the file
+that ELEVATER's server takes, and what the words of a prompt are worth (sec. 3.2.3).
 
 Shapes: N pictures, C classes, S sentences for each class (one a template), E joint width.
 """
@@ -13,25 +12,29 @@ import torch
 
 from eval import accuracy, encode_images, ensemble, sentence_features
 from sources import scenes
-from sources.classes import read_text
+from sources.classes import Classes, read_text
 from sources.pairs import DataError
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
 
-# ELEVATER's names for data sets of labels/, where they differ (submission_file_readme.md of
-# Computer-Vision-in-the-Wild/Elevater_Toolkit_IC)
-ELEVATER = {
-    "country-211": "country211", "eurosat": "eurosat_clip",
-    "fgvc-aircraft": "fgvc-aircraft-2013b-variants102",
-    "oxford-flowers-102": "oxford-flower-102", "resisc-45": "resisc45_clip",
-    "voc-2007": "voc-2007-classification"}
+# ELEVATER's names for data sets of labels/, where they differ
+ELEVATER = {"country-211": "country211", "eurosat": "eurosat_clip", "resisc-45": "resisc45_clip",
+            "fgvc-aircraft": "fgvc-aircraft-2013b-variants102", "oxford-flowers-102": "oxford-flower-102",
+            "voc-2007": "voc-2007-classification"}
+
+
+def own_zero_shot(clip, classes: Classes, get_image, labels, templates) -> tuple[dict, torch.Tensor]:
+    """The data set's own measure with all templates, beside the sizes, and the cosines [N, C]."""
+    sentences = sentence_features(clip, classes.chinese, templates)  # [C, S, E]
+    cosines = encode_images(clip, get_image, len(labels)) @ ensemble(sentences).T  # [N, C]
+    value = own_measure(classes.metric, cosines, labels, clip.logit_scale.exp().item())
+    return {classes.metric: value, "metric": classes.metric, "classes": len(classes.chinese),
+            "images": len(labels), "templates": len(templates)}, cosines
 
 
 def own_measure(metric: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float) -> float:
-    """The measure `metric` (one of classes.METRICS), in percent, of cosines [N, C] and labels: [N], or [N, C]
-    for map-11. `scale` is the model's temperature.
-
-    For the area under the curve and for average precision, ELEVATER ranks pictures by their softmax over the
-    classes, not by their cosine. With two classes that is the order of the second one's lead."""
+    """The measure `metric` (one of classes.METRICS), in percent, of cosines [N, C] and labels [N], or [N, C]
+    for map-11. ELEVATER ranks pictures by their softmax over the classes, of cosines times the model's
+    `scale`; with two classes that is the order of the second one's lead."""
     if metric == "accuracy":
         return accuracy(cosines, labels)
     if metric == "mean-per-class":
@@ -46,22 +49,10 @@ def probabilities(cosines: torch.Tensor, scale: float) -> torch.Tensor:
     return (scale * cosines.double()).softmax(dim=1)
 
 
-def own_zero_shot(clip, cosines, single, labels, templates, metric: str) -> dict:
-    """`eval.zero_shot` with the data set's own measure, from cosines [N, C] with all templates and with the
-    first alone."""
-    scale = clip.logit_scale.exp().item()
-    chance = {"roc-auc": 50.0, "map-11": 100 * labels.float().mean().item()}  # about that of random scores
-    return {metric: own_measure(metric, cosines, labels, scale),
-            f"{metric}_single_template": own_measure(metric, single, labels, scale),
-            "metric": metric, "classes": cosines.shape[1], "images": len(labels), "templates": len(templates),
-            "chance": chance.get(metric, 100 / cosines.shape[1])}
-
-
 def submission(clip, data: str, cosines: torch.Tensor) -> dict:
-    """The predictions for one data set, a name of labels/ or another, as ELEVATER's server takes them
-    (submission_file_readme.md, "zero-shot"): sizes, and the probability of every class for every picture
-    [1, N, C], with six digits as in cn_clip. Classes and pictures of the cosines [N, C] must be in ELEVATER's
-    order, which the official layout's label.txt and index.json give."""
+    """The predictions for a data set as ELEVATER's server takes them (submission_file_readme.md of
+    Computer-Vision-in-the-Wild/Elevater_Toolkit_IC): sizes, and the probability of every class for every
+    picture [1, N, C], with six digits. Classes and pictures of the cosines [N, C] are in ELEVATER's order."""
     count = sum(p.numel() for p in clip.parameters())
     shares = probabilities(cosines, clip.logit_scale.exp().item())
     return {"model_name": "CN-CLIP", "dataset_name": ELEVATER.get(data, data), "num_trainable_params": 0,
@@ -71,50 +62,42 @@ def submission(clip, data: str, cosines: torch.Tensor) -> dict:
 
 
 def elevaters_pictures(folder: str, count: int) -> list[int]:
-    """The rows of `open_classes` in ELEVATER's order of the pictures. Some data sets of the official layout
-    list it in index.json; the others have that order already."""
+    """The rows of `open_classes` in ELEVATER's order, which index.json lists where it is another."""
     path = os.path.join(folder, "index.json")
-    if not os.path.isfile(path):
-        return list(range(count))
     try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: no JSON ({error})") from None
+        rows = json.loads(read_text(path)) if os.path.isfile(path) else list(range(count))
+    except json.JSONDecodeError:
+        rows = None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
         raise DataError(f"{path}: expected a list of the pictures' numbers, 0 to {count - 1}, each once")
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the analyses of sec. 3.2.3
-
-
-def prompts(clip, names, get_image, labels, templates, metric: str = "accuracy") -> dict[str, float]:
+def prompts(clip, classes: Classes, get_image, labels, templates) -> dict[str, float]:
     """The measure, in percent, of every template alone and of all together ("ensemble"), best first."""
     image_features = encode_images(clip, get_image, len(labels))  # [N, E]
-    sentences = sentence_features(clip, names, templates)  # [C, S, E]
-    classes_of = dict(zip(templates, sentences.unbind(dim=1))) | {"ensemble": ensemble(sentences)}  # [C, E]
+    sentences = sentence_features(clip, classes.chinese, templates)  # [C, S, E]
+    features_of = dict(zip(templates, sentences.unbind(dim=1))) | {"ensemble": ensemble(sentences)}  # [C, E]
     scale = clip.logit_scale.exp().item()
-    found = {template: own_measure(metric, image_features @ classes.T, labels, scale)
-             for template, classes in classes_of.items()}
+    found = {template: own_measure(classes.metric, image_features @ features.T, labels, scale)
+             for template, features in features_of.items()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 # Ways to say that a kind of thing is not there. The first is a negation, as the paper's "no cars"; the others
 # are positive: "others", also from the paper, and what is there instead.
-ABSENT = {"negation": "一张没有{}的图片", "other things": "一张其他东西的图片", "background alone": "一张风景的图片"}
+ABSENT = {
+    "negation": "一张没有{}的图片", "other things": "一张其他东西的图片", "background alone": "一张风景的图片"}
 
 
-def negation(clip, world: str = "zh", pictures: int = 400) -> dict[str, dict[str, float]]:
-    """Does the model see whether a kind of thing is there? For every kind and every drawn scene, where the
-    answer is known, the cosine with "a picture of X" meets the cosine with a sentence of ABSENT. The result
-    has, by wording, the percentages that are right where X is there and where it is absent, their mean, and
-    the area under the ROC curve of the difference, which a constant lead of one sentence cannot spoil.
-    Guessing gives 50 for the last two.
-
-    For a model that reads only the noun, "no X" is as near to a picture of X as "X" is."""
-    kinds = scenes.kind_names(world)
-    examples = [scenes.class_example(world, index) for index in range(pictures)]
+def negation(clip, pictures: int = 400) -> dict[str, dict[str, float]]:
+    """Does the model see whether a kind of thing is there? For every kind and every drawn scene, the cosine
+    with "a picture of X" meets the cosine with a sentence of ABSENT. The result has, by wording, the
+    percentages that are right where X is there and where it is absent, their mean, and the area under the ROC
+    curve of the difference, which a constant lead of one sentence cannot spoil. Guessing gives 50 for the
+    last two, and so does "no X" for a model that reads only the noun."""
+    kinds = scenes.kind_names("zh")
+    examples = [scenes.class_example("zh", index) for index in range(pictures)]
     images = encode_images(clip, lambda row: examples[row][0], pictures)  # [N, E]
     there = torch.tensor([kind for _, kind, _ in examples])[:, None] == torch.arange(len(kinds))  # [N, C]
     present, *absent = (images @ ensemble(sentence_features(clip, kinds, [template])).T  # [N, C]
