@@ -1,9 +1,9 @@
 """
 How good is a model? Recall@K of retrieval and accuracy of zero-shot classification.
 
-Recall@K (paper, sec. 3.1): sort the gallery by its cosine with a query. The rank of the query is the number
+Recall@K (paper, sec. 3.1): sort the gallery by its cosine with a query. The place of the query is the number
 of wrong answers before its best right answer; a wrong answer with the same cosine counts as before it.
-Recall@K is the share of queries whose rank is below K. Zero-shot classification (sec. 3.2) is retrieval too:
+Recall@K is the share of queries whose place is below K. Zero-shot classification (sec. 3.2) is retrieval too:
 the query is a picture, and the gallery has one text feature for each class.
 
     python eval.py retrieval --model out/stage2/best.safetensors --data path/to/MUGE --split valid
@@ -87,39 +87,40 @@ def pair_features(clip, pairs: Pairs, context_length: int = 52) -> tuple[torch.T
 
 
 def recall_at_k(queries, gallery, positives, tile: int = 0) -> tuple[dict[str, float], ...]:
-    """{"R@1", "R@5", "R@10", "mean"} in percent: of the queries among the gallery, and of the gallery's
-    items, as queries, among the queries. The arguments are those of `ranks`."""
+    """{"R@1", "R@5", "R@10", "mean"} in percent, in both directions: each query searches the gallery, and
+    each gallery item searches the queries. The arguments are those of `places`."""
     results = []
-    for found in ranks(queries, gallery, positives, tile):
+    for found in places(queries, gallery, positives, tile):
         counted = found[found >= 0]  # a query without a right answer does not count
         shares = {f"R@{k}": 100 * (counted < k).sum().item() / len(counted) for k in KS}
         results.append(shares | {"mean": sum(shares.values()) / len(KS)})
     return tuple(results)
 
 
-def ranks(queries, gallery, positives, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank of every query [Q], and of every gallery item as a query among the queries [G]; -1 without a
+def places(queries, gallery, positives, tile: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place of every query [Q] and, with the roles exchanged, of every gallery item [G]; -1 without a
     right answer. As ties count against us, a model that gives everything the same feature scores nothing.
 
-    queries [Q, E], gallery [G, E]; positives [P, 2] are the pairs (query, item) that belong together. The
-    score matrix is computed in tiles, each for both directions; all processes must call this."""
+    queries [Q, E], gallery [G, E]; positives [P, 2] are the pairs (query, item) that belong together. In one
+    piece: scores = queries @ gallery.T; scores[positives[:, 0], positives[:, 1]] = -inf; places = (scores >=
+    best_right[:, None] - TIE).sum(dim=1). Here tile by tile, for both directions, shared by all processes."""
     if not len(positives):
         raise DataError("no query has a right answer, so recall is not defined")
     tile = tile or (TILE if queries.device.type == "cpu" else 16 * TILE)
-    query_bar, item_bar = (best - TIE for best in best_right(queries, gallery, positives))  # [Q], [G]
-    query_ranks, item_ranks = (torch.zeros_like(bar, dtype=torch.long) for bar in (query_bar, item_bar))
+    thresholds = [best - TIE for best in best_right(queries, gallery, positives)]  # [Q], [G]
+    query_places, item_places = (torch.zeros_like(x, dtype=torch.long) for x in thresholds)
     across, down = -(-len(gallery) // tile), -(-len(queries) // tile)
     tile_of = positives[:, 0] // tile * across + positives[:, 1] // tile  # [P], tiles counted row by row
     for number in tqdm(range(across * down)[rank() :: world_size()], "comparing", leave=False, delay=2,
                        unit=" tiles", disable=None if rank() == 0 else True):
         rows, columns = (slice(k * tile, (k + 1) * tile) for k in divmod(number, across))
         scores = cosines(queries[rows], gallery[columns])  # [tile, tile]
-        right = positives[tile_of == number] % tile  # [p, 2], places in the tile
-        scores[tuple(right.T)] = -torch.inf  # right answers do not compete with each other
-        query_ranks[rows] += (scores >= query_bar[rows, None]).sum(dim=1)
-        item_ranks[columns] += (scores >= item_bar[columns]).sum(dim=0)
-    return tuple(torch.where(bar > -torch.inf, sum_over_ranks(count), -1).cpu()
-                 for bar, count in ((query_bar, query_ranks), (item_bar, item_ranks)))
+        right = positives[tile_of == number] % tile  # [p, 2], those in this tile, counted from its corner
+        scores[right[:, 0], right[:, 1]] = -torch.inf  # right answers do not compete with each other
+        query_places[rows] += (scores >= thresholds[0][rows, None]).sum(dim=1)
+        item_places[columns] += (scores >= thresholds[1][columns]).sum(dim=0)
+    return tuple(torch.where(threshold > -torch.inf, sum_over_ranks(count), -1).cpu()
+                 for threshold, count in zip(thresholds, (query_places, item_places)))
 
 
 def best_right(queries, gallery, positives) -> list[torch.Tensor]:
@@ -134,7 +135,7 @@ def best_right(queries, gallery, positives) -> list[torch.Tensor]:
 
 def cosines(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     """queries @ gallery.T [Q, G] in full float32. train.py allows a GPU the faster TF32 for its loss, which
-    moves a cosine by 1e-3, and then equal features no longer tie."""
+    moves a cosine by 1e-4, and then equal features no longer tie."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     scores = (queries @ gallery.T).float()
@@ -146,8 +147,8 @@ def retrieval(clip, pairs: Pairs, context_length: int = 52, features=None) -> di
     """Recall in both directions over a whole split; features: its `pair_features`, if they are known already.
     train.py chooses its best checkpoint by "mean_recall", the mean of all six figures."""
     image_features, text_features = features or pair_features(clip, pairs, context_length)
-    sides = (x.to(clip.logit_scale.device) for x in (text_features, image_features, pairs.positives))
-    t2i, i2t = recall_at_k(*sides)
+    device = clip.logit_scale.device
+    t2i, i2t = recall_at_k(text_features.to(device), image_features.to(device), pairs.positives.to(device))
     return {"text_to_image": t2i, "image_to_text": i2t, "mean_recall": (t2i["mean"] + i2t["mean"]) / 2}
 
 
@@ -244,6 +245,8 @@ def run_command(parser, args, run):
     """Load the model, call run(args, model), and write its result to --out."""
     if not 2 <= getattr(args, "context_length", 2) <= 512:
         parser.error(f"--context-length {args.context_length}: expected 2 to 512")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     device = join_processes(args.device)
     with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
         clip, _ = model.load(args.model, device, dtype=args.dtype)

@@ -43,9 +43,9 @@ def test_recall_by_hand():
     captions[1, :3], captions[1, 5] = 0.8, 0.5  # three wrong pictures come before its picture 5
     captions[2] = 0.2  # all twelve tie, and the eleven wrong ones count as before its picture 9
     positives = torch.tensor([[0, 4], [1, 5], [2, 9]])  # (caption, picture) pairs that belong together
-    text_ranks, _ = measure.ranks(captions, pictures, positives)
+    text_ranks, _ = measure.places(captions, pictures, positives)
     assert text_ranks.tolist() == [0, 3, 11]
-    recall = t2i(captions, pictures, positives)  # how many of the three ranks are below 1, 5 and 10?
+    recall = t2i(captions, pictures, positives)  # how many of the three places are below 1, 5 and 10?
     assert recall == pytest.approx({"R@1": 100 / 3, "R@5": 200 / 3, "R@10": 200 / 3, "mean": 500 / 9})
 
 

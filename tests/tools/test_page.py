@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import ranks
+from eval import places
 from sources.pairs import Pairs
 from tools.measure import page
 
@@ -73,7 +73,7 @@ def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsy
     """Captions 2 and 5 find each other's picture; all others their own."""
     images = torch.eye(7)
     texts = images[[0, 1, 5, 3, 4, 2, 6]]
-    found = ranks(texts, images, Seven.positives)
+    found = places(texts, images, Seven.positives)
     path = tmp_path / "a.html"
     page.write_retrieval(str(path), "model & data", "a <table>", Seven(), texts, images, found)
     text = whole(path)
@@ -129,7 +129,7 @@ def test_what_came_before_and_no_more(tmp_path):
     """The picture of caption 0 is second: one other is shown, though six are nearest."""
     images, texts = torch.eye(7), torch.eye(7)
     texts[0] = torch.nn.functional.normalize(torch.tensor([0.6, 0.8, 0.1, 0, 0, 0, 0]), dim=0)
-    found = ranks(texts, images, Seven.positives)
+    found = places(texts, images, Seven.positives)
     page.write_retrieval(str(tmp_path / "f.html"), "t", "", Seven(), texts, images, found)
     text = whole(tmp_path / "f.html")
     assert [near(pixel, COLOURS[1]) for pixel in pictures(text, "other")] == [True]
@@ -138,7 +138,7 @@ def test_what_came_before_and_no_more(tmp_path):
 
 def test_nothing_went_wrong(tmp_path):
     images = torch.eye(7)
-    found = ranks(images, images, Seven.positives)
+    found = places(images, images, Seven.positives)
     page.write_retrieval(str(tmp_path / "d.html"), "t", "", Seven(), images, images, found)
     assert "The 0 captions" in whole(tmp_path / "d.html")
 

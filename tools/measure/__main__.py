@@ -12,7 +12,7 @@ import os
 
 import model
 from common import one_line_errors, rank, replace_text, write_json
-from eval import command_flags, file_name, ranks, retrieval, run_command
+from eval import command_flags, file_name, places, retrieval, run_command
 from sources.classes import open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
@@ -43,7 +43,7 @@ def run_retrieval(args, clip) -> dict:
     print(lines)
     if args.page:
         sides = (*reversed(features), pairs.positives)  # texts, images, and which belong together
-        found = ranks(*(x.to(clip.logit_scale.device) for x in sides))  # every process has a share
+        found = places(*(x.to(clip.logit_scale.device) for x in sides))  # every process has a share
         if rank() == 0:
             page.write_retrieval(args.page, f"{args.model} on {title}", lines, pairs, *sides[:2], found)
     if args.published or (table and args.split == published.read_paper()[table].get("split", "test")):
