@@ -78,10 +78,7 @@ def read_file(path: str, is_shard: bool = False) -> Checkpoint:
     """The tensors as they are in the file, or in the shards that an index names. No shard is an index."""
     try:
         with open(path, "rb") as file:
-            head = file.read(200)
-        if head.startswith(b"version https://git-lfs"):
-            raise WeightsError(f"{path}: this is a Git LFS pointer, not the file itself; get it with "
-                               "`git lfs pull` or `python -m tools.weights download NAME`")
+            head = file.read(99)
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             if int.from_bytes(head[:8], "little") > torchfile.LONGEST:
                 raise torchfile.Refused(f"has a header of more than {torchfile.LONGEST:,} bytes")
@@ -99,22 +96,21 @@ def read_file(path: str, is_shard: bool = False) -> Checkpoint:
     except Exception as error:  # a damaged or hostile file makes the readers raise nearly anything
         kind = "it" if isinstance(error, torchfile.Refused) else f"{type(error).__name__}:"
         reason = str(error).split("\n")[0][:200]
-        raise WeightsError(f"{path}: not a readable checkpoint ({kind} {reason}); "
-                           "is it complete, and a PyTorch or safetensors file?") from None
+        raise WeightsError(f"{path}: not a readable checkpoint ({kind} {reason}); is it complete, and a "
+                           "PyTorch or safetensors file, not a Git LFS pointer to one?") from None
 
 
 def read_shards(path: str) -> Checkpoint:
     """model.safetensors.index.json: {"weight_map": {key: the file beside it that holds it}}."""
     weight_map = json.loads(read_description(path))["weight_map"]
-    state, layouts = {}, set()
+    state, layout = {}, "nothing"
     for name in sorted(set(weight_map.values())):
         shard = os.path.join(os.path.dirname(path), name)
         if os.path.basename(name) != name or not os.path.isfile(shard):
             raise WeightsError(f"{path}: names the shard {name!r:.99}, which is not beside it")
         tensors, _, layout = read_file(shard, is_shard=True)
         state |= tensors
-        layouts.add(layout)
-    return Checkpoint(state, "", " and ".join(sorted(layouts)) + " in shards")
+    return Checkpoint(state, "", f"{layout} in shards")
 
 
 def read_description(path: str) -> str:
@@ -133,12 +129,11 @@ def read_description(path: str) -> str:
 def unwrap(saved, path: str) -> tuple[dict[str, torchfile.Window], str]:
     """The content of a PyTorch file -> (state dict, config). The state dict is the content itself or stands
     under a key of it."""
-    if not isinstance(saved, dict):
-        raise WeightsError(f"{path}: holds a {type(saved).__name__}, expected a dictionary of tensors")
-    config = saved.get("config", "") if "model" in saved else ""  # only our own checkpoint carries both
-    state = saved.get("state_dict", saved.get("model", saved))
+    holder = saved if isinstance(saved, dict) else {}
+    config = holder.get("config", "") if "model" in holder else ""  # only our own checkpoint carries both
+    state = holder.get("state_dict", holder.get("model", holder))
     if not isinstance(state, dict) or not state:
-        raise WeightsError(f"{path}: holds no state dict; its keys are {str(list(saved)[:5]):.200}")
+        raise WeightsError(f"{path}: holds a {type(saved).__name__} without a state dict")
     for key, value in state.items():
         if not isinstance(value, torchfile.Window):
             raise WeightsError(f"{path}: {key!r:.99} is a {type(value).__name__}, expected a tensor")

@@ -182,44 +182,40 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
     with Piecewise(path) as file:
         if file.read(len(LEGACY)) == LEGACY:
             return *describe_legacy(file), "PyTorch file"
-        if not zipfile.is_zipfile(file):
-            raise Refused("is no PyTorch or safetensors file")
         places = members(file)
-        roots = [name.removesuffix("data.pkl") for name in places if name.split("/")[1:] == ["data.pkl"]]
-        if len(roots) != 1:
-            raise Refused("is a zip file that PyTorch did not write")
 
         def content(name: str) -> bytes:
-            start, length = places.get(roots[0] + name, (0, 0))
+            start, length = places.get(name, (0, 0))
             file.seek(start)
             return file.read(length)
 
         if content("byteorder") not in (b"", b"little"):
             raise Refused("was written on a big-endian machine")
         tree = Description(io.BytesIO(content("data.pkl"))).load()
-    scripted = roots[0] + "constants.pkl" in places
-    prefix = roots[0] + "data/"
-    places = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
-    if scripted:
-        return from_modules(tree), places, "TorchScript archive"
-    return tree, places, "PyTorch file"
+    storages = {name.removeprefix("data/"): place for name, place in places.items()}
+    if "constants.pkl" in places:
+        return from_modules(tree), storages, "TorchScript archive"
+    return tree, storages, "PyTorch file"
 
 
 def members(file) -> dict[str, tuple[int, int]]:
-    """The members of a zip file: name -> (first byte, number of bytes). Refused if a member is compressed.
-    PyTorch compresses only TorchScript's folder code, which is not read here."""
+    """The members of PyTorch's zip file: the name below its one folder -> (first byte, number of bytes).
+    Refused if a member is compressed. PyTorch compresses only TorchScript's folder code, which is not read
+    here."""
     places = {}
     with zipfile.ZipFile(file) as archive:
         directory = archive.infolist()
     for member in directory:
-        root, *name = member.filename.split("/")
-        if name in (["data.pkl"], ["constants.pkl"], ["byteorder"]) or len(name) == 2 and name[0] == "data":
+        name = member.filename.partition("/")[2]
+        if name in ("data.pkl", "constants.pkl", "byteorder") or name.split("/")[:-1] == ["data"]:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise Refused("is a compressed zip file; if you packed it, unpack it")
+            if name in places:
+                raise Refused(f"has two members called {name[:99]}")
             file.seek(member.header_offset)
             header = file.read(30)  # ends with the lengths of the name and of the extra field that follow it
             before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            places[member.filename] = (member.header_offset + 30 + before, member.file_size)
+            places[name] = (member.header_offset + 30 + before, member.file_size)
     return places
 
 
@@ -235,11 +231,9 @@ def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
     for key in keys:
         if type(key) is not str or key not in description.storages:
             raise Refused("lists a storage that no tensor has")
-        storage = description.storages[key]
         file.seek(start)
-        if file.read(8) != storage.numel.to_bytes(8, "little"):
-            raise Refused(f"has a tensor that claims {storage.numel:,} numbers; they are not there")
-        places[key] = (start + 8, storage.numel * storage.dtype.itemsize)
+        numel = int.from_bytes(file.read(8), "little")
+        places[key] = (start + 8, numel * description.storages[key].dtype.itemsize)
         start = sum(places[key])
     return tree, places
 
@@ -248,12 +242,12 @@ def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]
     """The tensors behind the windows. They are mapped from the file, or copied if they stand at odd
     addresses, as in legacy files. A storage is read once, however many windows it has. Refused if it is not
     there."""
-    size, mapped = os.path.getsize(path), torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+    size = os.path.getsize(path)
+    mapped = torch.UntypedStorage.from_file(path, False, size)
     used = {window.storage.key: places.get(window.storage.key, (0, 0)) for window in state.values()}
-    if any(start + length > size for start, length in used.values()):
-        raise Refused("is cut off: its last tensors are not there")
-    if sum(length for _, length in used.values()) > size:
-        raise Refused("has storages that overlap")
+    if any(start + length > size for start, length in used.values()) or (
+            sum(length for _, length in used.values()) > size):
+        raise Refused("is cut off, or its tensors overlap")
     pieces = {key: mapped[start: start + length] if start % 8 == 0 else mapped[start: start + length].clone()
               for key, (start, length) in used.items()}
     tensors = {}
