@@ -11,7 +11,6 @@ names (weights/names.py). A checkpoint is data: nothing in it is executed, and n
 
 import json
 import os
-from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -27,11 +26,9 @@ IN_A_FOLDER = ("best.safetensors", "model.safetensors", "model.safetensors.index
                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-class Checkpoint(NamedTuple):
-    state: dict[str, torch.Tensor]  # float32, under the official names
-    config: str  # the JSON of whoever wrote the file, "" if it brought none
-    layout: str  # what the file is, for people
-
+# (the tensors in float32 under the official names; the JSON of the config that came with them, or ""; what the
+# file is, for people)
+Checkpoint = tuple[dict[str, torch.Tensor], str, str]
 
 # ------------------------------------------------------------------------------------------------------------
 # from a name to tensors
@@ -71,7 +68,7 @@ def read(path: str) -> Checkpoint:
     for key, value in state.items():  # one by one, so that each half-precision tensor is freed at once
         if value.is_floating_point():
             state[key] = value.float()
-    return Checkpoint(state, config, layout)
+    return state, config, layout
 
 
 def read_file(path: str, is_shard: bool = False) -> Checkpoint:
@@ -85,12 +82,12 @@ def read_file(path: str, is_shard: bool = False) -> Checkpoint:
             with safetensors.safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 config = (file.metadata() or {}).get("config", "")
-                return Checkpoint(plain(state, path), config, "safetensors")
+                return plain(state, path), config, "safetensors"
         if head.lstrip().startswith(b"{") and not is_shard:
             return read_shards(path)
         content, places, layout = torchfile.describe(path)
         windows, config = unwrap(content, path)
-        return Checkpoint(plain(torchfile.read(path, windows, places), path), config, layout)
+        return plain(torchfile.read(path, windows, places), path), config, layout
     except WeightsError:
         raise
     except Exception as error:  # a damaged or hostile file makes the readers raise nearly anything
@@ -110,7 +107,7 @@ def read_shards(path: str) -> Checkpoint:
             raise WeightsError(f"{path}: names the shard {name!r:.99}, which is not beside it")
         tensors, _, layout = read_file(shard, is_shard=True)
         state |= tensors
-    return Checkpoint(state, "", f"{layout} in shards")
+    return state, "", f"{layout} in shards"
 
 
 def read_description(path: str) -> str:

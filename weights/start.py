@@ -37,31 +37,18 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
                 state[name] = resized
         wanted = {k: v for k, v in mine.items() if k.startswith(part) or k in state}
         check(state, wanted, path, models)
-        if config:
-            compare_heads(config, clip.config, part, path)
-        if part == "visual.":
-            say_activation(config, everything, path)
+        if config:  # no shape shows the number of heads, and with another one every feature would be wrong
+            _, visual, text = read_config(config, path, image_only=part == "visual.")
+            for tower, theirs, ours in (("visual.", heads(visual), heads(clip.config.visual)),
+                                        ("bert.", text.heads, clip.config.text.heads)):
+                if tower.startswith(part) and theirs != ours:
+                    raise WeightsError(f"{path}: its tower {tower}* has {theirs} heads, but this model's has "
+                                       f"{ours}; the features would differ")
+        activation = config_of(json.loads(config or "{}"), "vision").get("hidden_act", "quick_gelu")
+        if "token_embedding.weight" in everything and len(mine["visual.conv1.weight"]) == 1280:
+            activation = "gelu"  # LAION's ViT-H-14, which open_clip saves without a config
+        if part == "visual." and activation != "quick_gelu":
+            print(f"{path}: this image tower was trained with {activation!r:.99}; here it computes QuickGELU, as "
+                  "in the official code, and its features differ until training has made up for it")
         clip.load_state_dict(state, strict=False)
         print(f"{len(state)} tensors from {path}{left_out(everything, state)}")
-
-
-def compare_heads(config: str, mine, part: str, path: str):
-    """No shape shows the number of heads. WeightsError if a tower that is taken over has another number of
-    them in the file's config than in `mine`, because every feature would be wrong."""
-    _, visual, text = read_config(config, path, image_only=part == "visual.")
-    for tower, theirs, ours in (("visual.", heads(visual), heads(mine.visual)),
-                                ("bert.", text.heads, mine.text.heads)):
-        if tower.startswith(part) and theirs != ours:
-            raise WeightsError(f"{path}: its tower {tower}* has {theirs} heads, but this model's has {ours}; "
-                               "the features would differ")
-
-
-def say_activation(config: str, everything: dict, path: str):
-    """Print a line if the image tower was trained with another activation than QuickGELU. Hugging Face's
-    config names it. LAION's ViT-H-14, which open_clip saves without a config, was trained with GELU."""
-    theirs = config_of(json.loads(config or "{}"), "vision").get("hidden_act", "quick_gelu")
-    if "token_embedding.weight" in everything and len(everything["visual.conv1.weight"]) == 1280:
-        theirs = "gelu"
-    if theirs != "quick_gelu":
-        print(f"{path}: this image tower was trained with {theirs!r:.99}; here it computes QuickGELU, as in "
-              "the official code, and its features differ until training has made up for it")

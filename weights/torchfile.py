@@ -27,10 +27,6 @@ DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16
           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
           "BoolStorage": torch.bool}
-# Values of these types may stand beside the weights in a checkpoint; they are read as None.
-NO_WEIGHTS = ("torch.Size", "torch.device", "collections.Counter", "_codecs.encode", "__builtin__.set",
-              *map(str, DTYPES.values()))
-
 
 class Refused(ValueError):
     """The file asks for something that no checkpoint needs, which the message names."""
@@ -72,6 +68,14 @@ def window(storage, offset, size, stride, *_) -> Window:
     return Window(storage, offset, size, stride)
 
 
+# What a description may ask for. Values of the last types may stand beside the weights; they become None.
+KNOWN = {f"torch.{name}": dtype for name, dtype in DTYPES.items()} | {
+    "torch._utils._rebuild_tensor_v2": window, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "collections.OrderedDict": lambda: {}}
+KNOWN |= dict.fromkeys(["torch.Size", "torch.device", "collections.Counter", "_codecs.encode",
+                        "__builtin__.set", *map(str, DTYPES.values())], lambda *_: None)
+
+
 class Description(pickle._Unpickler):
     """Reads the pickle of a state dict: dictionaries, lists, text, numbers and windows. This is pickle's own
     interpreter in Python, restricted to the opcodes that torch writes. (The one in C allocates an array as
@@ -92,17 +96,11 @@ class Description(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
             return Module
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return window
-        if (module, name) == ("collections", "OrderedDict"):
-            return lambda: {}
-        if module == "torch.jit._pickle" or (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data  # typed lists and parameters
-        if f"{module}.{name}" in NO_WEIGHTS:
-            return lambda *_: None
-        raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
+        if module == "torch.jit._pickle":  # lists of one type
+            return lambda values, *_: values
+        if f"{module}.{name}" not in KNOWN:
+            raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
+        return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, pid) -> Storage:
         _, dtype, key, _, numel = pid[:5]  # legacy files have a sixth, which is None
@@ -183,15 +181,9 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
         if file.read(len(LEGACY)) == LEGACY:
             return *describe_legacy(file), "PyTorch file"
         places = members(file)
-
-        def content(name: str) -> bytes:
-            start, length = places.get(name, (0, 0))
-            file.seek(start)
-            return file.read(length)
-
-        if content("byteorder") not in (b"", b"little"):
-            raise Refused("was written on a big-endian machine")
-        tree = Description(io.BytesIO(content("data.pkl"))).load()
+        start, length = places.get("data.pkl", (0, 0))
+        file.seek(start)
+        tree = Description(io.BytesIO(file.read(length))).load()
     storages = {name.removeprefix("data/"): place for name, place in places.items()}
     if "constants.pkl" in places:
         return from_modules(tree), storages, "TorchScript archive"
@@ -200,14 +192,13 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
 
 def members(file) -> dict[str, tuple[int, int]]:
     """The members of PyTorch's zip file: the name below its one folder -> (first byte, number of bytes).
-    Refused if a member is compressed. PyTorch compresses only TorchScript's folder code, which is not read
-    here."""
+    Refused if one is compressed. PyTorch compresses only TorchScript's folder code, which nobody reads here."""
     places = {}
     with zipfile.ZipFile(file) as archive:
         directory = archive.infolist()
     for member in directory:
         name = member.filename.partition("/")[2]
-        if name in ("data.pkl", "constants.pkl", "byteorder") or name.split("/")[:-1] == ["data"]:
+        if name in ("data.pkl", "constants.pkl") or name.split("/")[:-1] == ["data"]:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise Refused("is a compressed zip file; if you packed it, unpack it")
             if name in places:
@@ -248,8 +239,10 @@ def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]
     if any(start + length > size for start, length in used.values()) or (
             sum(length for _, length in used.values()) > size):
         raise Refused("is cut off, or its tensors overlap")
-    pieces = {key: mapped[start: start + length] if start % 8 == 0 else mapped[start: start + length].clone()
-              for key, (start, length) in used.items()}
+    pieces = {}
+    for key, (start, length) in used.items():
+        piece = mapped[start: start + length]
+        pieces[key] = piece if start % 8 == 0 else piece.clone()
     tensors = {}
     for name, (storage, offset, sizes, strides) in state.items():
         piece = pieces[storage.key]
