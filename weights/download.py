@@ -81,11 +81,10 @@ def fetch(name: str, root: str = "") -> str:
             if not os.path.isfile(path):  # another process may have downloaded it while this one waited
                 print(f"{name}: {url} -> {path}", file=sys.stderr)
                 fetch_part(url, path)
-    except requests.RequestException as error:  # such as a wrong address, which no repetition helps
-        raise WeightsError(f"{url}: {error}; check HF_ENDPOINT and HTTPS_PROXY") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}; make room (what came is kept), or use another folder: "
-                           "`python -m tools.weights download NAME --to FOLDER`, or XDG_CACHE_HOME") from None
+    except OSError as error:  # of the disk, or of requests for a wrong address, which no repetition helps
+        raise WeightsError(f"{url} -> {path}: {error.strerror or error}; check HF_ENDPOINT and HTTPS_PROXY, "
+                           "or make room (what came is kept), or use another folder, by XDG_CACHE_HOME or by "
+                           "`python -m tools.weights download NAME --to FOLDER`") from None
     return path
 
 
@@ -142,11 +141,9 @@ def transfer(url: str, part: str) -> str:
                                "HF_ENDPOINT a mirror of Hugging Face, and does this network ask for a login?")
         if status == 200:  # the whole file, also from a server that does not know ranges
             have = 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        what = os.path.basename(part).removesuffix(".part")
+        total = have + int(response.headers.get("Content-Length", 0)) or None
         with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=what) as bar:
+                total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(part)) as bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

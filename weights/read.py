@@ -18,18 +18,12 @@ import torch
 
 from common import replace
 from weights import torchfile
-from weights.download import RELEASED, SOURCES, fetch
+from weights.download import SOURCES, fetch
 from weights.names import WeightsError, from_flash_attention, from_hugging_face
 
 # A folder stands for the first of these files that is in it.
 IN_A_FOLDER = ("best.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-
-
-# (the tensors in float32 under the official names; the JSON of the config that came with them, or ""; what the
-# file is, for people)
-Checkpoint = tuple[dict[str, torch.Tensor], str, str]
-
 # ------------------------------------------------------------------------------------------------------------
 # from a name to tensors
 
@@ -45,16 +39,17 @@ def find(name_or_path: str, root: str = "") -> str:
         for name in (*IN_A_FOLDER, *(official if len(official) == 1 else ())):
             if name in inside:
                 return os.path.join(name_or_path, name)
-    openai = name_or_path.replace("/", "-").replace("@336px", "-336")  # which writes ViT-B/16, ViT-L/14@336px
-    if name_or_path in SOURCES or openai in RELEASED:
-        return fetch(name_or_path if name_or_path in SOURCES else openai, root)
+    name = name_or_path.replace("/", "-").replace("@336px", "-336")  # OpenAI writes ViT-B/16, ViT-L/14@336px
+    if name in SOURCES:
+        return fetch(name, root)
     raise WeightsError(f"{name_or_path}: neither a file, nor a folder with exactly one .pt or one of "
                        f"{', '.join(IN_A_FOLDER)}, nor one of the published names {', '.join(SOURCES)}")
 
 
-def read(path: str) -> Checkpoint:
-    """A file of any layout above -> its tensors in float32 under the official names. Tensors that need no
-    conversion are mapped from the file, not copied. WeightsError for anything else."""
+def read(path: str) -> tuple[dict[str, torch.Tensor], str, str]:
+    """A file of any layout above -> (its tensors in float32 under the official names, the JSON of the config
+    that came with them or "", what the file is for people). Tensors that need no conversion are mapped from
+    the file, not copied. WeightsError for anything else."""
     state, config, layout = read_file(path)
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -71,7 +66,7 @@ def read(path: str) -> Checkpoint:
     return state, config, layout
 
 
-def read_file(path: str, is_shard: bool = False) -> Checkpoint:
+def read_file(path: str, is_shard: bool = False) -> tuple[dict[str, torch.Tensor], str, str]:
     """The tensors as they are in the file, or in the shards that an index names. No shard is an index."""
     try:
         with open(path, "rb") as file:
@@ -97,7 +92,7 @@ def read_file(path: str, is_shard: bool = False) -> Checkpoint:
                            "PyTorch or safetensors file, not a Git LFS pointer to one?") from None
 
 
-def read_shards(path: str) -> Checkpoint:
+def read_shards(path: str) -> tuple[dict[str, torch.Tensor], str, str]:
     """model.safetensors.index.json: {"weight_map": {key: the file beside it that holds it}}."""
     weight_map = json.loads(read_description(path))["weight_map"]
     state, layout = {}, "nothing"

@@ -38,7 +38,7 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
         wanted = {k: v for k, v in mine.items() if k.startswith(part) or k in state}
         check(state, wanted, path, models)
         if config:  # no shape shows the number of heads, and with another one every feature would be wrong
-            _, visual, text = read_config(config, path, image_only=part == "visual.")
+            _, visual, text = read_config(config, path, any_activation=part == "visual.")
             for tower, theirs, ours in (("visual.", heads(visual), heads(clip.config.visual)),
                                         ("bert.", text.heads, clip.config.text.heads)):
                 if tower.startswith(part) and theirs != ours:
@@ -48,7 +48,7 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
         if "token_embedding.weight" in everything and len(mine["visual.conv1.weight"]) == 1280:
             activation = "gelu"  # LAION's ViT-H-14, which open_clip saves without a config
         if part == "visual." and activation != "quick_gelu":
-            print(f"{path}: this image tower was trained with {activation!r:.99}; here it computes QuickGELU, as "
-                  "in the official code, and its features differ until training has made up for it")
+            print(f"{path}: this image tower was trained with {activation!r:.99}; here it computes QuickGELU "
+                  "as in the official code, and its features differ until training has made up for it")
         clip.load_state_dict(state, strict=False)
         print(f"{len(state)} tensors from {path}{left_out(everything, state)}")

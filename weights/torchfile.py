@@ -82,12 +82,11 @@ class Description(pickle._Unpickler):
     long as the largest number under which a file stores a value.) Nothing here may copy a value, because a
     small file can name a large value again and again."""
 
-    OPCODES = (
+    CODES = [getattr(pickle, name)[0] for name in (
         "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
         "LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
-        "APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT")
-    dispatch = {code: pickle._Unpickler.dispatch[code]
-                for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
+        "APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT").split()]
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in CODES}
 
     def __init__(self, file):
         super().__init__(file)
@@ -178,55 +177,38 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
     """-> (the content of the file, with windows in the place of tensors; the place of each storage by its
     name, as (first byte, number of bytes); what the file is, for people)."""
     with Piecewise(path) as file:
+        places = {}
         if file.read(len(LEGACY)) == LEGACY:
-            return *describe_legacy(file), "PyTorch file"
-        places = members(file)
-        start, length = places.get("data.pkl", (0, 0))
+            # Three pickles follow: the first describes the machine, the second the tensors, the third lists
+            # the storages. These come next, each as a number of elements in eight bytes and the elements.
+            pickles = io.BytesIO(file.read(LONGEST))
+            Description(pickles).load()
+            description = Description(pickles)
+            tree, keys = description.load(), Description(pickles).load()
+            start = len(LEGACY) + pickles.tell()
+            for key in keys:
+                if type(key) is not str or key not in description.storages:
+                    raise Refused("lists a storage that no tensor has")
+                file.seek(start)
+                numel = int.from_bytes(file.read(8), "little")
+                places[key] = (start + 8, numel * description.storages[key].dtype.itemsize)
+                start = sum(places[key])
+            return tree, places, "PyTorch file"
+        for member in zipfile.ZipFile(file).infolist():
+            if member.compress_type == zipfile.ZIP_STORED:  # PyTorch compresses only TorchScript's code
+                file.seek(member.header_offset)
+                header = file.read(30)  # ends with the lengths of a name and an extra field that follow
+                before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+                name = member.filename.partition("/")[2]  # without the folder, which has any name
+                places[name.removeprefix("data/")] = (member.header_offset + 30 + before, member.file_size)
+        if "data.pkl" not in places:
+            raise Refused("is a zip file that PyTorch did not write, or was compressed; if so, unpack it")
+        start, length = places["data.pkl"]
         file.seek(start)
         tree = Description(io.BytesIO(file.read(length))).load()
-    storages = {name.removeprefix("data/"): place for name, place in places.items()}
     if "constants.pkl" in places:
-        return from_modules(tree), storages, "TorchScript archive"
-    return tree, storages, "PyTorch file"
-
-
-def members(file) -> dict[str, tuple[int, int]]:
-    """The members of PyTorch's zip file: the name below its one folder -> (first byte, number of bytes).
-    Refused if one is compressed. PyTorch compresses only TorchScript's folder code, which nobody reads here."""
-    places = {}
-    with zipfile.ZipFile(file) as archive:
-        directory = archive.infolist()
-    for member in directory:
-        name = member.filename.partition("/")[2]
-        if name in ("data.pkl", "constants.pkl") or name.split("/")[:-1] == ["data"]:
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise Refused("is a compressed zip file; if you packed it, unpack it")
-            if name in places:
-                raise Refused(f"has two members called {name[:99]}")
-            file.seek(member.header_offset)
-            header = file.read(30)  # ends with the lengths of the name and of the extra field that follow it
-            before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            places[name] = (member.header_offset + 30 + before, member.file_size)
-    return places
-
-
-def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
-    """After LEGACY come three pickles: the first describes the machine, the second the tensors, and the third
-    lists the storages. These follow in that order, each as a number of elements in eight bytes and the
-    elements."""
-    pickles = io.BytesIO(file.read(LONGEST))
-    Description(pickles).load()
-    description = Description(pickles)
-    tree, keys = description.load(), Description(pickles).load()
-    places, start = {}, len(LEGACY) + pickles.tell()
-    for key in keys:
-        if type(key) is not str or key not in description.storages:
-            raise Refused("lists a storage that no tensor has")
-        file.seek(start)
-        numel = int.from_bytes(file.read(8), "little")
-        places[key] = (start + 8, numel * description.storages[key].dtype.itemsize)
-        start = sum(places[key])
-    return tree, places
+        return from_modules(tree), places, "TorchScript archive"
+    return tree, places, "PyTorch file"
 
 
 def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
