@@ -128,12 +128,12 @@ def transfer(url: str, part: str) -> str:
     # identity: no compression on the way, so that lengths and ranges are those of the file
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, bytes_sent = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and bytes_sent.endswith(f"/{have}"):  # nothing is left to send
+        status, content_range = response.status_code, response.headers.get("Content-Range", "")
+        if status == 416 and content_range.endswith(f"/{have}"):  # nothing is left to send
             return published_sha256(url, response)
-        if have and (status == 416 or status == 206 and not bytes_sent.startswith(f"bytes {have}-")):
+        if have and (status == 416 or status == 206 and not content_range.startswith(f"bytes {have}-")):
             os.remove(part)
-            raise requests.ConnectionError(f"asked for byte {have:,}, the server has sent other bytes")
+            raise requests.ConnectionError(f"asked for byte {have:,}, which the server does not send; beginning anew")
         if status == 429 or status >= 500:
             raise requests.ConnectionError(f"the server says {status}")
         if status not in (200, 206) or response.headers.get("Content-Type", "").startswith("text/html"):

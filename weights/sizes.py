@@ -29,12 +29,12 @@ HUGGING_FACE_TEXT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size
                      "dropout": ("hidden_dropout_prob", 0.1)}
 
 
-def read_config(text: str, path: str, any_activation: bool = False) -> Sizes:
-    """The config of the file at `path`: `text` is the JSON that model.save wrote into it, or Hugging Face's
+def read_config(config: str, path: str, any_activation: bool = False) -> Sizes:
+    """The sizes in the config of the file at `path`: the JSON that model.save wrote into it, or Hugging Face's
     config.json. WeightsError if no model can be built from it in a reasonable time, or if it names another
     activation than ours."""
     try:
-        raw = json.loads(text)
+        raw = json.loads(config)
         for tower, ours in () if any_activation else (("vision", "quick_gelu"), ("text", "gelu")):
             found = config_of(raw, tower).get("hidden_act", ours)
             if found != ours:
