@@ -51,14 +51,12 @@ def save_hugging_face(clip: model.ChineseCLIP, target: str):
         "do_resize": True, "size": {"height": resolution, "width": resolution}, "resample": 3,  # 3 is bicubic
         "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [round(float(x), 8) for x in data.PIXEL_MEAN],
-        "image_std": [round(float(x), 8) for x in data.PIXEL_STD],
-    })
+        "image_std": [round(float(x), 8) for x in data.PIXEL_STD]})
     write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 52,  # the paper's context length
         "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
         "mask_token": "[MASK]", "split_special_tokens": True,  # "[SEP]" in a caption is four words
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-    })
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
     replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
     replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
     write(os.path.join(folder, "model.safetensors"), to_hugging_face(clip.state_dict()), {"format": "pt"})
@@ -77,8 +75,7 @@ def hugging_face_config(config: model.ModelConfig) -> dict:
             "layer_norm_eps": 1e-5, "attention_dropout": 0.0},
         "text_config": {theirs: getattr(t, mine) for mine, (theirs, _) in HUGGING_FACE_TEXT.items()} | {
             "model_type": "chinese_clip_text_model", "intermediate_size": 4 * t.width, "hidden_act": "gelu",
-            "attention_probs_dropout_prob": t.dropout, "layer_norm_eps": 1e-12, "pad_token_id": 0},
-    }
+            "attention_probs_dropout_prob": t.dropout, "layer_norm_eps": 1e-12, "pad_token_id": 0}}
 
 
 def hugging_face_tokenizer() -> Tokenizer:
@@ -118,9 +115,8 @@ def convert(source: str, target: str, to: str):
 
 
 def interpolate(first: str, second: str, target: str, share: float):
-    """Save (1 - share) of one model's weights plus `share` of another's, such as the released model and a
-    fine-tuned one: most of the gain stays, and much of the lost generality returns (WiSE-FT, Wortsman et al.,
-    2022). WeightsError if the two have different sizes."""
+    """Save (1 - share) of one model's weights plus `share` of another's (WiSE-FT, Wortsman et al., 2022).
+    WeightsError if the two have different sizes."""
     if not 0 <= share <= 1:
         raise WeightsError(f"--share {share}: expected 0 (all of A) to 1 (all of B)")
     one, other = model.load(first)[0], model.load(second)[0]

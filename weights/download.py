@@ -99,8 +99,7 @@ def fetch_part(url: str, path: str):
                 requests.exceptions.ChunkedEncodingError) as error:
             tries = 1 if size(part) > furthest else tries + 1
             furthest = max(furthest, size(part))
-            # the text of a requests error is a chain of errors, and the innermost is the last
-            reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]
+            reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]  # the innermost error
             if tries >= TRIES:
                 raise WeightsError(
                     f"{url}: nothing came in {TRIES} tries ({reason}); {size(part):,} bytes are kept, and "
@@ -133,7 +132,7 @@ def transfer(url: str, part: str) -> str:
             return published_sha256(url, response)
         if have and (status == 416 or status == 206 and not content_range.startswith(f"bytes {have}-")):
             os.remove(part)
-            raise requests.ConnectionError(f"asked for byte {have:,}, which the server does not send; beginning anew")
+            raise requests.ConnectionError(f"asked for byte {have:,}, another one came; starting again")
         if status == 429 or status >= 500:
             raise requests.ConnectionError(f"the server says {status}")
         if status not in (200, 206) or response.headers.get("Content-Type", "").startswith("text/html"):

@@ -24,6 +24,7 @@ from weights.names import WeightsError, from_flash_attention, from_hugging_face
 # A folder stands for the first of these files that is in it.
 IN_A_FOLDER = ("best.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
 # ------------------------------------------------------------------------------------------------------------
 # from a name to tensors
 
@@ -125,7 +126,8 @@ def unwrap(saved, path: str) -> tuple[dict[str, torchfile.Window], str]:
     config = holder.get("config", "") if "model" in holder else ""  # only our own checkpoint carries both
     state = holder.get("state_dict", holder.get("model", holder))
     if not isinstance(state, dict) or not state:
-        raise WeightsError(f"{path}: holds a {type(saved).__name__} without a state dict")
+        raise WeightsError(f"{path}: holds a {type(saved).__name__}, expected a state dict; its first keys "
+                           f"are {str(list(holder)[:5]):.200}")
     for key, value in state.items():
         if not isinstance(value, torchfile.Window):
             raise WeightsError(f"{path}: {key!r:.99} is a {type(value).__name__}, expected a tensor")

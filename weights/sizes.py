@@ -30,7 +30,7 @@ HUGGING_FACE_TEXT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size
 
 
 def read_config(config: str, path: str, any_activation: bool = False) -> Sizes:
-    """The sizes in the config of the file at `path`: the JSON that model.save wrote into it, or Hugging Face's
+    """The sizes in a config of the file at `path`: the JSON that model.save wrote into it, or Hugging Face's
     config.json. WeightsError if no model can be built from it in a reasonable time, or if it names another
     activation than ours."""
     try:

@@ -213,8 +213,7 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
 
 def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     """The tensors behind the windows. They are mapped from the file, or copied if they stand at odd
-    addresses, as in legacy files. A storage is read once, however many windows it has. Refused if it is not
-    there."""
+    addresses, as in legacy files. A storage is read once, for all its windows. Refused if it is missing."""
     size = os.path.getsize(path)
     mapped = torch.UntypedStorage.from_file(path, False, size)
     used = {window.storage.key: places.get(window.storage.key, (0, 0)) for window in state.values()}
