@@ -2,18 +2,15 @@
 Weights as a command, `python -m tools.weights`: download them, look into them, convert them, mix two models.
 
     python -m tools.weights download ViT-B-16
-    python -m tools.weights info out/photos/scratch/best.safetensors
-    python -m tools.weights convert clip_cn_vit-b-16.pt vit-b-16.safetensors --to ours
+    python -m tools.weights info vit-b-16.safetensors
     python -m tools.weights convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
-    python -m tools.weights convert vit-b-16.safetensors vit-b-16-hf --to huggingface
     python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors between.safetensors
 
-To convert is to load and to save in another layout. What `model.load` refuses is not converted, and a file
-gets its final name only when it is complete.
+To convert is to load and to save in another layout. What `model.load` refuses is not converted, a file gets
+its final name only when it is complete, and nothing is overwritten.
 """
 
 import argparse
-import collections
 import math
 import os
 import shutil
@@ -34,8 +31,7 @@ from weights.sizes import HUGGING_FACE_TEXT, HUGGING_FACE_VISION, describe, gues
 
 
 def save_official(clip: model.ChineseCLIP, path: str):
-    """A .pt that cn_clip.clip.load_from_name opens, and the official training script's --resume with
-    --reset-optimizer."""
+    """A .pt for cn_clip.clip.load_from_name, and for --resume --reset-optimizer of its training script."""
     state = {f"module.{key}": value for key, value in clip.state_dict().items()}
     content = {"epoch": 0, "step": 0, "name": describe(clip.config, model.MODELS), "state_dict": state}
     replace(path, lambda temporary: torch.save(content, temporary))
@@ -49,44 +45,37 @@ def save_hugging_face(clip: model.ChineseCLIP, target: str):
     folder = os.path.normpath(target) + ".tmp"
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
     resolution = clip.config.visual.resolution
-    mean, std = ([round(float(x), 8) for x in values] for values in (data.PIXEL_MEAN, data.PIXEL_STD))
     write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
     write_json(os.path.join(folder, "preprocessor_config.json"), {
         "image_processor_type": "ChineseCLIPImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": resolution, "width": resolution}, "resample": 3,  # 3 is bicubic
         "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": mean, "image_std": std,
-    })
+        "do_normalize": True, "image_mean": [round(float(x), 8) for x in data.PIXEL_MEAN],
+        "image_std": [round(float(x), 8) for x in data.PIXEL_STD]})
     write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 52,  # the paper's context length
         "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
         "mask_token": "[MASK]", "split_special_tokens": True,  # "[SEP]" in a caption is four words
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-    })
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
     replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
     replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
     write(os.path.join(folder, "model.safetensors"), to_hugging_face(clip.state_dict()), {"format": "pt"})
-    if os.path.isdir(target):  # an empty one, see `convert`
-        os.rmdir(target)
-    os.rename(folder, target)
+    os.rename(folder, target)  # which may be an empty folder
 
 
 def hugging_face_config(config: model.ModelConfig) -> dict:
     """config.json of a ChineseCLIPModel of these sizes. No number is left to its defaults."""
     v, t = config.visual, config.text
-    vision = {theirs: getattr(v, mine) for mine, (theirs, _) in HUGGING_FACE_VISION.items()}
-    text = {theirs: getattr(t, mine) for mine, (theirs, _) in HUGGING_FACE_TEXT.items()}
     return {
         "architectures": ["ChineseCLIPModel"], "model_type": "chinese_clip", "dtype": "float32",
         "projection_dim": config.embed_dim, "logit_scale_init_value": math.log(1 / 0.07),
-        "vision_config": vision | {
+        "vision_config": {theirs: getattr(v, mine) for mine, (theirs, _) in HUGGING_FACE_VISION.items()} | {
             "model_type": "chinese_clip_vision_model", "num_attention_heads": v.width // v.head_width,
             "intermediate_size": 4 * v.width, "projection_dim": config.embed_dim, "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5, "attention_dropout": 0.0},
-        "text_config": text | {
+        "text_config": {theirs: getattr(t, mine) for mine, (theirs, _) in HUGGING_FACE_TEXT.items()} | {
             "model_type": "chinese_clip_text_model", "intermediate_size": 4 * t.width, "hidden_act": "gelu",
-            "attention_probs_dropout_prob": t.dropout, "layer_norm_eps": 1e-12, "pad_token_id": 0},
-    }
+            "attention_probs_dropout_prob": t.dropout, "layer_norm_eps": 1e-12, "pad_token_id": 0}}
 
 
 def hugging_face_tokenizer() -> Tokenizer:
@@ -112,39 +101,24 @@ def info(file: str):
     """Print what a file is, without building a model."""
     path = find(file)
     state, config, layout = read(path)
-    numbers = sum(tensor.numel() for tensor in state.values())
-    parts = collections.Counter()
-    for key, tensor in state.items():
-        parts[key.split(".")[0]] += tensor.numel()
-    print(f"{path}: {layout}, {os.path.getsize(path):,} bytes, {len(state):,} tensors, {numbers:,} numbers")
-    for part, count in parts.most_common(12):
-        print(f"   {count:>13,}  {part}")
+    print(f"{path}: {layout}, {os.path.getsize(path):,} bytes, {len(state):,} tensors, "
+          f"{sum(tensor.numel() for tensor in state.values()):,} numbers")
     if config:
         print(f"   its config says {describe(model.ModelConfig(*read_config(config, path)), model.MODELS)}")
     print(f"   its tensors look like {guess(state, model.MODELS) or 'none of ' + ', '.join(model.MODELS)}")
-    if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        print(f"   temperature: cosines are multiplied by {state['logit_scale'].exp().item():.2f}")
 
 
 def convert(source: str, target: str, to: str):
-    """Load any file and save it in another layout. WeightsError if `target` exists: nothing is overwritten,
-    except that an empty folder may become Hugging Face's folder."""
-    empty = to == "huggingface" and os.path.isdir(target) and not os.listdir(target)
-    if os.path.exists(target) and not empty:
-        raise WeightsError(f"{target}: is there already; remove it or name another")
-    clip, _ = model.load(source)
-    LAYOUTS[to](clip, target)
+    """Load any file and save it in another layout."""
+    LAYOUTS[to](model.load(source)[0], target)
     print(f"wrote {target}")
 
 
 def interpolate(first: str, second: str, target: str, share: float):
-    """Save (1 - share) of one model's weights plus `share` of another's, such as the released model and a
-    fine-tuned one: most of the gain stays, and much of the lost generality returns (WiSE-FT, Wortsman et al.,
-    2022). WeightsError if the two have different sizes."""
+    """Save (1 - share) of one model's weights plus `share` of another's (WiSE-FT, Wortsman et al., 2022).
+    WeightsError if the two have different sizes."""
     if not 0 <= share <= 1:
         raise WeightsError(f"--share {share}: expected 0 (all of A) to 1 (all of B)")
-    if os.path.exists(target):
-        raise WeightsError(f"{target}: is there already; remove it or name another")
     one, other = model.load(first)[0], model.load(second)[0]
     if one.config != other.config:
         raise WeightsError(f"{first} is {describe(one.config, model.MODELS)}, {second} is "
@@ -162,29 +136,27 @@ COMMANDS = {"download": lambda name, to: print(fetch(name, to)), "info": info, "
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser("python -m tools.weights", description=(
-        "Download published weights, and read and write files of other programs."))
+    parser = argparse.ArgumentParser("python -m tools.weights", description=__doc__.strip().split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     source = "a file, a folder of Hugging Face's, or a published name"
-    part = commands.add_parser("download", help="fetch published weights", description=(
-        f"Fetch published weights: resumed after a cut and checked. Names: {', '.join(SOURCES)}. HF_ENDPOINT "
-        "names a mirror of huggingface.co, HTTPS_PROXY a proxy."))
-    part.add_argument("name", metavar="NAME", choices=SOURCES)
+    part = commands.add_parser("download", help="fetch published weights (mirror: HF_ENDPOINT)")
+    part.add_argument("name", choices=SOURCES)
     part.add_argument("--to", default=CACHE, metavar="FOLDER", help="default: %(default)s, for model.load")
-    part = commands.add_parser("info", help="what is this file?", description="Print what a file is.")
+    part = commands.add_parser("info", help="say what a file is")
     part.add_argument("file", metavar="FILE", help=source)
-    part = commands.add_parser("convert", help="from any layout to another", description=(
-        "Load any layout that model.load knows and write another."))
+    part = commands.add_parser("convert", help="load any layout and write another")
     part.add_argument("source", metavar="IN", help=source)
     part.add_argument("target", metavar="OUT", help="a file; for huggingface a folder")
     part.add_argument("--to", required=True, choices=LAYOUTS, help="layout of OUT")
-    part = commands.add_parser("interpolate", help="between two models", description=(
-        "Write the weights between two models of the same sizes, such as the released and a fine-tuned one."))
+    part = commands.add_parser("interpolate", help="write the weights between two models of the same sizes")
     part.add_argument("first", metavar="A", help=source)
     part.add_argument("second", metavar="B", help=source)
     part.add_argument("target", metavar="OUT", help="a file, in our layout")
     part.add_argument("--share", type=float, default=0.5, metavar="X", help="of B (default: %(default)s)")
     arguments = vars(parser.parse_args(argv))  # under the names of the functions' parameters
+    target = arguments.get("target", "")
+    if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise WeightsError(f"{target}: is there already; remove it or name another")
     COMMANDS[arguments.pop("command")](**arguments)
 
 

@@ -1,20 +1,16 @@
 """
 Published weights by name: each file is downloaded once, resumed if the connection breaks, and checked.
 
-    python -m tools.weights download ViT-B-16    # into ~/.cache/zhclip/ViT-B-16/
-    HF_ENDPOINT=https://my.mirror python ...     # another host that serves Hugging Face's paths
-    HTTPS_PROXY=http://my.proxy:3128 python ...  # as for every program that uses requests
+    python -m tools.weights download ViT-B-16  # into ~/.cache/zhclip/ViT-B-16/
 
 An unfinished file is called NAME.part, and the next download continues it. If two processes want the same
 file, one waits for the other. The host publishes the checksum: OpenAI's addresses contain it, and Hugging
 Face sends it as X-Linked-ETag. A file gets its name only when the checksum is right.
 """
 
-import errno
 import hashlib
 import os
 import re
-import shutil
 import sys
 import time
 
@@ -52,19 +48,10 @@ SOURCES = {
     "rbt3": "hfl/rbt3/pytorch_model.bin",
 }
 RELEASED = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14")
-EXACT_GELU = ("laion-ViT-H-14",)  # trained with it; the other CLIPs are trained with OpenAI's QuickGELU
 
 TIMEOUT = (10, 30)  # seconds: to connect, and between two bytes
 TRIES = 5  # in a row that bring no byte
 CHUNK = 1 << 20  # bytes
-
-
-class DownloadError(WeightsError):
-    """There is no file. The message is one line: the address, what happened, and what to do."""
-
-
-class Interrupted(requests.ConnectionError):
-    """The transfer failed for a reason that may pass, so another try is worth it."""
 
 
 def address(name: str) -> str:
@@ -79,7 +66,8 @@ def address(name: str) -> str:
 
 def fetch(name: str, root: str = "") -> str:
     """The path of a published file, which is downloaded if it is not there: root/name/file, where `root` is
-    CACHE by default. A released model is also found at root/file, where cn_clip puts it."""
+    CACHE by default. A released model is also found at root/file, where cn_clip puts it. WeightsError if
+    there is no such file and none can be downloaded."""
     url = address(name)
     folder, file_name = os.path.join(root or CACHE, name), url.rsplit("/", 1)[-1]
     path, official = os.path.join(folder, file_name), os.path.join(root or CACHE, file_name)
@@ -93,37 +81,33 @@ def fetch(name: str, root: str = "") -> str:
             if not os.path.isfile(path):  # another process may have downloaded it while this one waited
                 print(f"{name}: {url} -> {path}", file=sys.stderr)
                 fetch_part(url, path)
-    except OSError as error:
-        advice = "use another folder: `python -m tools.weights download NAME --to FOLDER`, or XDG_CACHE_HOME"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "what came is kept; make room and repeat the command"
-        raise DownloadError(f"{path}: {error.strerror}; {advice}") from None
+    except OSError as error:  # of the disk, or of requests for a wrong address, which no repetition helps
+        raise WeightsError(f"{url} -> {path}: {error.strerror or error}; check HF_ENDPOINT and HTTPS_PROXY, "
+                           "or make room (what came is kept), or use another folder, by XDG_CACHE_HOME or by "
+                           "`python -m tools.weights download NAME --to FOLDER`") from None
     return path
 
 
 def fetch_part(url: str, path: str):
     """Download `url` to path.part in as many requests as it takes, and rename it once its checksum is
     right."""
-    part, tries, pause = path + ".part", 0, 1.0
-    furthest = size(part)
-    while True:
+    part, tries, furthest, sha256 = path + ".part", 0, size(path + ".part"), None
+    while sha256 is None:
         try:
             sha256 = transfer(url, part)
-            break
         except (requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:
             tries = 1 if size(part) > furthest else tries + 1
             furthest = max(furthest, size(part))
+            reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]  # the innermost error
             if tries >= TRIES:
-                raise DownloadError(
-                    f"{url}: nothing came in {TRIES} tries ({reason(error)}); {size(part):,} bytes are kept, "
-                    "and the same command continues. If this machine is offline, put the file yourself at "
+                raise WeightsError(
+                    f"{url}: nothing came in {TRIES} tries ({reason}); {size(part):,} bytes are kept, and "
+                    "the same command continues. If this machine is offline, put the file yourself at "
                     f"{path}; behind a firewall, set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
-            pause = 1.0 if tries == 1 else 2 * pause
-            print(f"{reason(error)}; next try in {pause:.0f} s, from byte {size(part):,}", file=sys.stderr)
+            pause = 2 ** (tries - 1)
+            print(f"{reason}; next try in {pause} s, from byte {size(part):,}", file=sys.stderr)
             time.sleep(pause)
-        except requests.RequestException as error:  # such as a wrong address, which no repetition helps
-            raise DownloadError(f"{url}: {error}; check HF_ENDPOINT and HTTPS_PROXY") from None
     if not sha256:
         print(f"{url}: its host publishes no SHA-256, so the file is not checked", file=sys.stderr)
     else:
@@ -131,55 +115,39 @@ def fetch_part(url: str, path: str):
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             os.remove(part)
-            raise DownloadError(f"{url}: SHA-256 is {found}, expected {sha256}; what came was removed. "
-                                "Repeat the command; if it happens again, the mirror is wrong")
+            raise WeightsError(f"{url}: SHA-256 is {found}, expected {sha256}; what came was removed. "
+                               "Repeat the command; if it happens again, the mirror is wrong")
     os.replace(part, path)
 
 
 def transfer(url: str, part: str) -> str:
-    """Append to `part` by one request -> the SHA-256 that the host publishes, or "". Interrupted if the
-    response ends too early."""
+    """Append to `part` by one request -> the SHA-256 that the host publishes, or "". ConnectionError of
+    requests if another request may bring more."""
     have = size(part)
     # identity: no compression on the way, so that lengths and ranges are those of the file
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        if status == 416:  # there is no such range: `part` is as long as the file, or longer
-            if response.headers.get("Content-Range", "").endswith(f"/{have}"):
-                return published_sha256(url, response)
-            if have:
-                os.remove(part)
-            raise Interrupted("the file here is longer than the one there")
-        if status == 429 or status >= 500:
-            raise Interrupted(f"the server says {status}")
-        if status not in (200, 206):
-            raise DownloadError(f"{url}: the server says {status} {response.reason}; "
-                                "is HF_ENDPOINT a mirror of Hugging Face, and is the file still there?")
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise DownloadError(f"{url}: a web page came instead of the file; does this network ask for a "
-                                "login, or is HF_ENDPOINT no mirror of Hugging Face?")
-        if status == 200 and have:  # a server without ranges sends the whole file
+        status, content_range = response.status_code, response.headers.get("Content-Range", "")
+        if status == 416 and content_range.endswith(f"/{have}"):  # nothing is left to send
+            return published_sha256(url, response)
+        if have and (status == 416 or status == 206 and not content_range.startswith(f"bytes {have}-")):
             os.remove(part)
+            raise requests.ConnectionError(f"asked for byte {have:,}, another one came; starting again")
+        if status == 429 or status >= 500:
+            raise requests.ConnectionError(f"the server says {status}")
+        if status not in (200, 206) or response.headers.get("Content-Type", "").startswith("text/html"):
+            raise WeightsError(f"{url}: the server says {status} {response.reason}, or sends a web page; is "
+                               "HF_ENDPOINT a mirror of Hugging Face, and does this network ask for a login?")
+        if status == 200:  # the whole file, also from a server that does not know ranges
             have = 0
-        elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise DownloadError(f"{url}: asked for byte {have:,} onward, the server sent "
-                                f"{response.headers.get('Content-Range', 'no range')}; remove {part}")
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        free = shutil.disk_usage(os.path.dirname(part)).free
-        if total and total - have > free:
-            raise DownloadError(f"{part}: {total - have:,} bytes to come, {free:,} free; make room, or use "
-                                "`python -m tools.weights download NAME --to FOLDER` with another disk")
-        what = os.path.basename(part).removesuffix(".part")
+        total = have + int(response.headers.get("Content-Length", 0)) or None
         with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=what) as bar:
+                total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(part)) as bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-        if total and size(part) < total:
-            raise Interrupted(f"the connection ended at byte {size(part):,} of {total:,}")
         return published_sha256(url, response)
 
 
@@ -191,15 +159,6 @@ def published_sha256(url: str, response: requests.Response) -> str:
         if re.fullmatch("[0-9a-fA-F]{64}", candidate):
             return candidate.lower()
     return ""
-
-
-def reason(error: Exception) -> str:
-    """The error in a few words. (The text of a requests error is a chain of wrapped errors.)"""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke"
-    return str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" (")[0].strip("')(\" ")[:120]
 
 
 def size(path: str) -> int:

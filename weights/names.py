@@ -100,30 +100,22 @@ def whole_model(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Te
     return kept
 
 
-def image_tower(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Any CLIP -> `visual.*` and `logit_scale`."""
-    kept = {k: v for k, v in without_pooler(state).items() if k.startswith("visual.") or k == "logit_scale"}
-    if len(kept) < 2:
-        raise WeightsError(f"{path}: there is no image tower in it (no key starts with visual.); "
-                           f"its first keys are {list(state)[:3]}")
-    return kept
-
-
-def text_tower(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Any BERT -> `bert.*`. Old files have TensorFlow's names, gamma and beta for weight and bias."""
-    kept = {k: v for k, v in without_pooler(state).items() if k.startswith("bert.")}
-    if not kept:
-        kept = {"bert." + k: v for k, v in without_pooler(state).items()
-                if k.startswith(("embeddings.", "encoder."))}
-    if not kept:
-        raise WeightsError(f"{path}: there is no BERT in it (no key starts with bert., embeddings. or "
-                           f"encoder.); its first keys are {list(state)[:3]}")
+def one_tower(state: dict[str, torch.Tensor], prefix: str, path: str) -> dict[str, torch.Tensor]:
+    """Any CLIP -> `visual.*` and `logit_scale`, or any BERT -> `bert.*`, as the prefix says. WeightsError if
+    the tower is not there. Old BERTs have TensorFlow's names, gamma and beta for weight and bias."""
+    kept = without_pooler(state)
+    if prefix == "bert." and not any(key.startswith(prefix) for key in kept):
+        kept = {prefix + k: v for k, v in kept.items() if k.startswith(("embeddings.", "encoder."))}
+    if not any(key.startswith(prefix) for key in kept):
+        what = "image tower" if prefix == "visual." else "BERT"
+        raise WeightsError(f"{path}: there is no {what} in it (no key starts with {prefix}); its first keys "
+                           f"are {list(state)[:3]}")
     return {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-            for k, v in kept.items()}
+            for k, v in kept.items() if k.startswith(prefix) or prefix == "visual." and k == "logit_scale"}
 
 
 def without_pooler(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Chinese CLIP reads [CLS] itself and has no pooler (paper, app. A.2). Position numbers are no weights."""
+    """Chinese CLIP has no pooler (paper, app. A.2), and position numbers are no weights."""
     return {k: v for k, v in state.items() if ".pooler." not in k and not k.endswith(".position_ids")}
 
 

@@ -11,7 +11,6 @@ names (weights/names.py). A checkpoint is data: nothing in it is executed, and n
 
 import json
 import os
-from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -19,19 +18,12 @@ import torch
 
 from common import replace
 from weights import torchfile
-from weights.download import RELEASED, SOURCES, fetch
+from weights.download import SOURCES, fetch
 from weights.names import WeightsError, from_flash_attention, from_hugging_face
 
 # A folder stands for the first of these files that is in it.
 IN_A_FOLDER = ("best.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-
-
-class Checkpoint(NamedTuple):
-    state: dict[str, torch.Tensor]  # float32, under the official names
-    config: str  # the JSON of whoever wrote the file, "" if it brought none
-    layout: str  # what the file is, for people
-
 
 # ------------------------------------------------------------------------------------------------------------
 # from a name to tensors
@@ -48,16 +40,17 @@ def find(name_or_path: str, root: str = "") -> str:
         for name in (*IN_A_FOLDER, *(official if len(official) == 1 else ())):
             if name in inside:
                 return os.path.join(name_or_path, name)
-    openai = name_or_path.replace("/", "-").replace("@336px", "-336")  # which writes ViT-B/16, ViT-L/14@336px
-    if name_or_path in SOURCES or openai in RELEASED:
-        return fetch(name_or_path if name_or_path in SOURCES else openai, root)
+    name = name_or_path.replace("/", "-").replace("@336px", "-336")  # OpenAI writes ViT-B/16, ViT-L/14@336px
+    if name in SOURCES:
+        return fetch(name, root)
     raise WeightsError(f"{name_or_path}: neither a file, nor a folder with exactly one .pt or one of "
                        f"{', '.join(IN_A_FOLDER)}, nor one of the published names {', '.join(SOURCES)}")
 
 
-def read(path: str) -> Checkpoint:
-    """A file of any layout above -> its tensors in float32 under the official names. Tensors that need no
-    conversion are mapped from the file, not copied. WeightsError for anything else."""
+def read(path: str) -> tuple[dict[str, torch.Tensor], str, str]:
+    """A file of any layout above -> (its tensors in float32 under the official names, the JSON of the config
+    that came with them or "", what the file is for people). Tensors that need no conversion are mapped from
+    the file, not copied. WeightsError for anything else."""
     state, config, layout = read_file(path)
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -71,50 +64,46 @@ def read(path: str) -> Checkpoint:
     for key, value in state.items():  # one by one, so that each half-precision tensor is freed at once
         if value.is_floating_point():
             state[key] = value.float()
-    return Checkpoint(state, config, layout)
+    return state, config, layout
 
 
-def read_file(path: str, is_shard: bool = False) -> Checkpoint:
+def read_file(path: str, is_shard: bool = False) -> tuple[dict[str, torch.Tensor], str, str]:
     """The tensors as they are in the file, or in the shards that an index names. No shard is an index."""
     try:
         with open(path, "rb") as file:
-            head = file.read(200)
-        if head.startswith(b"version https://git-lfs"):
-            raise WeightsError(f"{path}: this is a Git LFS pointer, not the file itself; get it with "
-                               "`git lfs pull` or `python -m tools.weights download NAME`")
+            head = file.read(99)
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             if int.from_bytes(head[:8], "little") > torchfile.LONGEST:
                 raise torchfile.Refused(f"has a header of more than {torchfile.LONGEST:,} bytes")
             with safetensors.safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 config = (file.metadata() or {}).get("config", "")
-                return Checkpoint(plain(state, path), config, "safetensors")
+                return plain(state, path), config, "safetensors"
         if head.lstrip().startswith(b"{") and not is_shard:
             return read_shards(path)
         content, places, layout = torchfile.describe(path)
         windows, config = unwrap(content, path)
-        return Checkpoint(plain(torchfile.read(path, windows, places), path), config, layout)
+        return plain(torchfile.read(path, windows, places), path), config, layout
     except WeightsError:
         raise
     except Exception as error:  # a damaged or hostile file makes the readers raise nearly anything
         kind = "it" if isinstance(error, torchfile.Refused) else f"{type(error).__name__}:"
         reason = str(error).split("\n")[0][:200]
-        raise WeightsError(f"{path}: not a readable checkpoint ({kind} {reason}); "
-                           "is it complete, and a PyTorch or safetensors file?") from None
+        raise WeightsError(f"{path}: not a readable checkpoint ({kind} {reason}); is it complete, and a "
+                           "PyTorch or safetensors file, not a Git LFS pointer to one?") from None
 
 
-def read_shards(path: str) -> Checkpoint:
+def read_shards(path: str) -> tuple[dict[str, torch.Tensor], str, str]:
     """model.safetensors.index.json: {"weight_map": {key: the file beside it that holds it}}."""
     weight_map = json.loads(read_description(path))["weight_map"]
-    state, layouts = {}, set()
+    state, layout = {}, "nothing"
     for name in sorted(set(weight_map.values())):
         shard = os.path.join(os.path.dirname(path), name)
         if os.path.basename(name) != name or not os.path.isfile(shard):
             raise WeightsError(f"{path}: names the shard {name!r:.99}, which is not beside it")
         tensors, _, layout = read_file(shard, is_shard=True)
         state |= tensors
-        layouts.add(layout)
-    return Checkpoint(state, "", " and ".join(sorted(layouts)) + " in shards")
+    return state, "", f"{layout} in shards"
 
 
 def read_description(path: str) -> str:
@@ -133,12 +122,12 @@ def read_description(path: str) -> str:
 def unwrap(saved, path: str) -> tuple[dict[str, torchfile.Window], str]:
     """The content of a PyTorch file -> (state dict, config). The state dict is the content itself or stands
     under a key of it."""
-    if not isinstance(saved, dict):
-        raise WeightsError(f"{path}: holds a {type(saved).__name__}, expected a dictionary of tensors")
-    config = saved.get("config", "") if "model" in saved else ""  # only our own checkpoint carries both
-    state = saved.get("state_dict", saved.get("model", saved))
+    holder = saved if isinstance(saved, dict) else {}
+    config = holder.get("config", "") if "model" in holder else ""  # only our own checkpoint carries both
+    state = holder.get("state_dict", holder.get("model", holder))
     if not isinstance(state, dict) or not state:
-        raise WeightsError(f"{path}: holds no state dict; its keys are {str(list(saved)[:5]):.200}")
+        raise WeightsError(f"{path}: holds a {type(saved).__name__}, expected a state dict; its first keys "
+                           f"are {str(list(holder)[:5]):.200}")
     for key, value in state.items():
         if not isinstance(value, torchfile.Window):
             raise WeightsError(f"{path}: {key!r:.99} is a {type(value).__name__}, expected a tensor")

@@ -20,9 +20,6 @@ Sizes = tuple[int, ViTConfig | ResNetConfig, BertConfig]
 # ------------------------------------------------------------------------------------------------------------
 # from a config
 
-# reading a config that describes something else may raise any of these
-NOT_A_CONFIG = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
 # our name of each number -> (Hugging Face's name, the value it means where config.json leaves it out)
 HUGGING_FACE_VISION = {"resolution": ("image_size", 224), "patch_size": ("patch_size", 32),
                        "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12)}
@@ -32,14 +29,30 @@ HUGGING_FACE_TEXT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size
                      "dropout": ("hidden_dropout_prob", 0.1)}
 
 
-def read_config(text: str, path: str) -> Sizes:
-    """The config of the file at `path`: `text` is the JSON that model.save wrote into it, or Hugging Face's
-    config.json. WeightsError if no model can be built from it."""
+def read_config(config: str, path: str, any_activation: bool = False) -> Sizes:
+    """The sizes in a config of the file at `path`: the JSON that model.save wrote into it, or Hugging Face's
+    config.json. WeightsError if no model can be built from it in a reasonable time, or if it names another
+    activation than ours."""
     try:
-        raw = json.loads(text)
-        check_activations(raw)
-        return buildable(*sizes_of(raw))
-    except NOT_A_CONFIG as error:
+        raw = json.loads(config)
+        for tower, ours in () if any_activation else (("vision", "quick_gelu"), ("text", "gelu")):
+            found = config_of(raw, tower).get("hidden_act", ours)
+            if found != ours:
+                raise ValueError(f"hidden_act is {found}, expected {ours}")
+        embed_dim, visual, text = sizes_of(raw)
+        for name, size in [("embed_dim", embed_dim), *vars(visual).items(), *vars(text).items()]:
+            limit = 100 if name in ("layers", "blocks") else 2**20
+            for number in size if name == "blocks" else [size]:
+                if name != "dropout" and (type(number) is not int or not 0 < number <= limit):
+                    raise ValueError(f"{name} is {number!r}, expected 1 to {limit}")
+        if isinstance(visual, ResNetConfig):
+            possible = len(visual.blocks) == 4 and 32 * visual.width % visual.heads == 0
+        else:
+            possible = visual.width % visual.head_width == 0
+        if not possible or text.width % text.heads or not 0 <= text.dropout < 1:
+            raise ValueError("expected heads that divide the width, 4 stages of blocks, dropout below 1")
+        return embed_dim, visual, text
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(f"{path}: the config in it, or in config.json beside it, describes no model of "
                            f"ours ({error!r:.200})") from None
 
@@ -52,47 +65,14 @@ def sizes_of(raw: dict) -> Sizes:
         head_width = visual["width"] // vision.get("num_attention_heads", 12)
         return (raw.get("projection_dim", 512), ViTConfig(**visual, head_width=head_width),
                 BertConfig(**{mine: text.get(*theirs) for mine, theirs in HUGGING_FACE_TEXT.items()}))
-    visual = raw["visual"]
+    visual, kind = raw["visual"], ViTConfig
     if "blocks" in visual:
-        visual = ResNetConfig(**visual | {"blocks": tuple(visual["blocks"])})
-    else:
-        visual = ViTConfig(**visual)
-    return raw["embed_dim"], visual, BertConfig(**raw["text"])
-
-
-def check_activations(raw: dict):
-    """ValueError if a config of Hugging Face's asks for others than ours. Our own config names none."""
-    if "vision_config" in raw:
-        for tower, ours in (("vision", "quick_gelu"), ("text", "gelu")):
-            found = config_of(raw, tower).get("hidden_act", ours)
-            if found != ours:
-                raise ValueError(f"hidden_act is {found}, expected {ours}")
-
-
-def buildable(embed_dim: int, visual: ViTConfig | ResNetConfig, text: BertConfig) -> Sizes:
-    """The sizes as they are. ValueError if no model can be built from them, or none in a reasonable time."""
-    sizes = {f"{tower} {name}": size for tower, config in (("visual", visual), ("text", text))
-             for name, size in vars(config).items()}
-    dropout = sizes.pop("text dropout")
-    for name, size in (sizes | {"embed_dim": embed_dim}).items():
-        limit = 100 if name.endswith(("layers", "blocks")) else 2**20
-        for number in size if isinstance(size, tuple) else [size]:
-            if type(number) is not int or not 0 < number <= limit:
-                raise ValueError(f"{name} is {number!r}, expected 1 to {limit}")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r}, expected 0 to below 1")
-    if isinstance(visual, ResNetConfig) and len(visual.blocks) != 4:
-        raise ValueError(f"{len(visual.blocks)} stages of blocks, expected 4")
-    width = 32 * visual.width if isinstance(visual, ResNetConfig) else visual.width
-    divisor = visual.heads if isinstance(visual, ResNetConfig) else visual.head_width
-    if width % divisor or text.width % text.heads:
-        raise ValueError("the heads do not divide the width")
-    return embed_dim, visual, text
+        visual, kind = visual | {"blocks": tuple(visual["blocks"])}, ResNetConfig
+    return raw["embed_dim"], kind(**visual), BertConfig(**raw["text"])
 
 
 def config_of(raw: dict, tower: str) -> dict:
-    """The "vision" or "text" part of config.json. Files of 2022 hold each twice, and the first of these
-    counts."""
+    """One tower's part of config.json. Files of 2022 hold each part twice, and the first of these counts."""
     return raw.get(f"{tower}_config_dict") or raw.get(f"{tower}_config", {})
 
 
@@ -123,16 +103,12 @@ def landmarks(config) -> dict[str, tuple[int, ...]]:
 
 
 def guess(state: dict[str, torch.Tensor], models: dict) -> str:
-    """The name of the model that has most of its landmarks in the state dict, or "" if none has half of them.
-    A tower that is missing altogether does not count."""
-    parts = {key.split(".")[0] for key in state}
-
-    def share(name: str) -> float:
-        expected = [(k, shape) for k, shape in landmarks(models[name]).items() if k.split(".")[0] in parts]
-        found = [k for k, shape in expected if k in state and tuple(state[k].shape) == shape]
-        return len(found) / max(1, len(expected))
-    best = max(models, key=lambda name: (share(name), models[name].text.layers))  # 12 layers contain 3, too
-    return best if share(best) >= 0.5 else ""
+    """The name of the model that has most of its landmarks in the state dict, or "" if none has two."""
+    def found(name: str) -> int:
+        return sum(key in state and tuple(state[key].shape) == shape
+                   for key, shape in landmarks(models[name]).items())
+    best = max(models, key=lambda name: (found(name), models[name].text.layers))  # 12 layers contain 3, too
+    return best if found(best) > 1 else ""
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -147,27 +123,25 @@ class SkipInit(torch.overrides.TorchFunctionMode):
 
 def describe(config, models: dict) -> str:
     """The name of the model with this config, or its sizes if it is none of `models`."""
-    names = [name for name, row in models.items() if row == config]
-    return names[0] if names else f"a model of your own ({config})"
+    return next((name for name, row in models.items() if row == config), f"a model of your own ({config})")
 
 
 def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str, models: dict):
     """WeightsError unless `state` has every tensor of `wanted` and no other, each of the right shape and
     kind, and all values finite."""
-    missing = [k for k in wanted if k not in state]
-    unknown = [k for k in state if k not in wanted]
-    misshaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(wanted[k].shape)}"
-                 for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    misshaped += [f"{k} holds {state[k].dtype}" for k in wanted
-                  if k in state and state[k].is_floating_point() != wanted[k].is_floating_point()]
+    misfits = {
+        "missing": [k for k in wanted if k not in state],
+        "unknown": [k for k in state if k not in wanted],
+        "misshaped": [f"{k} is {tuple(state[k].shape)}, expected {tuple(wanted[k].shape)}"
+                      for k in wanted if k in state and state[k].shape != wanted[k].shape]}
     found = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''})"
-             for what, keys in (("missing", missing), ("unknown", unknown), ("misshaped", misshaped)) if keys]
+             for what, keys in misfits.items() if keys]
     if found:
-        like = guess(state, models)
-        raise WeightsError(f"{path}: does not fit this model: {'; '.join(found)}"
-                           + (f"; it looks like {like}" if like else ""))
+        raise WeightsError(f"{path}: does not fit this model: {'; '.join(found)}; "
+                           f"it looks like {guess(state, models) or 'none of ours'}")
     for key, value in state.items():
         # One value that is not finite makes the sum so, and a sum is five times as fast as testing each.
-        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
-            raise WeightsError(f"{path}: {key} holds values that are not finite. The file is damaged or its "
-                               "training diverged; use an earlier one")
+        finite = torch.isfinite(value.sum()) or torch.isfinite(value).all()
+        if not finite or value.is_floating_point() != wanted[key].is_floating_point():
+            raise WeightsError(f"{path}: {key} holds {value.dtype}, expected finite {wanted[key].dtype}. The "
+                               "file is damaged or its training diverged; use an earlier one")

@@ -4,15 +4,13 @@ and the temperature from a CLIP file and the text tower from a RoBERTa file.
 """
 
 import json
-import os
 
 from torch import nn
 
-from vit import ViTConfig, resize_positions
-from weights import download
-from weights.names import WeightsError, image_tower, left_out, text_tower, whole_model
-from weights.read import find, read, read_description
-from weights.sizes import NOT_A_CONFIG, check, check_activations, config_of, heads, sizes_of
+from vit import resize_positions
+from weights.names import WeightsError, left_out, one_tower, whole_model
+from weights.read import find, read
+from weights.sizes import check, config_of, heads, read_config
 
 
 def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: str = "", init: str = ""):
@@ -22,14 +20,12 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
 
     A position table of another resolution is interpolated, as from ViT-L-14 to ViT-L-14-336. WeightsError if
     a file does not fit."""
-    for source, part, take in (
-            (init, "", whole_model), (image_init, "visual.", image_tower), (text_init, "bert.", text_tower)):
+    for source, part in (init, ""), (image_init, "visual."), (text_init, "bert."):
         if not source:
             continue
         path = find(source)
         everything, config, _ = read(path)
-        check_config(config, clip.config, part, path)
-        state = take(everything, path)
+        state = one_tower(everything, part, path) if part else whole_model(everything, path)
         mine = clip.state_dict()
         for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if name in state and name in mine and len(state[name]) != len(mine[name]):
@@ -41,43 +37,18 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
                 state[name] = resized
         wanted = {k: v for k, v in mine.items() if k.startswith(part) or k in state}
         check(state, wanted, path, models)
+        if config:  # no shape shows the number of heads, and with another one every feature would be wrong
+            _, visual, text = read_config(config, path, any_activation=part == "visual.")
+            for tower, theirs, ours in (("visual.", heads(visual), heads(clip.config.visual)),
+                                        ("bert.", text.heads, clip.config.text.heads)):
+                if tower.startswith(part) and theirs != ours:
+                    raise WeightsError(f"{path}: its tower {tower}* has {theirs} heads, but this model's has "
+                                       f"{ours}; the features would differ")
+        activation = config_of(json.loads(config or "{}"), "vision").get("hidden_act", "quick_gelu")
+        if "token_embedding.weight" in everything and len(mine["visual.conv1.weight"]) == 1280:
+            activation = "gelu"  # LAION's ViT-H-14, which open_clip saves without a config
+        if part == "visual." and activation != "quick_gelu":
+            print(f"{path}: this image tower was trained with {activation!r:.99}; here it computes QuickGELU "
+                  "as in the official code, and its features differ until training has made up for it")
         clip.load_state_dict(state, strict=False)
         print(f"{len(state)} tensors from {path}{left_out(everything, state)}")
-
-
-def check_config(config: str, mine, part: str, path: str):
-    """Compare what no shape shows, the heads and the activation. WeightsError if a tower that is taken over
-    has another number of heads in the file than in `mine`, because every feature would be wrong. If the
-    image tower was trained with another activation, print a line."""
-    try:
-        raw = json.loads(config or "{}")
-        theirs = activation(raw, path)
-        if part != "visual.":
-            check_activations(raw)
-        _, visual, text = sizes_of(raw) if raw else (0, mine.visual, mine.text)
-        found = {"visual.": heads(visual), "bert.": text.heads}
-    except NOT_A_CONFIG as error:
-        raise WeightsError(f"{path}: its config cannot be read ({error!r:.200})") from None
-    if part != "bert." and type(visual) is not type(mine.visual):
-        return  # an altogether different model, which `check` describes better
-    if part == "visual." and isinstance(visual, ViTConfig) and theirs != "quick_gelu":
-        print(f"{path}: this image tower was trained with {theirs!r:.99}; here it computes QuickGELU, as in "
-              "the official code, and its features differ until training has made up for it")
-    for tower, wanted in (("visual.", heads(mine.visual)), ("bert.", mine.text.heads)):
-        if tower.startswith(part) and found[tower] != wanted:
-            raise WeightsError(f"{path}: its {tower.rstrip('.')} tower has {found[tower]!r:.99} heads, but "
-                               f"this model's has {wanted}; the features would differ")
-
-
-def activation(raw: dict, path: str) -> str:
-    """Hugging Face's word for the activation of a CLIP's image tower. It stands in the file's config (`raw`,
-    {} if there is none) or in open_clip's config beside it; of a published name it is known."""
-    if "vision_config" in raw:
-        return config_of(raw, "vision").get("hidden_act", "quick_gelu")
-    folder = os.path.dirname(path)
-    beside = os.path.join(folder, "open_clip_config.json")
-    if os.path.isfile(beside):
-        exact = not json.loads(read_description(beside))["model_cfg"].get("quick_gelu", False)
-    else:
-        exact = os.path.basename(folder) in download.EXACT_GELU
-    return "gelu" if exact else "quick_gelu"

@@ -27,10 +27,6 @@ DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16
           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
           "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
           "BoolStorage": torch.bool}
-# Values of these types may stand beside the weights in a checkpoint; they are read as None.
-NO_WEIGHTS = ("torch.Size", "torch.device", "collections.Counter", "_codecs.encode", "__builtin__.set",
-              *map(str, DTYPES.values()))
-
 
 class Refused(ValueError):
     """The file asks for something that no checkpoint needs, which the message names."""
@@ -72,18 +68,25 @@ def window(storage, offset, size, stride, *_) -> Window:
     return Window(storage, offset, size, stride)
 
 
+# What a description may ask for. Values of the last types may stand beside the weights; they become None.
+KNOWN = {f"torch.{name}": dtype for name, dtype in DTYPES.items()} | {
+    "torch._utils._rebuild_tensor_v2": window, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "collections.OrderedDict": lambda: {}}
+KNOWN |= dict.fromkeys(["torch.Size", "torch.device", "collections.Counter", "_codecs.encode",
+                        "__builtin__.set", *map(str, DTYPES.values())], lambda *_: None)
+
+
 class Description(pickle._Unpickler):
     """Reads the pickle of a state dict: dictionaries, lists, text, numbers and windows. This is pickle's own
     interpreter in Python, restricted to the opcodes that torch writes. (The one in C allocates an array as
     long as the largest number under which a file stores a value.) Nothing here may copy a value, because a
     small file can name a large value again and again."""
 
-    OPCODES = (
+    CODES = [getattr(pickle, name)[0] for name in (
         "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
         "LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
-        "APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT")
-    dispatch = {code: pickle._Unpickler.dispatch[code]
-                for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
+        "APPENDS EMPTY_DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT").split()]
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in CODES}
 
     def __init__(self, file):
         super().__init__(file)
@@ -92,17 +95,11 @@ class Description(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
             return Module
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return window
-        if (module, name) == ("collections", "OrderedDict"):
-            return lambda: {}
-        if module == "torch.jit._pickle" or (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data  # typed lists and parameters
-        if f"{module}.{name}" in NO_WEIGHTS:
-            return lambda *_: None
-        raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
+        if module == "torch.jit._pickle":  # lists of one type
+            return lambda values, *_: values
+        if f"{module}.{name}" not in KNOWN:
+            raise Refused(f"asks for {module[:99]}.{name[:99]}, which no checkpoint needs")
+        return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, pid) -> Storage:
         _, dtype, key, _, numel = pid[:5]  # legacy files have a sixth, which is None
@@ -180,82 +177,53 @@ def describe(path: str) -> tuple[object, dict[str, tuple[int, int]], str]:
     """-> (the content of the file, with windows in the place of tensors; the place of each storage by its
     name, as (first byte, number of bytes); what the file is, for people)."""
     with Piecewise(path) as file:
+        places = {}
         if file.read(len(LEGACY)) == LEGACY:
-            return *describe_legacy(file), "PyTorch file"
-        if not zipfile.is_zipfile(file):
-            raise Refused("is no PyTorch or safetensors file")
-        places = members(file)
-        roots = [name.removesuffix("data.pkl") for name in places if name.split("/")[1:] == ["data.pkl"]]
-        if len(roots) != 1:
-            raise Refused("is a zip file that PyTorch did not write")
-
-        def content(name: str) -> bytes:
-            start, length = places.get(roots[0] + name, (0, 0))
-            file.seek(start)
-            return file.read(length)
-
-        if content("byteorder") not in (b"", b"little"):
-            raise Refused("was written on a big-endian machine")
-        tree = Description(io.BytesIO(content("data.pkl"))).load()
-    scripted = roots[0] + "constants.pkl" in places
-    prefix = roots[0] + "data/"
-    places = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
-    if scripted:
+            # Three pickles follow: the first describes the machine, the second the tensors, the third lists
+            # the storages. These come next, each as a number of elements in eight bytes and the elements.
+            pickles = io.BytesIO(file.read(LONGEST))
+            Description(pickles).load()
+            description = Description(pickles)
+            tree, keys = description.load(), Description(pickles).load()
+            start = len(LEGACY) + pickles.tell()
+            for key in keys:
+                if type(key) is not str or key not in description.storages:
+                    raise Refused("lists a storage that no tensor has")
+                file.seek(start)
+                numel = int.from_bytes(file.read(8), "little")
+                places[key] = (start + 8, numel * description.storages[key].dtype.itemsize)
+                start = sum(places[key])
+            return tree, places, "PyTorch file"
+        for member in zipfile.ZipFile(file).infolist():
+            if member.compress_type == zipfile.ZIP_STORED:  # PyTorch compresses only TorchScript's code
+                file.seek(member.header_offset)
+                header = file.read(30)  # ends with the lengths of a name and an extra field that follow
+                before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+                name = member.filename.partition("/")[2]  # without the folder, which has any name
+                places[name.removeprefix("data/")] = (member.header_offset + 30 + before, member.file_size)
+        if "data.pkl" not in places:
+            raise Refused("is a zip file that PyTorch did not write, or was compressed; if so, unpack it")
+        start, length = places["data.pkl"]
+        file.seek(start)
+        tree = Description(io.BytesIO(file.read(length))).load()
+    if "constants.pkl" in places:
         return from_modules(tree), places, "TorchScript archive"
     return tree, places, "PyTorch file"
 
 
-def members(file) -> dict[str, tuple[int, int]]:
-    """The members of a zip file: name -> (first byte, number of bytes). Refused if a member is compressed.
-    PyTorch compresses only TorchScript's folder code, which is not read here."""
-    places = {}
-    with zipfile.ZipFile(file) as archive:
-        directory = archive.infolist()
-    for member in directory:
-        root, *name = member.filename.split("/")
-        if name in (["data.pkl"], ["constants.pkl"], ["byteorder"]) or len(name) == 2 and name[0] == "data":
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise Refused("is a compressed zip file; if you packed it, unpack it")
-            file.seek(member.header_offset)
-            header = file.read(30)  # ends with the lengths of the name and of the extra field that follow it
-            before = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            places[member.filename] = (member.header_offset + 30 + before, member.file_size)
-    return places
-
-
-def describe_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
-    """After LEGACY come three pickles: the first describes the machine, the second the tensors, and the third
-    lists the storages. These follow in that order, each as a number of elements in eight bytes and the
-    elements."""
-    pickles = io.BytesIO(file.read(LONGEST))
-    Description(pickles).load()
-    description = Description(pickles)
-    tree, keys = description.load(), Description(pickles).load()
-    places, start = {}, len(LEGACY) + pickles.tell()
-    for key in keys:
-        if type(key) is not str or key not in description.storages:
-            raise Refused("lists a storage that no tensor has")
-        storage = description.storages[key]
-        file.seek(start)
-        if file.read(8) != storage.numel.to_bytes(8, "little"):
-            raise Refused(f"has a tensor that claims {storage.numel:,} numbers; they are not there")
-        places[key] = (start + 8, storage.numel * storage.dtype.itemsize)
-        start = sum(places[key])
-    return tree, places
-
-
 def read(path: str, state: dict[str, Window], places: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     """The tensors behind the windows. They are mapped from the file, or copied if they stand at odd
-    addresses, as in legacy files. A storage is read once, however many windows it has. Refused if it is not
-    there."""
-    size, mapped = os.path.getsize(path), torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+    addresses, as in legacy files. A storage is read once, for all its windows. Refused if it is missing."""
+    size = os.path.getsize(path)
+    mapped = torch.UntypedStorage.from_file(path, False, size)
     used = {window.storage.key: places.get(window.storage.key, (0, 0)) for window in state.values()}
-    if any(start + length > size for start, length in used.values()):
-        raise Refused("is cut off: its last tensors are not there")
-    if sum(length for _, length in used.values()) > size:
-        raise Refused("has storages that overlap")
-    pieces = {key: mapped[start: start + length] if start % 8 == 0 else mapped[start: start + length].clone()
-              for key, (start, length) in used.items()}
+    if any(start + length > size for start, length in used.values()) or (
+            sum(length for _, length in used.values()) > size):
+        raise Refused("is cut off, or its tensors overlap")
+    pieces = {}
+    for key, (start, length) in used.items():
+        piece = mapped[start: start + length]
+        pieces[key] = piece if start % 8 == 0 else piece.clone()
     tensors = {}
     for name, (storage, offset, sizes, strides) in state.items():
         piece = pieces[storage.key]

@@ -18,7 +18,7 @@ import model
 from model import MODELS, ChineseCLIP
 from tools import weights
 from weights import download, read
-from weights.names import to_hugging_face
+from weights.names import WeightsError, to_hugging_face
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_names_are_fetched_and_loaded(tmp_path, monkeypatch):
     assert model.load("ViT-B-16")[0].config == MODELS[VIT]
 
     def offline(name, root):
-        raise download.DownloadError("no way there")
+        raise WeightsError("no way there")
     monkeypatch.setattr(read, "fetch", offline)
     assert refusal(model.load, "RN50") == "no way there"
 
