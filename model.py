@@ -147,7 +147,7 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     `name` is a file, recognised by its content, a folder with such a file, or a name of `available_models`
     ("ViT-B-16", or "ViT-B/16" as OpenAI spells it), which is downloaded once, into `download_root`.
     dtype="bfloat16" halves the memory and, on CPUs that compute in it, about the time; features keep a cosine
-    above 0.999 to those in float32 (BENCHMARKS.md)."""
+    above 0.999 to those in float32 (docs/benchmarks.md)."""
     name, dtype = str(name), DTYPES.get(dtype, dtype)
     if jit or dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r}, jit={jit}: expected {', '.join(DTYPES)}, and jit=False")

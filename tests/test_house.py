@@ -80,8 +80,7 @@ def test_no_circle_among_the_files_of_a_folder():
 def test_no_arrow_is_hidden(file):
     """Nothing is imported by a name in a string, and inside a function only a package that is optional."""
     source = (ROOT / file).read_text(encoding="utf-8")
-    assert not re.search(r"\b(runpy|import_module|__import__)\b", source.replace("import runpy, torch; torch", "")
-                         .replace("runpy.run_module('cn_clip", ""))
+    assert not re.search(r"\b(runpy|import_module|__import__)\b", source)
     for function in ast.walk(tree(file)):
         if isinstance(function, ast.FunctionDef):
             assert not {room(module) for module in imports(function)} & {*ARROWS, "tools"}, function.name

@@ -1,120 +1,79 @@
 """
-The peers that are installed, with our weights in them, and how their time and ours is taken.
+The peers that are installed, with our weights in them, and how time and memory are measured.
 
-official is cn_clip; transformers is ChineseCLIPModel, which has ViT models only; open_clip is the same image
-tower beside an English text tower of its own. All have float32 weights. On a GPU they run under the same
-autocast as ours, on a CPU without one. The features of a peer are compared with ours before it is timed.
+The peer "official" is cn_clip. "open_clip" has the same image tower beside an English text tower of its own.
+Both have float32 weights. On a GPU they run under the same autocast as ours, on a CPU without one.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
-import io
 import itertools
-import os
 import platform
 import statistics
-import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 import model
 from data import tokenize
-from tools import weights
 
-PEERS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip"}  # their packages
-DISTRIBUTIONS = {"official": "cn_clip", "transformers": "transformers", "open_clip": "open_clip_torch"}
-PAPER_SIZES = list(model.MODELS)[:6]  # the models that cn_clip and open_clip know by name
+PEERS = {"official": "cn_clip", "open_clip": "open_clip_torch"}  # the names of their packages
+# The models that both know by name, and what cn_clip calls their text towers.
+TEXT_TOWERS = dict.fromkeys(list(model.MODELS)[:6], "RoBERTa-wwm-ext-base-chinese") | {
+    "RN50": "RBT3-chinese", "ViT-H-14": "RoBERTa-wwm-ext-large-chinese"}
 # Captions in a shop are about as long as this one: 10 characters, 12 tokens with [CLS] and [SEP].
 CAPTION = "红色帆布手提包女大号"
 
 
-def installed(peer: str) -> bool:
-    return importlib.util.find_spec(PEERS[peer]) is not None
+def version(peer: str) -> str:
+    """The version of the peer's package, or "" if it is not installed."""
+    return next((found.version for found in importlib.metadata.distributions(name=PEERS[peer])), "")
 
 
-def official(clip: model.ChineseCLIP) -> torch.nn.Module:
-    from cn_clip.clip.model import CLIP
-    v, t = clip.config.visual, clip.config.text
-    is_vit = isinstance(v, model.ViTConfig)
-    image = (v.layers, v.width, v.patch_size) if is_vit else (v.blocks, v.width, None)
-    theirs = CLIP(
-        clip.config.embed_dim, v.resolution, *image, t.vocab_size, t.dropout, "gelu", t.dropout, t.width,
-        0.02, 4 * t.width, t.max_positions, t.heads, t.layers, t.token_types,
-        vision_head_width=v.head_width if is_vit else 64)
-    theirs.float().load_state_dict(clip.state_dict())
-    return theirs
-
-
-def transformers(clip: model.ChineseCLIP) -> torch.nn.Module | None:
-    from transformers import ChineseCLIPModel
-    if not isinstance(clip.config.visual, model.ViTConfig):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        weights.save_hugging_face(clip, folder)
-        theirs = ChineseCLIPModel.from_pretrained(folder)
-    theirs.encode_image = lambda pixels: theirs.get_image_features(pixels).pooler_output
-    theirs.encode_text = lambda ids: theirs.get_text_features(ids, (ids > 0).long()).pooler_output
-    return theirs
-
-
-def open_clip(clip: model.ChineseCLIP) -> torch.nn.Module | None:
-    import open_clip
-    name = next((name for name in PAPER_SIZES if model.MODELS[name] == clip.config), None)
-    if name is None:
-        return None
-    theirs = open_clip.create_model(f"{name}-quickgelu")
-    theirs.visual.load_state_dict(clip.visual.state_dict())
-    return theirs
-
-
-def peers_of(clip: model.ChineseCLIP, makers=(official, transformers, open_clip)) -> dict:
-    """Peer -> its model with our weights, if it is installed and has such a model. AssertionError if its
-    features of a picture or of a caption are not ours (open_clip's text tower is another one)."""
+def peers_of(name: str, clip: model.ChineseCLIP) -> dict[str, torch.nn.Module]:
+    """Peer -> its model of this name with the weights of `clip`, if the peer is installed and has such a
+    model. AssertionError if its features of a picture or of a caption are not ours."""
     found = {}
+    if version("official") and name in TEXT_TOWERS:
+        from cn_clip.clip.utils import create_model
+        found["official"] = create_model(f"{name}@{TEXT_TOWERS[name]}").float()
+        found["official"].load_state_dict(clip.state_dict())
+    if version("open_clip") and name in TEXT_TOWERS:
+        import open_clip
+        found["open_clip"] = open_clip.create_model(f"{name}-quickgelu")
+        found["open_clip"].visual.load_state_dict(clip.visual.state_dict())
     size, device = clip.config.visual.resolution, clip.logit_scale.device
     pixels, ids = torch.randn(1, 3, size, size, device=device), tokenize([CAPTION]).to(device)
-    for make in makers:
-        peer = make.__name__
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            theirs = make(clip) if installed(peer) else None
-        if theirs is not None:
-            found[peer] = theirs.to(device).eval()
-            with torch.inference_mode():
-                same(theirs.encode_image(pixels), clip.eval().encode_image(pixels), peer)
-                if peer != "open_clip":
-                    same(theirs.encode_text(ids), clip.encode_text(ids), peer)
+    for peer, theirs in found.items():
+        theirs.to(device).eval()
+        with torch.inference_mode():
+            cosine = torch.cosine_similarity(theirs.encode_image(pixels), clip.eval().encode_image(pixels))
+            if peer == "official":
+                cosine *= torch.cosine_similarity(theirs.encode_text(ids), clip.encode_text(ids))
+        assert cosine > 0.9999, f"{peer} computes something else: the cosine with ours is {cosine.item()}"
     return found
 
 
-def same(theirs: torch.Tensor, ours: torch.Tensor, peer: str):
-    cosine = (model.normalise(theirs) * model.normalise(ours)).sum(dim=1).min().item()
-    assert cosine > 0.9999, f"{peer} computes something else: its features' cosine with ours is {cosine}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# time, memory and tables
-
-
-def seconds_of(action) -> float:
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turn(actions: dict, runs: int) -> dict[str, float]:
-    """Name -> the median of `runs` calls in seconds, after one call that warms up. The actions take turns, so
-    that a machine that is busy for a while slows all of them down."""
-    rounds = [[seconds_of(action) for action in actions.values()] for _ in range(runs + 1)][1:]
-    for name, seconds in zip(actions, zip(*rounds)):
-        if max(seconds) > 2 * min(seconds):
-            print(f"   {name}: the runs took {min(seconds):.3f} to {max(seconds):.3f} s, so do not trust the "
-                  "median. Stop other programs, or try OMP_NUM_THREADS=1.")
-    return dict(zip(actions, map(statistics.median, zip(*rounds))))
+def measure(actions: dict, args) -> tuple[dict[str, float], dict[str, str]]:
+    """Name -> the median of args.runs calls in seconds, and name -> the MB of `memory_of`. Both leave out an
+    action that needs more memory than a GPU has. The actions take turns, so that a machine that is busy for a
+    while slows all of them down."""
+    memory = {}
+    for name, action in actions.items():
+        try:
+            action()  # it warms up, and AdamW makes its moments
+            memory[name] = f"{memory_of(action, args.device):,.0f}"
+        except torch.OutOfMemoryError:
+            pass
+    seconds = {name: [] for name in memory}
+    for name in list(memory) * args.runs:
+        start = time.perf_counter()
+        actions[name]()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(timed) for name, timed in seconds.items()}, memory
 
 
 def memory_of(action, device: str) -> float:
@@ -142,25 +101,11 @@ def beside(count: int, ours: str, times: dict[str, float], peers=tuple(PEERS), d
     return cells
 
 
-def say(rows: list[list[str]], row: list[str]):
-    """Add a row to a table and print it."""
-    rows.append(row)
-    print("   " + " | ".join(row), flush=True)
-
-
-def table(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
-
-
 def machine(device: str) -> str:
     """The processor, the versions and the date, which stand above each table."""
-    name = platform.processor() or platform.machine()
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), name)
+    name, linux = platform.processor(), Path("/proc/cpuinfo")
+    if linux.is_file() and "model name" in linux.read_text():
+        name = linux.read_text().split("model name")[1].split("\n")[0].strip("\t: ")
     name = torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads"
-    versions = [f"{peer} {importlib.metadata.version(package)}" for peer, package in DISTRIBUTIONS.items()
-                if installed(peer)]
-    return (f"{name}; {', '.join([f'torch {torch.__version__}', *versions])}, "
-            f"Python {platform.python_version()}; {datetime.date.today()}")
+    versions = [f"torch {torch.__version__}", *(f"{peer} {version(peer)}" for peer in PEERS if version(peer))]
+    return f"{name}; {', '.join(versions)}, Python {platform.python_version()}; {datetime.date.today()}"

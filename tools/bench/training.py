@@ -1,42 +1,67 @@
-"""The tasks `train` and `loss`: how fast whole steps of both stages are, and the loss alone."""
+"""The tasks `train`, `loss` and `data`: steps of both stages, the loss alone, and the pictures."""
 
-import gc
+import base64
+import io
+import math
+import random
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
+import data
 import model
-import train
-from data import tokenize
 from loss import contrastive_loss
-from tools.bench.peers import CAPTION, beside, in_turn, memory_of, official, open_clip, peers_of, say
+from sources.augment import augment
+from sources.layouts import from_base64
+from sources.pairs import decode
+from tools.bench.peers import CAPTION, beside, measure, peers_of, version
+from train import set_train_mode
 from training.chunks import Chunk, backward_in_chunks, features_in_chunks
-from training.tiles import tiled_loss
+from training.tiles import DENSE_LIMIT, tiled_loss
 
-MATRIX = 16_384  # pairs up to which the matrix is measured too: 4.4 GB
-
-
-# ------------------------------------------------------------------------------------------------------------
-# train
+PHOTOS = ((1440, 1080, 32), (500, 375, 200), (224, 224, 400))  # width, height, how many
 
 
-def step_of(clip: torch.nn.Module, frozen: bool, backward):
-    """-> a function that makes one step of a model, ours or a peer's: `backward()` leaves its gradients."""
+def bench_train(args):
+    yield ["model", "stage", "a step", "pairs/s of 12 tokens", "official, of 52", "ratio", "open_clip, of 77",
+           "ratio", "MB", "official, MB", "open_clip, MB"]
+    for name in args.models:
+        for stage in args.stages:
+            yield from train_rows(name, stage, args)
+
+
+def train_rows(name: str, stage: str, args):
+    """A plain step of ours, one in chunks and, in stage 1, one with cached features, each beside the plain
+    step of each peer. MB are what a step holds at its peak beyond weights and moments, gradients included."""
+    clip, frozen, batch = model.ChineseCLIP(model.MODELS[name]).to(args.device), stage == "1", args.batch
+    if args.device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
+        clip.visual.to(memory_format=torch.channels_last)
+    peers, size = peers_of(name, clip), clip.config.visual.resolution
+    pictures = torch.randn(batch, 3, size, size, device=args.device)
+    ids = data.tokenize([CAPTION] * batch)  # [B, 52]; our model cuts the padding
+    loss_of = tiled_loss if batch**2 > DENSE_LIMIT else contrastive_loss  # as train.py chooses
+
+    steps = {stage: step_of(clip, pictures, ids, frozen, batch, loss_of),
+             f"{stage}, chunks of {args.chunk}": step_of(clip, pictures, ids, frozen, args.chunk, loss_of)}
+    if frozen:
+        features = torch.randn(batch, clip.config.embed_dim, device=args.device)
+        steps[f"{stage}, cached features"] = step_of(clip, features, ids, frozen, batch, loss_of)
+    ways = list(steps)
+    for peer, theirs in peers.items():
+        its_ids = ids if peer == "official" else torch.randint(1, 40_000, (batch, 77))
+        steps[peer] = step_of(theirs, pictures, its_ids.to(args.device), frozen, batch, contrastive_loss)
+    times, memory = measure(steps, args)
+    for way in ways:
+        yield [name, way, f"{batch:,} pairs", *beside(batch, way, times, digits=2),
+               *(memory.get(who, "-") for who in (way, "official", "open_clip"))]
+
+
+def step_of(clip, pictures: torch.Tensor, ids: torch.Tensor, frozen: bool, chunk: int, loss_of):
+    """-> a function that makes one step of a model, ours or a peer's, in chunks of `chunk` pairs. Pictures
+    are [B, 3, S, S], or features [B, E] of the frozen tower."""
     clip.visual.requires_grad_(not frozen)
     optimizer = torch.optim.AdamW([p for p in clip.parameters() if p.requires_grad], lr=1e-6, fused=True)
-
-    def step():
-        train.set_train_mode(clip, frozen)
-        backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def our_step(clip: model.ChineseCLIP, pictures: torch.Tensor, frozen: bool, chunk: int):
-    """Pictures are [B, 3, S, S], or features [B, E] of the frozen tower."""
-    ids = tokenize([CAPTION] * len(pictures))  # they wait on the CPU
     chunks = [Chunk(*part, seed) for seed, part in enumerate(zip(pictures.split(chunk), ids.split(chunk)))]
 
     def forward(one: Chunk):
@@ -44,92 +69,67 @@ def our_step(clip: model.ChineseCLIP, pictures: torch.Tensor, frozen: bool, chun
         with model.autocast(pictures.device):
             return clip(one.pictures, one.ids)
 
-    def backward():
+    def step():
+        set_train_mode(clip, frozen)
         features = forward(chunks[0]) if len(chunks) == 1 else features_in_chunks(forward, clip, chunks)
-        contrastive_loss(*features).backward()
+        loss_of(*features).backward()
         if len(chunks) > 1:
             backward_in_chunks(forward, clip, chunks, features)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return step_of(clip, frozen, backward)
-
-
-def peer_step(peer: str, theirs: torch.nn.Module, pictures: torch.Tensor, frozen: bool):
-    """A peer encodes 52 tokens (official) or 77 random ones (open_clip) of each caption. The loss is written
-    as in the official training/train.py; open_clip's is the same formula."""
-    device, count = pictures.device, len(pictures)
-    ids = tokenize([CAPTION] * count) if peer == "official" else torch.randint(1, 40_000, (count, 77))
-    ids, labels = ids.to(device), torch.arange(count, device=device)
-
-    def backward():
-        with model.autocast(device):
-            image, text, scale = theirs(pictures, ids)
-            logits = scale * image @ text.T  # [B, B]
-            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        loss.backward()
-
-    return step_of(theirs, frozen, backward)
+    return step
 
 
-def bench_train(args) -> list[list[str]]:
-    """For each model and stage a plain step of ours, one in chunks and, in stage 1, one with cached features,
-    each beside the plain step of each peer. All take turns."""
-    rows = [["model", "stage", "a step", "pairs/s of 12 tokens", "GB",
-             "official, of 52", "ratio", "its GB", "open_clip, of 77", "ratio", "its GB"]]
-    for name, stage in ((name, stage) for name in args.models for stage in args.stages):
-        clip, frozen, batch = model.ChineseCLIP(model.MODELS[name]).to(args.device), stage == "1", args.batch
-        if args.device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
-            clip.visual.to(memory_format=torch.channels_last)
-        peers, size = peers_of(clip, (official, open_clip)), clip.config.visual.resolution
-        pictures = torch.randn(batch, 3, size, size, device=args.device)
-        ours = {stage: our_step(clip, pictures, frozen, batch),
-                f"{stage}, chunks of {args.chunk}": our_step(clip, pictures, frozen, args.chunk)}
-        if frozen:
-            features = torch.randn(batch, clip.config.embed_dim, device=args.device)
-            ours[f"{stage}, cached features"] = our_step(clip, features, frozen, batch)
-        steps = ours | {peer: peer_step(peer, it, pictures, frozen) for peer, it in peers.items()}
-        memory = {way: gigabytes(step, args.device) for way, step in steps.items()}
-        times = in_turn({way: step for way, step in steps.items() if memory[way] != "-"}, args.runs)
-        for way in ours:
-            rate, *cells = beside(batch, way, times, ("official", "open_clip"), digits=2)
-            say(rows, [name, way, f"{batch:,} pairs", rate, memory[way], *cells[:2],
-                       memory.get("official", "-"), *cells[2:], memory.get("open_clip", "-")])
-        del clip, peers, ours, steps
-        gc.collect()
-    return rows
-
-
-def gigabytes(step, device: str) -> str:
-    """What a step holds at its peak beyond weights and moments, its gradients included; a dash if the memory
-    of a GPU does not suffice."""
-    try:
-        step()  # the first step makes the moments
-        return f"{memory_of(step, device) / 1e3:.2f}"
-    except torch.OutOfMemoryError:
-        return "-"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# loss
-
-
-def bench_loss(args) -> list[list[str]]:
+def bench_loss(args):
     """Forward and backward pass of the loss as one matrix and in tiles, with random features [B, E]. Memory
-    is what it holds at its peak beside the features."""
-    rows = [["batch", "width", "matrix, s", "matrix, MB", "tiles, s", "tiles, MB", "16 B D bytes, MB"]]
+    is what it holds at its peak beside the features; a matrix that a GPU cannot hold is left out."""
+    yield ["batch", "matrix, s", "matrix, MB", "tiles, s", "tiles, MB", "16 B D bytes, MB"]
     for batch in args.batches:
-        features = F.normalize(torch.randn(2, batch, args.width, device=args.device), dim=2)
-        image, text = (x.requires_grad_() for x in features)
-        scale = torch.tensor(50.0, device=args.device, requires_grad=True)
-        row = [f"{batch:,}", f"{args.width}"]
-        for loss_of in (contrastive_loss, tiled_loss):
-            if loss_of is contrastive_loss and batch > MATRIX:
-                row += ["-", "too large"]
-                continue
+        features = model.normalise(torch.randn(2 * batch, 512, device=args.device))
+        scale = torch.tensor(50.0, device=args.device)
+        inputs = [x.requires_grad_() for x in (*features.split(batch), scale)]
+        steps = {"matrix": lambda: torch.autograd.grad(contrastive_loss(*inputs), inputs),
+                 "tiles": lambda: torch.autograd.grad(tiled_loss(*inputs), inputs)}
+        times, memory = measure(steps, args)
+        matrix, tiles = ((f"{times[way]:.3f}", memory[way]) if way in times else ("-", "-") for way in steps)
+        yield [f"{batch:,}", *matrix, *tiles, f"{16 * batch * 512 / 1e6:,.0f}"]
 
-            def step():
-                torch.autograd.grad(loss_of(image, text, scale), (image, text, scale))
 
-            seconds = in_turn({"loss": step}, args.runs)["loss"]
-            row += [f"{seconds:.3f}", f"{memory_of(step, args.device):,.0f}"]
-        say(rows, [*row, f"{16 * batch * args.width / 1e6:,.0f}"])
-    return rows
+def photo(width: int, height: int, seed: int) -> bytes:
+    """The base64 of a JPEG with edges and noise, about as large as that of a photograph."""
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), 3)
+    pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (height, width, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return base64.b64encode(file.getvalue())
+
+
+def bench_data(args):
+    """Pictures per second. They start as base64, are augmented for training, and end in bytes, as in the
+    loader of train.py. AssertionError if the official code makes other pixels, without augmentation."""
+    yield ["what, on one core", "ours", "official", "ratio"]
+
+    def opened(line: bytes) -> Image.Image:
+        return Image.open(io.BytesIO(base64.urlsafe_b64decode(line)))
+
+    def load(line: bytes):
+        image = decode(from_base64(line, ""), "", math.ceil(data.DRAFT * 224))
+        data.squash(augment(image, 224, "auto", random.Random(line)), 224)
+
+    ways = {"ours": load}
+    if version("official"):
+        from cn_clip.clip import image_transform
+        from cn_clip.training.data import LMDBDataset
+        picture = opened(photo(500, 375, 0))
+        assert torch.allclose(data.preprocess(picture), image_transform(224)(picture), atol=1e-6)
+        dataset = LMDBDataset.__new__(LMDBDataset)  # without its database
+        dataset.split, dataset.use_augment = "train", True
+        transform = dataset._build_transform(224)
+        ways["official"] = lambda line: transform(opened(line))
+    torch.set_num_threads(1)  # `data` is the last task
+    for width, height, count in PHOTOS:
+        lines = [photo(width, height, seed) for seed in range(count)]
+        times, _ = measure({who: lambda way=way: list(map(way, lines)) for who, way in ways.items()}, args)
+        yield [f"JPEG {width} x {height}, for training, augmented, pictures/s",
+               *beside(count, "ours", times, ["official"], digits=0)]
