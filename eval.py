@@ -76,8 +76,7 @@ def encode_texts(clip, texts: list[str], context_length: int = 52, batch_size: i
 
 
 def pair_features(clip, pairs: Pairs, context_length: int = 52) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features of all pictures [N_image, E] and of all captions [N_text, E] of a split."""
-    # pairs.text raises the error that says where a caption is not text
+    """Unit features of all pictures [N_image, E] and captions [N_text, E]. DataError if one is not text."""
     texts = [text if isinstance(text, str) else pairs.text(row) for row, text in enumerate(pairs.texts)]
     return encode_images(clip, pairs.image, pairs.image_count), encode_texts(clip, texts, context_length)
 

@@ -8,8 +8,9 @@ import pytest
 
 from conftest import ROOT
 
-CORE = {"loss": 130, "model": 200, "vit": 180, "bert": 165, "resnet": 130, "data": 240, "train": 260, "eval": 270,
-        "common": 175}  # the nine files of the tutorial, in reading order, and how long each may be
+# the nine files of the tutorial, in reading order, and how long each may be
+CORE = {"loss": 130, "model": 200, "vit": 180, "bert": 165, "resnet": 130, "data": 240, "train": 260,
+        "eval": 270, "common": 175}
 FOLDERS = [".ci", "assets", "docs", "labels", "sources", "tests", "tools", "training", "weights"]
 # room -> rooms that it may import: the arrows of the house, which run downward. tools may import anything.
 ARROWS = {
@@ -106,7 +107,7 @@ def test_the_tutorial_is_read_in_an_evening():
 
 
 def test_all_of_it_is_small():
-    assert sum(len(lines(file)) for file in FILES) <= 7400
+    assert sum(len(lines(file)) for file in FILES) <= 7900
 
 
 @pytest.mark.parametrize("file", FILES)
