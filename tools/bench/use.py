@@ -83,8 +83,7 @@ def bench_eval(args):
     yield ["what", "ours, s", "ours, MB", "official algorithm, text to image alone, s", "ratio"]
     for queries, gallery in (GALLERY, *((n, n) for n in args.squares)):
         images = model.normalise(torch.randn(gallery, 512))  # [G, E]
-        # Each text [Q, E] is often nearest to the picture of its own number.
-        texts = model.normalise(images[:queries] + 0.15 * torch.randn(queries, 512))
+        texts = model.normalise(images[:queries] + 0.15 * torch.randn(queries, 512))  # [Q, E], near their own
         pairs = torch.arange(queries)[:, None].expand(-1, 2)
         on_device = [x.to(args.device) for x in (texts, images, pairs)]
 
