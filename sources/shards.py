@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, stamp
+from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 ROLES = dict.fromkeys(PICTURES, "picture") | {"txt": "txt", "json": "json"}
@@ -100,8 +100,7 @@ def members(path: str):
             if file.read(512) != bytes(512):
                 raise ValueError(f"neither a member nor the end at byte {shard.offset}")
     except BROKEN as error:
-        unread = "unreadable file" if isinstance(error, OSError) else "not a tar"
-        kind = "truncated shard" if name else unread
+        kind = "unreadable file" if isinstance(error, OSError) and not name else "damaged shard"
         yield name, DataError(f"{path} {name}".rstrip() + f": {kind} ({error}); fetch or pack it again", kind)
 
 
@@ -231,10 +230,7 @@ class TarPairs(Pairs):
 def caption_in(content: bytes, is_json: bool, where: str):
     """The caption in a KEY.txt or KEY.json. DataError if there is none."""
     if is_json:
-        item = parse_json(content, where)
-        if "caption" not in item:
-            raise DataError(f'{where}: no "caption" in it; add it, or KEY.txt', "json without caption")
-        return item["caption"]
+        return require(parse_json(content, where), (("caption",),), where)[0]
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ import torch
 
 import model
 from common import one_line_errors
-from sources.layouts import layout_of
+from sources.layouts import find
 from tools.curate import check
 from tools.curate.rewrite import WRITERS, rewrite
 from tools.curate.rules import Rules, read_words
@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None):
     for name in ("filter", "pack", "unpack"):
         added[name].add_argument("source", metavar="SOURCE", help="what train.py --data takes")
         added[name].add_argument("out", metavar="OUT", help="a new folder")
-        added[name].add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read")
+        added[name].add_argument("--workers", type=check.natural, default=os.cpu_count(), help="processes that read")
     add_filter(added["filter"])
     for name in ("pack", "unpack"):
-        added[name].add_argument("--resize", type=check.at_least(0), default=0, metavar="N",
+        added[name].add_argument("--resize", type=check.natural, default=0, metavar="N",
                                  help="shrink larger pictures to N pixels at the shorter side (224, or 336), "
                                  "upright; 0 keeps every byte")
     added["unpack"].add_argument("--to", default="folder", choices=("folder", "official"),
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None):
         rules = Rules(
             args.min_chars, args.max_chars, read_words(args.words) if args.words else (), args.min_side,
             args.duplicates, model.load(args.model, args.device)[0] if args.model else None, args.min_score)
-        found = layout_of(args.source, args.split)
+        found, _ = find(args.source, args.split)
         layout = found if found in WRITERS else "folder"
         rewrite(args.source, args.out, layout, args.workers, args.split, rules)
 

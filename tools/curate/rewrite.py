@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import write_json
 from sources.augment import as_rgb
-from sources.layouts import layout_of, open_pairs, splits_of
+from sources.layouts import find, open_pairs, splits_of
 from sources.pairs import DataError, Pairs, decode
 from tools.curate.rules import Rules, opened, take
 
@@ -108,7 +108,7 @@ def rewrite(source: str, out: str, layout: str, workers: int, chosen: str = "", 
     splits = splits_of(source)
     if not splits:
         open_pairs(source, "train")  # raises a DataError that says what is missing
-    if layout_of(source, splits[0]) == "scenes":
+    if find(source, splits[0])[0] == "scenes":
         raise DataError(f"{source}: drawn as they are asked for; there is nothing to write")
     if chosen and chosen not in splits:
         raise DataError(f"{source}: no split {chosen!r} in it; it has {', '.join(splits)}")
@@ -128,8 +128,7 @@ def rewrite(source: str, out: str, layout: str, workers: int, chosen: str = "", 
             def picture(row: int, pairs: Pairs = pairs) -> bytes:
                 return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
 
-            rules_here = rules if split == chosen else Rules()
-            kept, reports[split] = take(source, split, rules_here, workers)
+            kept, reports[split] = take(source, split, rules if split == chosen else Rules(), workers)
             print_report(split, reports[split])
             if not kept:
                 raise DataError(f"{source}: no pair of {split} stays; the rules above took them")

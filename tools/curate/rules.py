@@ -17,7 +17,7 @@ from sources.augment import as_rgb
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, SourceChanged, decode
 from tools.curate.check import in_processes
-from tools.curate.faults import digest
+from tools.curate.pieces import digest
 
 CHUNK = 256  # pictures that a process looks at before it reports
 
@@ -51,15 +51,6 @@ def difference_hash(small: Image.Image) -> int:
     Another size, compression or small changes of colour leave nearly all bits as they are."""
     cells = np.asarray(small.convert("L"), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
-
-
-def look_at_all(source: str, split: str, workers: int) -> np.ndarray:
-    """`look` at all pictures of a split by several processes -> [pictures, 6]."""
-    count = opened(source, split).image_count
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    found = in_processes(functools.partial(look, source, split), chunks, workers)
-    bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
-    return np.array([row for part in bar for row in part], dtype=np.uint64)
 
 
 def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
@@ -102,7 +93,10 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
     """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
     The rules apply in the order of `broken_rule`, then duplicates go, then low scores."""
     pairs, taken, kept = opened(source, split), collections.Counter(), []
-    looked = look_at_all(source, split, workers)
+    chunks = [range(start, min(start + CHUNK, pairs.image_count)) for start in range(0, pairs.image_count, CHUNK)]
+    found = in_processes(functools.partial(look, source, split), chunks, workers)
+    bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
+    looked = np.array([row for part in bar for row in part], dtype=np.uint64)  # [pictures, 6]
     for i in tqdm(range(len(pairs)), "reading captions", disable=None):
         if rule := broken_rule(pairs, i, int(looked[pairs.image_number(i), 0]), rules):
             taken[rule] += 1
@@ -121,7 +115,10 @@ def take(source: str, split: str, rules: Rules, workers: int) -> tuple[list[int]
         kept = [i for i, stay in zip(kept, stays) if stay]
     report = {"pairs": len(pairs)}
     if rules.clip is not None and kept:
-        scores = clip_scores(rules.clip, pairs, kept)
+        rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
+        images = encode_images(rules.clip, lambda k: pairs.image(int(rows[k])), len(rows))
+        texts = encode_texts(rules.clip, [pairs.caption(i) for i in kept])
+        scores = (images[place] * texts).sum(dim=1).cpu().numpy()  # [kept], cosines of picture and caption
         report["scores"] = {f"{q}%": round(float(np.percentile(scores, q)), 4) for q in range(0, 101, 10)}
         taken[f"score under {rules.min_score}"] = int((scores < rules.min_score).sum())
         kept = [i for i, score in zip(kept, scores) if score >= rules.min_score]
@@ -147,14 +144,6 @@ def broken_rule(pairs: Pairs, i: int, side: int, rules: Rules) -> str:
         if wrong:
             return rule
     return ""
-
-
-def clip_scores(clip: model.ChineseCLIP, pairs: Pairs, kept: list[int]) -> np.ndarray:
-    """The cosine of picture and caption for each of these pairs, [len(kept)]."""
-    rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
-    images = encode_images(clip, lambda k: pairs.image(int(rows[k])), len(rows))
-    texts = encode_texts(clip, [pairs.caption(i) for i in kept])
-    return (images[place] * texts).sum(dim=1).cpu().numpy()
 
 
 def read_words(path: str) -> tuple[str, ...]:
