@@ -116,8 +116,9 @@ def test_a_wrong_line_is_found_where_it_is(tmp_path, capsys):
     assert code == 1 and found(splits) == {("not JSON", "train_texts.jsonl", 7)}
     out = capsys.readouterr().out
     assert "6 pictures, 6 captions, 6 pairs" in out
-    assert "ERROR         1  not JSON: write one JSON object per line, or drop the line" in out
+    assert "ERROR         1  not JSON\n" in out
     assert f"{tmp_path / 'train_texts.jsonl'} line 7: not JSON (Expecting value" in out
+    assert "; write one JSON object per line\n" in out
 
 
 def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
@@ -290,6 +291,11 @@ def test_csv_without_its_columns(tmp_path, content):
     assert found(run(tmp_path)[1]) == {("key missing", "train.csv", 1), ("no pairs", "train.csv", None)}
 
 
+def test_csv_without_rows(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"image,text\n")
+    assert found(run(tmp_path)[1]) == {("no pairs", "train.csv", None)}
+
+
 def plant_shards(folder: Path) -> set:
     folder.mkdir()
     link, device, up = (tarfile.TarInfo(name) for name in ("l.jpg", "d.jpg", "e.jpg"))
@@ -434,7 +440,6 @@ def test_nothing_to_check(tmp_path):
         run(tmp_path, "--split", "valid")
     code, said = typed("python -m tools.curate", "check", str(tmp_path / "nowhere"))
     assert code == 1 and "error: " in said and "no split at all" in said
-    assert typed("python -m tools.curate", "check", str(tmp_path), "--workers", "-1")[0] == 2
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
@@ -471,12 +476,12 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     assert found(run(tmp_path)[1]) == {("line too long", "train_texts.jsonl", 7)}
 
 
-def test_every_kind_has_its_advice_and_every_advice_its_kind():
+def test_every_kind_is_found_somewhere():
     files = [*(ROOT / "tools" / "curate").glob("*.py"), *(ROOT / "sources").glob("*.py")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     for kind in (*pieces.ERRORS, *pieces.NOTES):
         assert len(re.findall(f'"{kind}"', source)) >= 2, kind
-    assert not pieces.ERRORS.keys() & pieces.NOTES.keys()
+    assert not set(pieces.ERRORS) & set(pieces.NOTES)
 
 
 def test_tokens_are_counted_as_tokenize_does():

@@ -18,13 +18,13 @@ from sources import pairs as pairs_module
 from sources.layouts import find, open_pairs
 from sources.pairs import DataError
 from tools.curate import __main__ as curate
-from tools.curate import rewrite, rules
+from tools.curate import rewrite
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs_module, "CACHE", str(tmp_path / "cache"))
-    rules.opened.cache_clear()
+    rewrite.opened.cache_clear()
 
 
 def photo(seed: int, size=(60, 50), kind: str = "JPEG") -> bytes:
@@ -179,8 +179,8 @@ def test_near_duplicates_differ_in_at_most_three_bits(bits, first):
             other ^= 1 << bit
         far = int(rng.integers(2**63))
         hashes = np.array([one, other, far], dtype=np.uint64)
-        assert rules.near_duplicates(hashes, grey).tolist() == [0, first, 2]
-        assert rules.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
+        assert rewrite.near_duplicates(hashes, grey).tolist() == [0, first, 2]
+        assert rewrite.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
 
 
 def test_a_duplicate_stays_when_the_first_one_goes(tmp_path):

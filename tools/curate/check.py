@@ -1,9 +1,6 @@
 """
 A data set before a run trains on it: every fault with its place, and what else is worth knowing.
 
-    python -m tools.curate check path/to/MUGE
-    python -m tools.curate check "shards/{00000..00099}.tar" --json report.json
-
 tools/curate/pieces.py says what can be wrong and checks one piece of a file. This file gives the pieces to
 processes, finds what only the whole set shows (repeats, leaks, missing pictures) and writes the report.
 
@@ -28,7 +25,7 @@ from common import write_json
 from sources.layouts import find, splits_of
 from sources.pairs import DataError
 from tools.curate.pieces import (
-    CAP, COLUMNS, ERRORS, NOTES, SHARD, Faults, Part, Split, named, shown, size_of, tasks, work)
+    CAP, COLUMNS, ERRORS, NOTES, SHARD, Findings, Piece, named, pieces_of, shown, size_of, work)
 from training.report import loss_floor
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,18 +35,18 @@ from training.report import loss_floor
 def in_processes(function, todo, workers: int):
     """Yields function(task) for each task, in order, computed by `workers` processes (0: by this one). Few
     tasks are under way at a time, so that their number costs no memory."""
-    if not workers:
+    if workers < 1:
         yield from map(function, todo)
         return
+    todo = iter(todo)
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, 61), multiprocessing.get_context("spawn"),  # Windows cannot wait for more than 61
         signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C ends this process, which ends the others
     try:
-        todo = iter(todo)
-        pending = collections.deque(pool.submit(function, task) for task in itertools.islice(todo, 4 * workers))
+        pending = [pool.submit(function, task) for task in itertools.islice(todo, 4 * workers)]
         while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(function, task) for task in itertools.islice(todo, 1))
+            yield pending.pop(0).result()
+            pending += [pool.submit(function, task) for task in itertools.islice(todo, 1)]
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError("a worker was killed, for want of memory or by a decoder's fault; "
                         "try --workers 0") from None
@@ -57,61 +54,61 @@ def in_processes(function, todo, workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-class Whole:
-    """A split, put together from its pieces: faults, rows of digests (see pieces.Part), counts of tokens and
-    of short sides."""
+class Whole(Findings):
+    """A split, put together from its pieces."""
 
-    def __init__(self, split: Split):
-        self.split, self.faults, self.lines = split, Faults(), collections.Counter()
-        self.rows = {name: [np.empty((0, k), dtype=np.uint64)] for name, k in COLUMNS.items()}
-        self.tokens, self.sides = collections.Counter(), collections.Counter()
+    def __init__(self, name: str, layout: str, files: list[str]):
+        super().__init__()
+        self.name, self.layout, self.files = name, layout, files
+        self.lines = collections.Counter()  # of each file, as far as it was read
 
-    def add(self, part: Part):
+    def take(self, piece: Piece):
         """Adds the next piece; its lines are numbered on from where the piece before it ended."""
-        before = self.lines[part.path]
-        for kind, places in part.faults.places.items():
+        before = self.lines[piece.path]
+        for kind, places in piece.places.items():
             moved = ((file, at + before if isinstance(at, int) else at, what) for file, at, what in places)
-            self.faults.add(kind, moved, part.faults.counts[kind])
-        for name, rows in part.rows.items():
+            self.add(kind, moved, piece.counts[kind])
+        for name, rows in piece.rows.items():
             rows[:, -1] += np.uint64(before)
             self.rows[name].append(rows)
-        self.lines[part.path] += part.lines
-        self.tokens.update(part.tokens)
-        self.sides.update(part.sides)
+        self.lines[piece.path] += piece.count
+        self.tokens.update(piece.tokens)
+        self.sides.update(piece.sides)
 
     def close(self):
         """Finds what only all pieces together show."""
-        self.rows = {name: np.concatenate(rows) for name, rows in self.rows.items()}
-        pictures, pairs, official = self.rows["pictures"], self.rows["pairs"], self.split.layout == "official"
+        self.rows = {name: np.concatenate([np.empty((0, width), np.uint64), *self.rows[name]])
+                     for name, width in COLUMNS.items()}
+        pictures, pairs = self.rows["pictures"], self.rows["pairs"]
         there = np.isin(pairs[:, 1], pictures[:, 0])  # [P]: whether the pair's picture is there
-        if official:
+        if self.layout == "official":
             self.repeated("id twice", "pictures", 0)
-            if os.path.isfile(self.split.files[0]):  # else that is the only fault
-                self.add_rows("id not in the TSV", "pairs", pairs[~there])
+            if os.path.isfile(self.files[0]):  # else that is the only fault
+                self.add_rows("id not in the TSV", "pairs", pairs[~there], lambda _: "add it or drop its id")
         # a picture that several pieces of a list name was read in each
         pictures = pictures[np.sort(np.unique(pictures[:, 0], return_index=True)[1])]
         self.rows["pictures"], self.pairs = pictures, pairs[(pairs[:, 0] != 0) & there]
-        if official:
+        if self.layout == "official":
             self.add_rows("picture unused", "pictures", pictures[~np.isin(pictures[:, 0], pairs[:, 1])])
         self.repeated("id twice", "text_ids", 0)
         self.repeated("repeated caption", "captions", 0)
         self.repeated("repeated picture", "pictures", 1)
         if not len(self.pairs):
-            withheld = self.split.name == "test" and self.faults.counts["no image_ids"]
-            self.faults.add("no answers" if withheld else "no pairs", [(self.split.files[-1], "", "")], 1)
+            withheld = self.name == "test" and self.counts["no image_ids"]
+            self.add("no answers" if withheld else "no pairs", [(self.files[-1], "", "")], 1)
 
     def place(self, table: str, at: int) -> tuple[str, int | str]:
         """The place of a row: (file, line number or name of a member)."""
-        if self.split.layout != "shards":
-            return self.split.files[0 if table == "pictures" else -1], int(at)
+        if self.layout != "shards":
+            return self.files[0 if table == "pictures" else -1], int(at)
         number, block = divmod(int(at), SHARD)
-        with tarfile.open(self.split.files[number], "r:") as tar:
+        with tarfile.open(self.files[number], "r:") as tar:
             tar.fileobj.seek(512 * block)
-            return self.split.files[number], tarfile.TarInfo.fromtarfile(tar).name
+            return self.files[number], tarfile.TarInfo.fromtarfile(tar).name
 
     def add_rows(self, kind: str, table: str, rows: np.ndarray, what=lambda i: ""):
         places = ((*self.place(table, row[-1]), what(i)) for i, row in enumerate(rows))
-        self.faults.add(kind, places, len(rows))
+        self.add(kind, places, len(rows))
 
     def repeated(self, kind: str, table: str, column: int, of: "Whole | None" = None):
         """Adds the rows whose digest an earlier row has, or any row of another split."""
@@ -143,14 +140,14 @@ def summary(whole: Whole, batch_size: int) -> dict:
              for seed in range(8 if len(keys) else 0)]
     share, floor = np.mean([loss_floor(keys[rows]) for rows in drawn] or [(0, 0)], axis=0).tolist()
     kinds = {kind: {
-        "error": kind in ERRORS, "count": whole.faults.counts[kind],
+        "error": kind in ERRORS, "count": whole.counts[kind],
         "places": [{"file": file, "line" if isinstance(at, int) else "member": at or None, "what": what}
-                   for file, at, what in whole.faults.places[kind]]}
-        for kind in (*ERRORS, *NOTES) if whole.faults.counts[kind]}
+                   for file, at, what in whole.places[kind]]}
+        for kind in (*ERRORS, *NOTES) if whole.counts[kind]}
     return {
-        "files": [shown(file) for file in whole.split.files],
+        "files": [shown(file) for file in whole.files],
         "pictures": len(whole.rows["pictures"]), "captions": len(captions), "pairs": len(whole.pairs),
-        "repeated_captions": float(counts[counts > 1].sum() / max(1, len(captions))),
+        "repeated_captions": counts[counts > 1].sum().item() / max(1, len(captions)),
         "batch_size": batch_size, "repeated_in_batch": share, "loss_floor": floor,
         "tokens": dict(sorted(whole.tokens.items())), "short_sides": dict(sorted(whole.sides.items())),
         "kinds": kinds}
@@ -167,11 +164,10 @@ def print_report(name: str, found: dict, show: int):
                           ("shorter side of a picture, pixels", found["short_sides"])):
         if counts:
             reached = np.cumsum(list(counts.values())) / sum(counts.values())
-            print(f"   {title}: " + ", ".join(
-                f"{q}% {list(counts)[np.searchsorted(reached, q / 100)]:,}" for q in (0, 5, 25, 50, 75, 95, 100)))
+            at = {q: list(counts)[np.searchsorted(reached, q / 100)] for q in (0, 5, 25, 50, 75, 95, 100)}
+            print(f"   {title}: " + ", ".join(f"{q}% {value:,}" for q, value in at.items()))
     for kind, row in found["kinds"].items():
-        advice = ERRORS.get(kind) or NOTES[kind]
-        print(f"   {'ERROR' if row['error'] else 'note '} {row['count']:>9,}  {kind}: {advice}")
+        print(f"   {'ERROR' if row['error'] else 'note '} {row['count']:>9,}  {kind}")
         for place in row["places"][:show]:
             where = named(place["file"], place.get("line") or place.get("member") or "")
             print(f"   {'':18}{where}" + f": {place['what']}" * bool(place["what"]))
@@ -183,26 +179,19 @@ def print_report(name: str, found: dict, show: int):
 # the command
 
 
-def natural(text: str) -> int:
-    """A whole number from 0 on, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 0 or more")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("path", metavar="PATH", help="folder of a data set or of shards, or shards as "
                         '"name-{00000..00099}.tar" or "name-*.tar"')
     parser.add_argument("--split", default="", help="check this split only, not all that are there")
     parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures: much faster")
-    parser.add_argument("--context-length", type=natural, default=52, metavar="T",
+    parser.add_argument("--context-length", type=int, default=52, metavar="T",
                         help="tokens of a caption that training reads")
-    parser.add_argument("--batch-size", type=natural, default=256, metavar="B",
+    parser.add_argument("--batch-size", type=int, default=256, metavar="B",
                         help="for the bound that repeats put on the loss")
-    parser.add_argument("--show", type=natural, default=5, metavar="N", help="places to print of each kind")
+    parser.add_argument("--show", type=int, default=5, metavar="N", help="places to print of each kind")
     parser.add_argument("--json", default="", metavar="FILE",
                         help=f"write the report there, with up to {CAP:,} places of each kind")
-    parser.add_argument("--workers", type=natural, default=os.cpu_count(), metavar="N",
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                         help="processes that read; 0: only this one")
 
 
@@ -210,24 +199,24 @@ def run(args: argparse.Namespace) -> int:
     """Checks a set and prints the report -> exit code: 1 if there is an error, 0 if there are at most notes.
     DataError if there is nothing to check."""
     names = [args.split] if args.split else splits_of(args.path)
-    splits = [split for name in names if (split := Split(name, *find(args.path, name))).files]
-    if not splits:
+    wholes = [whole for name in names if (whole := Whole(name, *find(args.path, name))).files]
+    if not wholes:
         raise DataError(f"{args.path}: no split {args.split or 'at all'} in it; expected SPLIT_imgs.tsv with "
                         "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
-    wholes = {split.name: Whole(split) for split in splits}
-    total = sum(size_of(file) for split in splits for file in split.files)
-    todo = itertools.chain.from_iterable(tasks(split, args) for split in splits)
+    total = sum(size_of(file) for whole in wholes for file in whole.files)
+    by_name = {whole.name: whole for whole in wholes}
+    todo = (piece for whole in wholes for piece in pieces_of(whole.name, whole.layout, whole.files, args))
     with tqdm(total=total, unit="B", unit_scale=True, desc="check", disable=None) as bar:
-        for part in in_processes(work, todo, args.workers):
-            wholes[part.split].add(part)
-            bar.update(part.size)
-    for whole in wholes.values():
+        for piece in in_processes(work, todo, args.workers):
+            by_name[piece.split].take(piece)
+            bar.update(piece.size)
+    for whole in wholes:
         whole.close()
-    for name, whole in wholes.items():
-        if name != "train" and "train" in wholes:
-            whole.repeated("caption in train too", "captions", 0, wholes["train"])
-            whole.repeated("picture in train too", "pictures", 1, wholes["train"])
-    found = {name: summary(whole, args.batch_size) for name, whole in wholes.items()}
+    for whole in wholes:
+        if whole.name != "train" and "train" in by_name:
+            whole.repeated("caption in train too", "captions", 0, by_name["train"])
+            whole.repeated("picture in train too", "pictures", 1, by_name["train"])
+    found = {whole.name: summary(whole, args.batch_size) for whole in wholes}
     if args.json:
         write_json(args.json, {"path": args.path, "splits": found})
     for name in found:

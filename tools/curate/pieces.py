@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 import warnings
-from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,119 +21,39 @@ from PIL import Image
 from data import word_ids, words
 from sources.layouts import TEXT_KEYS, from_base64, image_ids_of, picture_path, tsv_id
 from sources.pairs import (
-    BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture, require)
+    BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture,
+    require)
 from sources.shards import caption_in, is_file, members, sample_of
 
 CAP = 1000  # places that are kept of each kind; all of them are counted
 TSV_PIECE, TEXT_PIECE = 2**22, 2**20  # bytes
-LIST_PIECE = 2**14  # bytes, or characters of a CSV: about 128 lines, for each of which a picture's file is read
+LIST_PIECE = 2**14  # bytes, about as many lines as ROWS
+ROWS = 128  # of a CSV in a piece; for each of them a picture's file is read
 SHARD = 2**40  # the number of a shard's member is SHARD * number of the shard + offset in blocks of 512 bytes
-COLUMNS = {"captions": 2, "text_ids": 2, "pictures": 3, "pairs": 3}  # of the tables of digests, see Part
-ERRORS = {  # a kind of fault at which a run stops, or from which it should not learn -> what to do
-    "unreadable file": "put it there, make it readable, or drop its line",
-    "line too long": "no picture or caption has 256 MB; write the line again",
-    "not UTF-8": "save the file as UTF-8",
-    "not JSON": "write one JSON object per line, or drop the line",
-    "not CSV": 'put a text with a comma in it in "quotes", or save the table again',
-    "key missing": "add the key or the column, or drop the line",
-    "id twice": "give each caption, picture and sample an id of its own, or drop one",
-    "no id": "write two columns, `id <tab> base64`, with an id of 1 to 256 bytes",
-    "image_ids not a list": "write a list, even of a single id",
-    "id not in the TSV": "add the picture or drop the id",
-    "broken base64": "write the picture again",
-    "damaged picture": "fetch it again, write it in another format, or drop it",
-    "not text": "write a string",
-    "blank caption": "write one or drop the pair",
-    "damaged shard": "fetch or pack the shard again, uncompressed",
-    "unsafe member": "pack files, not links or devices, without .. and without / in front",
-    "half a pair": "add KEY.jpg, or KEY.txt or KEY.json, or drop what is there",
-    "no pairs": "there is nothing to learn or to measure recall on",
-}
-NOTES = {  # what is worth knowing -> why
-    "no image_ids": "this caption is in no pair",
-    "no answers": "the answers of this test set are withheld; recall cannot be measured on it",
-    "picture unused": "no caption names it",
-    "large picture": "it is slow to decode; write it smaller",
-    "tiny picture": "a side has under 32 pixels and will be enlarged",
-    "CMYK": "it is made for print; its colours may look different in RGB",
-    "16 bits": "brightness is cut at 255, so most of it may become white; write it with 8 bits",
-    "animated": "only the first frame is seen",
-    "transparent": "what lies under transparent pixels is seen; paste it on a background",
-    "sideways": "EXIF asks for a turn that training does not do; pack --resize turns it",
-    "repeated picture": "another name has the same bytes",
-    "repeated caption": "in one batch, equal captions cannot be told apart",
-    "picture in train too": "recall would be measured on what was learnt",
-    "caption in train too": "recall would be measured on what was learnt",
-    "long caption": "its end is cut; see --context-length",
-    "odd characters": "HTML, control characters or a wrong encoding; write the text itself",
-}
-
-# ------------------------------------------------------------------------------------------------------------
-# from files to pieces
-
-
-class Split(NamedTuple):
-    name: str
-    layout: str  # official, folder or shards
-    files: list[str]  # [TSV, JSONL], [JSONL or CSV] or the shards
-
-
-class Task(NamedTuple):
-    """A piece of a file, for one process."""
-    check: Callable  # check_pictures, check_texts, check_list or check_shard
-    split: str
-    path: str
-    args: argparse.Namespace
-    size: int  # bytes
-    start: int = 0  # the first byte; for a shard, its number
-    rows: tuple = ()  # of a CSV: (line number, row or DataError)
-
-
-def size_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
-
-
-def tasks(split: Split, args: argparse.Namespace):
-    """The pieces of a split in order. A file that is missing has one, in which that is found."""
-    if split.layout == "shards":
-        for number, path in enumerate(split.files):
-            yield Task(check_shard, split.name, path, args, size_of(path), number)
-    elif split.files[0].endswith(".csv"):  # a field may hold line ends, so only its reader can cut it
-        rows, done = read_csv(split.files[0]), 0
-        while batch := list(itertools.islice(rows, 128)):
-            done, before = batch[-1][1], done
-            yield Task(check_list, split.name, split.files[0], args, done - before,
-                       rows=tuple((number, row) for number, _, row in batch))
-    else:
-        checks = [(check_pictures, TSV_PIECE), (check_texts, TEXT_PIECE)]
-        if split.layout == "folder":
-            checks = [(check_list, LIST_PIECE)]
-        for path, (check, piece) in zip(split.files, checks):
-            for start in range(0, max(1, size_of(path)), piece):
-                yield Task(check, split.name, path, args, min(piece, size_of(path) - start), start)
-
-
-def work(task: Task) -> "Part":
-    """Looks at a piece; runs in a worker."""
-    part = Part(task)
-    try:
-        task.check(part, task)
-    except OSError as error:
-        part.fault("unreadable file", "", error.strerror or str(error))
-    part.rows = {name: np.array(rows, dtype=np.uint64).reshape(-1, COLUMNS[name])
-                 for name, rows in part.rows.items()}
-    return part
-
+COLUMNS = {"captions": 2, "text_ids": 2, "pictures": 3, "pairs": 3}  # of the tables of digests, see Findings
+ERRORS = (  # kinds of fault at which a run stops, or from which it should not learn
+    "unreadable file", "line too long", "not UTF-8", "not JSON", "not CSV", "key missing", "id twice",
+    "no id", "image_ids not a list", "id not in the TSV", "broken base64", "damaged picture", "not text",
+    "blank caption", "damaged shard", "unsafe member", "half a pair", "no pairs")
+NOTES = (  # what is worth knowing; docs/data.md says why
+    "no image_ids", "no answers", "picture unused", "large picture", "CMYK", "16 bits", "animated",
+    "transparent", "sideways", "tiny picture", "repeated picture", "picture in train too", "long caption",
+    "repeated caption", "caption in train too", "odd characters")
 
 # ------------------------------------------------------------------------------------------------------------
 # what is found
 
 
-class Faults:
-    """Counts by kind, and the first CAP places of each: (file, line number or name of a member, what)."""
+class Findings:
+    """What is found in a piece of a file, or in a whole split. Rows hold digests, and last their place `at`,
+    a line number or the number of a shard's member: captions (caption, at), text_ids (id, at), pictures (id,
+    content or 0, at), pairs (caption or 0, id of the picture, at)."""
 
     def __init__(self):
-        self.counts, self.places = collections.Counter(), collections.defaultdict(list)
+        self.counts = collections.Counter()  # by kind
+        self.places = collections.defaultdict(list)  # of each kind the first: (file, line or member, what)
+        self.rows = {name: [] for name in COLUMNS}
+        self.tokens, self.sides = collections.Counter(), collections.Counter()  # of captions, of pictures
 
     def add(self, kind: str, places, count: int):
         self.counts[kind] += count
@@ -142,24 +61,19 @@ class Faults:
             self.places[kind].append((shown(file), at if isinstance(at, int) else shown(at), shown(what)))
 
 
-class Part:
-    """What was found in a piece of a file. Rows hold digests, and last their place `at`, a line number or the
-    number of a shard's member: captions (caption, at), text_ids (id, at), pictures (id, content or 0, at),
-    pairs (caption or 0, id of the picture, at)."""
+class Piece(Findings):
+    """A piece of a file, for one process, and what it finds there."""
 
-    def __init__(self, task: Task):
-        self.split, self.path, self.size, self.args = task.split, task.path, task.size, task.args
-        self.lines, self.faults = 0, Faults()
-        self.rows = {name: [] for name in COLUMNS}
-        self.tokens, self.sides = collections.Counter(), collections.Counter()  # of captions, of pictures
+    def __init__(self, check, split: str, path: str, args: argparse.Namespace, size: int, start=0, todo=()):
+        super().__init__()
+        self.check = check  # check_pictures, check_texts, check_list or check_shard
+        self.split, self.path, self.args, self.size = split, path, args, size  # size in bytes
+        self.start = start  # the first byte; for a shard, its number
+        self.todo = todo  # of a CSV: (line number, row or DataError)
+        self.count = 0  # lines that begin in it
 
     def fault(self, kind: str, at: int | str, what: str = ""):
-        self.faults.add(kind, [(self.path, at, what)], 1)
-
-    def note(self, error: DataError, at: int | str):
-        """Takes down what a function of sources/ found wrong."""
-        assert error.kind in ERRORS, error
-        self.fault(error.kind, at, str(error).removeprefix(f"{named(self.path, at)}: "))
+        self.add(kind, [(self.path, at, what)], 1)
 
     @contextlib.contextmanager
     def noting(self, at: int | str):
@@ -167,7 +81,8 @@ class Part:
         try:
             yield
         except DataError as error:
-            self.note(error, at)
+            assert error.kind in ERRORS, error
+            self.fault(error.kind, at, str(error).removeprefix(f"{named(self.path, at)}: "))
 
     def caption(self, text, at: int, place: int | str) -> int:
         """Looks at a caption -> its digest, 0 if it is none. `place` is the line `at`, or the name of member
@@ -242,81 +157,117 @@ def named(file: str, at: int | str) -> str:
 # a piece of each kind
 
 
-def lines(part: Part, task: Task):
+def pieces_of(split: str, layout: str, files: list[str], args: argparse.Namespace):
+    """The pieces of a split in order. A file that is missing has one, in which that is found."""
+    if layout == "shards":
+        for number, path in enumerate(files):
+            yield Piece(check_shard, split, path, args, size_of(path), number)
+    elif files[0].endswith(".csv"):  # a field may hold line ends, so only its reader can cut it
+        rows, done = read_csv(files[0]), 0
+        while batch := list(itertools.islice(rows, ROWS)):
+            done, before = batch[-1][1], done
+            yield Piece(check_list, split, files[0], args, done - before, todo=batch)
+    else:
+        checks = {"official": ((check_pictures, TSV_PIECE), (check_texts, TEXT_PIECE)),
+                  "folder": ((check_list, LIST_PIECE),)}[layout]
+        for path, (check, size) in zip(files, checks):
+            for start in range(0, max(1, size_of(path)), size):
+                yield Piece(check, split, path, args, min(size, size_of(path) - start), start)
+
+
+def size_of(file: str) -> int:
+    return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
+def work(piece: Piece) -> Piece:
+    """Looks at a piece; runs in a worker."""
+    try:
+        piece.check(piece)
+    except OSError as error:
+        piece.fault("unreadable file", "", error.strerror or str(error))
+    piece.todo = ()
+    piece.rows = {name: np.array(rows, dtype=np.uint64).reshape(-1, COLUMNS[name])
+                  for name, rows in piece.rows.items()}
+    return piece
+
+
+def lines(piece: Piece):
     """Yields (line number in the piece from 1, line) for each line that begins in it and is not blank."""
-    for at, _, line in lines_of(task.path, task.start, task.start + task.size):
-        part.lines = at
+    for at, _, line in lines_of(piece.path, piece.start, piece.start + piece.size):
+        piece.count = at
         if line.strip():
             yield at, line
 
 
-def check_pictures(part: Part, task: Task):
+def check_pictures(piece: Piece):
     """{split}_imgs.tsv. A line with a fault has its id all the same: its captions are not to blame."""
-    for at, line in lines(part, task):
+    for at, line in lines(piece):
         image_id, content = line.rstrip(b"\r\n=").partition(b"\t")[0].decode("utf-8", "replace"), None
-        with part.noting(at):
-            tsv_id(line, named(task.path, at))
-            content = from_base64(line.split(b"\t")[1], named(task.path, at))
-        part.picture(image_id, content, at, at, f"image id {image_id[:40]}")
+        with piece.noting(at):
+            tsv_id(line, named(piece.path, at))
+            content = from_base64(line.split(b"\t")[1], named(piece.path, at))
+        piece.picture(image_id, content, at, at, f"image id {image_id[:40]}")
 
 
-def check_texts(part: Part, task: Task):
+def check_texts(piece: Piece):
     """{split}_texts.jsonl"""
-    for at, line in lines(part, task):
-        where = named(task.path, at)
-        with part.noting(at):
+    for at, line in lines(piece):
+        where = named(piece.path, at)
+        with piece.noting(at):
             item = parse_json(line, where)
             text_id, text = require(item, TEXT_KEYS, where)
-            part.rows["text_ids"].append((digest(str(text_id)), at))
-            caption, image_ids = part.caption(text, at, at), image_ids_of(item, where)
+            piece.rows["text_ids"].append((digest(str(text_id)), at))
+            caption, image_ids = piece.caption(text, at, at), image_ids_of(item, where)
             if not image_ids:
-                part.fault("no image_ids", at)
-            part.rows["pairs"] += [(caption, digest(image_id), at) for image_id in image_ids]
+                piece.fault("no image_ids", at)
+            piece.rows["pairs"] += [(caption, digest(image_id), at) for image_id in image_ids]
 
 
-def check_list(part: Part, task: Task):
+def check_list(piece: Piece):
     """{split}.jsonl or {split}.csv. A picture that comes several times in a piece is read once."""
     seen = set()
-    for at, row in task.rows or lines(part, task):
-        where = named(task.path, at)
-        with part.noting(at):
+    for at, *_, row in piece.todo or lines(piece):
+        where = named(piece.path, at)
+        with piece.noting(at):
             if isinstance(row, DataError):
                 raise row
-            name, text = require(row if task.rows else parse_json(row, where), LIST_KEYS, where)
-            caption = part.caption(text, at, at)
-            path = picture_path(os.path.dirname(task.path), name, where)
-            part.rows["pairs"].append((caption, digest(name), at))
+            name, text = require(row if piece.todo else parse_json(row, where), LIST_KEYS, where)
+            caption = piece.caption(text, at, at)
+            path = picture_path(os.path.dirname(piece.path), name, where)
+            piece.rows["pairs"].append((caption, digest(name), at))
             if name not in seen:
                 seen.add(name)
-                part.picture(name, None if part.args.no_pictures else read_picture(path), at, at, name)
+                piece.picture(name, None if piece.args.no_pictures else read_picture(path), at, at, name)
 
 
-def check_shard(part: Part, task: Task):
+def check_shard(piece: Piece):
     """A tar of samples KEY.jpg + KEY.txt, or KEY.json with "caption", as img2dataset writes them."""
     samples = {}  # key -> role -> (number, name, content)
-    with open(task.path, "rb") as file:
-        for name, member in members(task.path):
+    with open(piece.path, "rb") as file:
+        for name, member in members(piece.path):
             key, role = sample_of(name)
             if isinstance(member, DataError):
-                part.note(member, name)
+                with piece.noting(name):
+                    raise member
             elif os.path.isabs(name) or ".." in re.split(r"[/\\]", name) or not (
                     is_file(member) or member.isdir()):
-                part.fault("unsafe member", name)
+                piece.fault("unsafe member", name, "pack files, not links, without .. and without / in front")
             elif role in samples.get(key, {}):
-                part.fault("id twice", name)
+                piece.fault("id twice", name, "another member with this KEY; drop one of them")
             elif role and is_file(member):
                 file.seek(member.offset_data)
-                content, at = file.read(min(member.size, LIMIT)), task.start * SHARD + member.offset // 512
+                content, at = file.read(min(member.size, LIMIT)), piece.start * SHARD + member.offset // 512
                 samples.setdefault(key, {})[role] = at, name, content if role != "picture" else b""
                 if role == "picture":
-                    part.picture(f"{task.path} {key}", content, at, name, f"{len(content):,} bytes")
+                    piece.picture(f"{piece.path} {key}", content, at, name, f"{len(content):,} bytes")
     for key, sample in samples.items():
         if "picture" not in sample or len(sample) == 1:
-            part.fault("half a pair", min(name for _, name, _ in sample.values()))
+            name = min(name for _, name, _ in sample.values())
+            piece.fault("half a pair", name, "add KEY.jpg, or KEY.txt or KEY.json, or drop it")
         else:
             at, name, content = sample.get("txt") or sample["json"]
             caption = 0
-            with part.noting(name):
-                text = caption_in(content, "txt" not in sample, named(task.path, name))
-                caption = part.caption(text, at, name)
-            part.rows["pairs"].append((caption, digest(f"{task.path} {key}"), sample["picture"][0]))
+            with piece.noting(name):
+                text = caption_in(content, "txt" not in sample, named(piece.path, name))
+                caption = piece.caption(text, at, name)
+            piece.rows["pairs"].append((caption, digest(f"{piece.path} {key}"), sample["picture"][0]))
