@@ -29,12 +29,11 @@ import torch
 
 from sources import scenes
 from sources.pairs import (
-    LIST_KEYS, DataError, Pairs, as_text, check_length, kept, lines_of, parse_json, read_at, read_csv,
-    read_jsonl, read_picture, require, stamp)
+    LIST_KEYS, DataError, Pairs, as_text, kept, lines_of, parse_json, read_at, read_csv, read_jsonl,
+    read_picture, require, stamp)
 from sources.shards import TarPairs, shards_of, split_outside_braces
 
-FILES = (  # a layout, and its files
-    ("official", ("{}_imgs.tsv", "{}_texts.jsonl")), ("folder", ("{}.jsonl",)), ("folder", ("{}.csv",)))
+FILES = (("official", "{}_imgs.tsv", "{}_texts.jsonl"), ("folder", "{}.jsonl"), ("folder", "{}.csv"))
 TEXT_KEYS = (("text_id",), ("text",))  # of a line of the official JSONL, beside image_ids
 MAX_ID = 256  # bytes; ids are kept in an array as wide as the longest
 
@@ -59,21 +58,19 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
         return FolderPairs(*files)
     if layout == "shards":
         return TarPairs(files)
-    if not os.path.isdir(source):
-        raise DataError(
-            f"{source}: no such folder; expected a folder of pairs, tar shards, scenes-en or scenes-zh")
-    raise DataError(f"{source}: no split {split!r} in it; expected {split}_imgs.tsv with "
-                    f"{split}_texts.jsonl, or {split}.jsonl or {split}.csv, or {split}-*.tar")
+    wrong = f"no split {split!r} in it" if os.path.isdir(source) else "no such folder"
+    raise DataError(f"{source}: {wrong}; expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, "
+                    f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
 
 
 def find(source: str, split: str) -> tuple[str, list[str]]:
-    """-> (joined, scenes, official, folder or shards, or "" if the split is not there; its files). A file that
-    the layout needs is among them even if it is missing."""
+    """-> (joined, scenes, official, folder or shards, or "" if the split is not there; its files). A file
+    that the layout needs is among them even if it is missing."""
     if len(split_outside_braces(source)) > 1 and not os.path.exists(source):
         return "joined", []
     if source in ("scenes-en", "scenes-zh"):
         return "scenes", []
-    for layout, names in FILES:
+    for layout, *names in FILES:
         files = [os.path.join(source, name.format(split)) for name in names]
         if any(map(os.path.isfile, files)):  # captions that have lost their pictures: the reader says so
             return layout, files
@@ -126,11 +123,8 @@ class OfficialPairs(Pairs):
     def line(self, row: int) -> tuple[dict, str]:
         """What the list says of caption number `row`, and where."""
         where = f"{self.jsonl} line {self.index['text_lines'][row]}"
-        return parse_json(self.read(self.jsonl, self.index["text_offsets"][row]), where), where
-
-    def read(self, path: str, offset: int) -> bytes:
-        """The line of a file that begins at this byte."""
-        return read_at(path, self.stamps[path], int(offset))
+        line = read_at(self.jsonl, self.stamps[self.jsonl], int(self.index["text_offsets"][row]))
+        return parse_json(line, where), where
 
     def text(self, row: int) -> str:
         line, where = self.line(row)
@@ -140,7 +134,8 @@ class OfficialPairs(Pairs):
         return self.line(row)[0]["text_id"]
 
     def picture(self, row: int) -> bytes:
-        return from_base64(self.read(self.tsv, self.index["offsets"][row]).split(b"\t")[1], self.place(row))
+        line = read_at(self.tsv, self.stamps[self.tsv], int(self.index["offsets"][row]))
+        return from_base64(line.split(b"\t")[1], self.place(row))
 
     def image_id(self, row: int) -> str:
         return self.index["ids"][row].decode("utf-8", "replace")
@@ -154,8 +149,8 @@ class OfficialPairs(Pairs):
 
 
 def index(tsv: str, jsonl: str) -> dict[str, np.ndarray]:
-    """Ids [n] (bytes), line numbers [n] and byte offsets [n] of the pictures, line numbers [m] and byte offsets
-    [m] of the captions, and positives [P, 2]."""
+    """Ids [n] (bytes), line numbers [n] and byte offsets [n] of the pictures, line numbers [m] and byte
+    offsets [m] of the captions, and positives [P, 2]."""
     lines, offsets = {}, []
     for number, offset, line in lines_of(tsv):
         if not line.strip():
@@ -180,18 +175,18 @@ def index(tsv: str, jsonl: str) -> dict[str, np.ndarray]:
             positives.append((len(text_lines), row_of[image_id]))
         text_lines.append(number)
         text_offsets.append(offset)
-    columns = {"ids": list(lines), "lines": list(lines.values()), "offsets": offsets, "text_lines": text_lines,
-               "text_offsets": text_offsets, "positives": np.array(positives, np.int64).reshape(-1, 2)}
+    columns = {"ids": list(lines), "lines": list(lines.values()), "offsets": offsets,
+               "text_lines": text_lines, "text_offsets": text_offsets,
+               "positives": np.array(positives, np.int64).reshape(-1, 2)}
     return {name: np.array(column) for name, column in columns.items()}
 
 
 def tsv_id(line: bytes, where: str) -> bytes:
-    """The id of a TSV's picture. DataError if there is none, no tab ends it, or the line is too long."""
-    check_length(line, where)
+    """The id of a TSV's picture. DataError if there is none, or no tab ends it."""
     image_id, tab, _ = line[: MAX_ID + 1].partition(b"\t")
     if not tab or not image_id.strip():
-        raise DataError(f"{where}: expected two columns, `id <tab> base64`, with an id of 1 to {MAX_ID} bytes; "
-                        f"got {image_id[:40].decode('utf-8', 'replace')!r}", "no id")
+        raise DataError(f"{where}: expected two columns, `id <tab> base64`, with an id of 1 to {MAX_ID} "
+                        f"bytes; got {image_id[:40].decode('utf-8', 'replace')!r}", "no id")
     return image_id
 
 
@@ -229,14 +224,11 @@ class FolderPairs(Pairs):
                 raise line
             where = f"{path} line {number}"
             name, text = require(line, LIST_KEYS, where)
+            if "dir" in line and not os.path.isfile(os.path.join(self.folder, str(name))):
+                missing.append(where)  # Wukong lists what could be downloaded once
+                continue
             if not isinstance(name, str) or name not in row_of:
-                try:
-                    picture_path(self.folder, name, where)
-                except DataError:
-                    if "dir" not in line or not isinstance(name, str):
-                        raise
-                    missing.append(where)  # Wukong lists what could be downloaded once
-                    continue
+                picture_path(self.folder, name, where)
             # lines with one text_id are one caption of several pictures
             key = str(line["text_id"]) if "text_id" in line else (where,)
             caption = captions.setdefault(key, (len(captions), text, where))

@@ -41,7 +41,7 @@ BROKEN = (  # what Pillow and tarfile raise on damaged files, beside the errors 
 
 class DataError(UserError):
     """Data that is not what it should be. The message is one line that names the file, the line or key, what
-    was expected and what to do. `kind` is the name of the fault in tools/curate/pieces.py, if it has one."""
+    was expected and what to do. `kind` is the name of the fault in tools/curate/check.py, if it has one."""
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
@@ -66,19 +66,15 @@ class Pairs:
 
     def text(self, row: int) -> str:
         """Caption number `row`. DataError if it is not text."""
-        raise NotImplementedError
 
     def picture(self, row: int) -> bytes:
         """The undecoded bytes of picture number `row`."""
-        raise NotImplementedError
 
     def place(self, row: int) -> str:
         """Where picture number `row` is, for messages."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """A hash that changes when a picture, its file's size or its file's time changes."""
-        raise NotImplementedError
 
     def will_need(self, start: int, stop: int):
         """Announces that training pairs start to stop come next; a source on a slow disk then reads ahead."""
@@ -177,13 +173,6 @@ def lines_of(path: str, start: int = 0, stop: int = sys.maxsize):
             offset += len(line)
 
 
-def check_length(line: bytes, where: str):
-    """DataError if the line is so long that `lines_of` cuts it."""
-    if len(line) >= LIMIT:
-        raise DataError(f"{where}: longer than {LIMIT:,} bytes, which no picture or caption is; write the "
-                        "line again", "line too long")
-
-
 def read_jsonl(path: str):
     """Yields (line number, byte offset, object) for each line that is not blank. DataError if one of them is
     not a JSON object."""
@@ -222,7 +211,6 @@ def read_csv(path: str):
 
 def parse_json(line: bytes, where: str) -> dict:
     """A JSON object in UTF-8. DataError if it is anything else."""
-    check_length(line, where)
     try:
         item = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -263,7 +251,7 @@ def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -
                 raise SourceChanged(f"{path}: changed under the run, which read it at other offsets; "
                                     "put it back, or begin anew with another --out")
             file.seek(offset)
-            return file.readline() if size < 0 else file.read(size)
+            return file.readline(LIMIT) if size < 0 else file.read(size)
     except FileNotFoundError:
         raise SourceChanged(f"{path}: gone; put it back") from None
     except OSError as error:  # a bad sector or a network that stumbles: only this place is lost
@@ -291,8 +279,7 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     except OSError as error:  # a home that cannot be written to: the index is built again next time
         print(f"{CACHE}: the index is not kept ({error.strerror or error})")
         return build()
-    # allow_pickle is off, so only arrays are read. "c": pages are shared until they are written to, which
-    # nobody does
+    # "c": processes share the pages until one writes to them, which none does
     return {name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="c")
             for name in sorted(os.listdir(folder))}
 

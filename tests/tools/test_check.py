@@ -18,7 +18,7 @@ from data import tokenize, word_ids, words
 from sources import pairs
 from sources.layouts import open_pairs, splits_of
 from sources.pairs import DataError
-from tools.curate import check, pieces
+from tools.curate import check
 
 
 def run(path, *options) -> tuple[int, dict]:
@@ -128,7 +128,7 @@ def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
     assert code == 0 and found(splits) == set()
     assert (splits["train"]["pictures"], splits["train"]["captions"], splits["train"]["pairs"]) == (6, 6, 6)
     assert splits["train"]["tokens"] == {"5": 6} and splits["train"]["short_sides"] == {"40": 6}
-    assert splits["train"]["loss_floor"] == 0
+    assert splits["train"]["repeated_captions"] == 0
     out = capsys.readouterr().out
     assert "nothing to complain about" in out and "tokens of a caption: 0% 5, " in out
 
@@ -206,15 +206,15 @@ def plant_official(folder: Path) -> tuple[set, set]:
     good(2)
     write_lines(folder / "train_imgs.tsv", tsv)
     write_lines(folder / "train_texts.jsonl", jsonl)
-    errors = set().union(*(places for kind, places in planted.items() if kind in pieces.ERRORS))
+    errors = set().union(*(places for kind, places in planted.items() if kind in check.ERRORS))
     return errors, set().union(*planted.values()) - errors
 
 
 @pytest.mark.parametrize("piece", (None, 1000))
 def test_official_layout(tmp_path, monkeypatch, piece):
     if piece:  # many pieces: lines are numbered across them
-        monkeypatch.setattr(pieces, "TSV_PIECE", piece)
-        monkeypatch.setattr(pieces, "TEXT_PIECE", piece)
+        monkeypatch.setattr(check, "TSV_PIECE", piece)
+        monkeypatch.setattr(check, "TEXT_PIECE", piece)
     errors, notes = plant_official(tmp_path / "set")
     assert len(errors) >= 30 and len(errors | notes) >= 50
     assert len({kind for kind, *_ in errors | notes}) >= 22
@@ -383,15 +383,6 @@ def test_leaks_between_splits(tmp_path):
     assert [place["what"] for place in places] == [f"as train_texts.jsonl line {at}" for at in (5, 6)]
 
 
-def test_the_loss_that_repeats_allow(tmp_path):
-    """Four pairs, three with one caption: (3 ln 3 + ln 1) / 4; no picture comes twice."""
-    write_clean(tmp_path, count=4)
-    write_lines(tmp_path / "train_texts.jsonl", [text_line(n, text="同一句" if n else "另一句") for n in range(4)])
-    found = run(tmp_path)[1]["train"]
-    assert found["repeated_in_batch"] == pytest.approx(0.75)
-    assert found["loss_floor"] == pytest.approx(3 * np.log(3) / 4)
-
-
 def test_without_pairs(tmp_path):
     write_clean(tmp_path, "test")
     write_lines(tmp_path / "test_texts.jsonl", [text_line(n, image_ids=[]) for n in range(6)])
@@ -443,8 +434,8 @@ def test_nothing_to_check(tmp_path):
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "TEXT_PIECE", 3000)
-    monkeypatch.setattr(pieces, "TSV_PIECE", 20_000)
+    monkeypatch.setattr(check, "TEXT_PIECE", 3000)
+    monkeypatch.setattr(check, "TSV_PIECE", 20_000)
     plant_official(tmp_path / "set")
     rows = [f'"{text}",{image}'.encode() for image, text in list_lines(tmp_path / "set")[0]]
     write_lines(tmp_path / "set" / "valid.csv", [b"text,image", b"one,too,many", *rows])
@@ -453,8 +444,8 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
 
 
 def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pieces, "CAP", 3)
-    monkeypatch.setattr(pieces, "TEXT_PIECE", 20)
+    monkeypatch.setattr(check, "CAP", 3)
+    monkeypatch.setattr(check, "TEXT_PIECE", 20)
     write_clean(tmp_path)
     write_lines(tmp_path / "train_texts.jsonl", [text_line(n) for n in range(6)] + [b"{"] * 50
                 + [text_line(n, text="同一句", image_ids=[n % 6, n]) for n in range(100, 110)])
@@ -473,15 +464,15 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     write_clean(tmp_path)
     with open(tmp_path / "train_texts.jsonl", "ab") as file:
         file.write(b'{"text": "' + b"x" * 100_000 + b"\n" + json.dumps(text_line(9, image_ids=[1])).encode())
-    assert found(run(tmp_path)[1]) == {("line too long", "train_texts.jsonl", 7)}
+    assert found(run(tmp_path)[1]) == {("not JSON", "train_texts.jsonl", 7)}
 
 
 def test_every_kind_is_found_somewhere():
     files = [*(ROOT / "tools" / "curate").glob("*.py"), *(ROOT / "sources").glob("*.py")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
-    for kind in (*pieces.ERRORS, *pieces.NOTES):
+    for kind in (*check.ERRORS, *check.NOTES):
         assert len(re.findall(f'"{kind}"', source)) >= 2, kind
-    assert not set(pieces.ERRORS) & set(pieces.NOTES)
+    assert not set(check.ERRORS) & set(check.NOTES)
 
 
 def test_tokens_are_counted_as_tokenize_does():

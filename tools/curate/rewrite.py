@@ -22,8 +22,7 @@ from eval import encode_images, encode_texts
 from sources.augment import as_rgb
 from sources.layouts import find, open_pairs, splits_of
 from sources.pairs import DataError, Pairs, SourceChanged, decode
-from tools.curate.check import in_processes
-from tools.curate.pieces import digest
+from tools.curate.check import digest, in_processes
 
 CHUNK = 256  # pictures that a process looks at before it reports
 SHARD = 10_000  # pairs in a shard, img2dataset's default
@@ -37,27 +36,23 @@ opened = functools.lru_cache(maxsize=1)(open_pairs)  # each process opens a spli
 
 def look(source: str, split: str, rows: range) -> list[tuple]:
     """-> for each picture its shorter side, digest, difference hash, mean red, green and blue; zeros if it
-    is broken."""
+    is broken. The 64 bits of the hash say, of 9 x 8 cells, which are brighter than their right neighbours.
+    Another size, compression or small changes of colour leave nearly all bits as they are."""
     pairs, found = opened(source, split), []
     for row in rows:
         try:
             content = pairs.picture(row)
             image = decode(content, pairs.place(row))
             small = as_rgb(image).resize((9, 8), Image.Resampling.BOX)
-            red, green, blue = np.asarray(small).mean(axis=(0, 1)).astype(int).tolist()
-            found.append((min(image.size), digest(content), difference_hash(small), red, green, blue))
+            cells = np.asarray(small.convert("L"), dtype=np.int16)
+            bits = np.packbits(cells[:, :-1] > cells[:, 1:])
+            colour = np.asarray(small).mean(axis=(0, 1)).astype(int).tolist()
+            found.append((min(image.size), digest(content), int.from_bytes(bits.tobytes(), "big"), *colour))
         except SourceChanged:
             raise
         except (DataError, OSError, ValueError):  # the last two for modes that have no RGB, such as LAB
             found.append((0, 0, 0, 0, 0, 0))
     return found
-
-
-def difference_hash(small: Image.Image) -> int:
-    """A picture of 9 x 8 cells -> 64 bits, which say whether each cell is brighter than its right neighbour.
-    Another size, compression or small changes of colour leave nearly all bits as they are."""
-    cells = np.asarray(small.convert("L"), dtype=np.int16)
-    return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
 
 
 def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
@@ -95,8 +90,8 @@ def read_words(path: str) -> tuple[str, ...]:
 
 def take(source: str, split: str, rules: argparse.Namespace | None, workers: int) -> tuple[list[int], dict]:
     """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
-    The rules, which are the options of `filter`, apply in the order of `broken_rule`; then duplicates go, then
-    low scores. Without rules only what is broken goes."""
+    The rules, the options of `filter`, apply in the order of `broken_rule`; then duplicates go, then low
+    scores. Without rules only what is broken goes."""
     pairs, taken, kept = opened(source, split), collections.Counter(), []
     count = pairs.image_count
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
@@ -213,8 +208,8 @@ def ending(picture: bytes) -> str:
 
 
 def resized(pairs: Pairs, side: int, row: int) -> bytes:
-    """Picture number `row` as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as
-    it is, and with 0 any does. The aspect ratio stays, so that training can still crop before it squashes."""
+    """Picture number `row` as an upright JPEG whose shorter side has `side` pixels; a smaller one stays as it
+    is, and so does any if `side` is 0. The aspect ratio stays: training can still crop before it squashes."""
     picture = pairs.picture(row)
     if side < 1 or min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
@@ -233,8 +228,8 @@ def resized(pairs: Pairs, side: int, row: int) -> bytes:
 def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Namespace | None = None,
             resize: int = 0):
     """Writes every split of a source to a new folder: from the split `rules.split` what the rules leave, from
-    the others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL, because
-    a caption of a shard has one picture only."""
+    the others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL,
+    because a caption of a shard has one picture only."""
     out = os.path.normpath(out)
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
