@@ -130,7 +130,7 @@ def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
     assert splits["train"]["tokens"] == {"5": 6} and splits["train"]["short_sides"] == {"40": 6}
     assert splits["train"]["repeated_captions"] == 0
     out = capsys.readouterr().out
-    assert "nothing to complain about" in out and "tokens of a caption: 0% 5, " in out
+    assert "nothing to complain about" in out and "tokens of a caption, percentiles: 0% 5, " in out
 
 
 # ------------------------------------------------------------------------------------------------------------

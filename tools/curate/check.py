@@ -400,11 +400,11 @@ def print_report(name: str, found: dict, show: int):
     print(f"   {found['pictures']:,} pictures, {found['captions']:,} captions, {found['pairs']:,} pairs; "
           f"{found['repeated_captions']:.1%} of the captions come more than once")
     for title, counts in (("tokens of a caption", found["tokens"]),
-                          ("shorter side of a picture, pixels", found["short_sides"])):
+                          ("pixels of a picture's shorter side", found["short_sides"])):
         if counts:
             reached = np.cumsum(list(counts.values())) / sum(counts.values())
             at = {q: list(counts)[np.searchsorted(reached, q / 100)] for q in (0, 5, 25, 50, 75, 95, 100)}
-            print(f"   {title}: " + ", ".join(f"{q}% {value:,}" for q, value in at.items()))
+            print(f"   {title}, percentiles: " + ", ".join(f"{q}% {value:,}" for q, value in at.items()))
     for kind, row in found["kinds"].items():
         print(f"   {'ERROR' if row['error'] else 'note '} {row['count']:>9,}  {kind}")
         for place in row["places"][:show]:
