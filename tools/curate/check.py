@@ -84,7 +84,7 @@ class Piece(Findings):
 
     @contextlib.contextmanager
     def noting(self, at: int | str):
-        """Where a run stops at a DataError, the check takes it down and goes on behind the `with`."""
+        """Where a run stops at a DataError, the check notes it and goes on behind the `with`."""
         try:
             yield
         except DataError as error:
