@@ -3,8 +3,7 @@ The interface through which training and evaluation read a data set, how a pictu
 of captions is read line by line. sources/layouts.py and sources/shards.py (for tar files) fulfil it.
 
 A run stops at the first fault of a list; `python -m tools.curate check` lists all of them. Both use the same
-functions: those that read one line or one picture raise a DataError that names the kind of fault, and those
-that read a whole file yield this DataError in the place of the line, so that a check can go on.
+functions, which raise a DataError that names the kind of fault.
 """
 
 import contextlib
@@ -31,9 +30,7 @@ from common import UserError
 # The formats of photos. Pillow knows more, among them PostScript, which it has another program execute.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 # What lists of captions call the columns of pictures and texts: ours, Hugging Face's, open_clip's, Wukong's.
-PICTURE_COLUMNS = ("image", "file_name", "filepath", "dir")
-TEXT_COLUMNS = ("text", "caption", "title")
-LIST_KEYS = (PICTURE_COLUMNS, TEXT_COLUMNS)
+LIST_KEYS = (("image", "file_name", "filepath", "dir"), ("text", "caption", "title"))
 LIMIT = 2**28  # bytes of a line that are read at once: no picture has 256 MB
 CACHE = os.path.join(  # where indices are kept
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip", "index")
@@ -44,7 +41,7 @@ BROKEN = (  # what Pillow and tarfile raise on damaged files, beside the errors 
 
 class DataError(UserError):
     """Data that is not what it should be. The message is one line that names the file, the line or key, what
-    was expected and what to do. `kind` is the name of the fault in tools/curate/faults.py, if it has one."""
+    was expected and what to do. `kind` is the name of the fault in tools/curate/check.py, if it has one."""
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
@@ -69,19 +66,15 @@ class Pairs:
 
     def text(self, row: int) -> str:
         """Caption number `row`. DataError if it is not text."""
-        raise NotImplementedError
 
     def picture(self, row: int) -> bytes:
         """The undecoded bytes of picture number `row`."""
-        raise NotImplementedError
 
     def place(self, row: int) -> str:
         """Where picture number `row` is, for messages."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """A hash that changes when a picture, its file's size or its file's time changes."""
-        raise NotImplementedError
 
     def will_need(self, start: int, stop: int):
         """Announces that training pairs start to stop come next; a source on a slow disk then reads ahead."""
@@ -118,9 +111,9 @@ class Pairs:
 def as_text(caption, where: str) -> str:
     """The caption. DataError if it is not text, or blank."""
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the caption is {caption!r}, not text; write a string")
+        raise DataError(f"{where}: the caption is {caption!r}, not text; write a string", "not text")
     if not caption.strip():
-        raise DataError(f"{where}: the caption is blank; write one or drop the pair")
+        raise DataError(f"{where}: the caption is blank; write one or drop the pair", "blank caption")
     return caption
 
 
@@ -139,15 +132,12 @@ def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
             image.draft(None, (size, size))
         image.load()
         return image
-    except UnidentifiedImageError:
-        raise DataError(f"{where}: not a picture; expected one of {', '.join(FORMATS)}",
-                        "not a picture") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: the picture is too large ({error}); write it smaller",
-                        "enormous picture") from None
-    except BROKEN as error:
-        raise DataError(f"{where}: the picture cannot be decoded ({type(error).__name__}: {error}); "
-                        "fetch it again or drop it", "damaged picture") from None
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        # Pillow's own words for an unknown format hold an address, which changes from time to time
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"none of {', '.join(FORMATS)}" if unknown else f"{type(error).__name__}: {error}"
+        raise DataError(f"{where}: the picture cannot be decoded ({reason}); fetch it again or drop it",
+                        "damaged picture") from None
 
 
 def read_picture(path: str) -> bytes:
@@ -183,46 +173,35 @@ def lines_of(path: str, start: int = 0, stop: int = sys.maxsize):
             offset += len(line)
 
 
-def check_length(line: bytes, where: str):
-    """DataError if the line is so long that `lines_of` cuts it."""
-    if len(line) >= LIMIT:
-        raise DataError(f"{where}: longer than {LIMIT:,} bytes, which no picture or caption is; write the "
-                        "line again", "line too long")
-
-
 def read_jsonl(path: str):
-    """Yields (line number, byte offset, object) for each line that is not blank. A DataError takes the place
-    of an object that cannot be read."""
+    """Yields (line number, byte offset, object) for each line that is not blank. DataError if one of them is
+    not a JSON object."""
     for number, offset, line in lines_of(path):
         if line.strip():
-            try:
-                yield number, offset, parse_json(line, f"{path} line {number}")
-            except DataError as error:
-                yield number, offset, error
+            yield number, offset, parse_json(line, f"{path} line {number}")
 
 
 def read_csv(path: str):
     """Yields (line number, byte offset, row) for each row of a CSV whose first line names the columns. A row
-    is a dictionary; a DataError takes the place of one that cannot be read. The offset is approximate."""
+    is a dictionary; a DataError takes the place of one that cannot be read, so that a check can go on behind
+    it. The offset is approximate."""
     # bytes that are not UTF-8 become half surrogates, so that they spoil only their own row
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(iter(lambda: file.readline(LIMIT), ""))
         while True:
             try:
-                missing = [names[0] for names in LIST_KEYS if not column(rows.fieldnames or (), names)]
-                if missing:
-                    yield 1, 0, DataError(
-                        f"{path} line 1: no column {missing[0]!r}; expected {said(LIST_KEYS)}, got "
-                        f"{rows.fieldnames or 'nothing'}. The pairs begin on line 2", "columns missing")
-                    return
+                require(dict.fromkeys(rows.fieldnames or ()), LIST_KEYS, f"{path} line 1")
                 row = next(rows)
                 where = f"{path} line {rows.line_num}"
                 if None in row:  # the cells beyond the columns that the first line names
                     row = DataError(f"{where}: more cells than columns, {row[None][0][:40]!r} is one too "
-                                    'many; put a text with a comma in it in "quotes"', "too many cells")
+                                    'many; put a text with a comma in it in "quotes"', "not CSV")
                 elif re.search("[\udc80-\udcff]", "".join(filter(None, row.values()))):
                     row = DataError(f"{where}: not UTF-8; save the file as UTF-8", "not UTF-8")
             except StopIteration:
+                return
+            except DataError as error:  # a column is missing, and with it all rows
+                yield 1, 0, error
                 return
             except csv.Error as error:
                 where = f"{path} line {rows.reader.line_num}"
@@ -230,17 +209,8 @@ def read_csv(path: str):
             yield rows.reader.line_num, file.buffer.tell(), row
 
 
-def strict(rows):
-    """What `read_jsonl` or `read_csv` yields, but a DataError among it is raised: a run stops there."""
-    for number, offset, row in rows:
-        if isinstance(row, DataError):
-            raise row
-        yield number, offset, row
-
-
 def parse_json(line: bytes, where: str) -> dict:
     """A JSON object in UTF-8. DataError if it is anything else."""
-    check_length(line, where)
     try:
         item = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -248,26 +218,18 @@ def parse_json(line: bytes, where: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); write one JSON object per line", "not JSON") from None
     if not isinstance(item, dict):
-        raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object, {{...}}", "not an object")
+        raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object, {{...}}", "not JSON")
     return item
 
 
 def require(item: dict, keys: tuple[tuple[str, ...], ...], where: str) -> list:
     """The values of these keys, each given by its possible names. DataError if one of them is missing."""
-    found = [column(item, names) for names in keys]
+    found = [next((name for name in names if name in item), None) for names in keys]
     if None in found:
-        missing = keys[found.index(None)][0]
-        raise DataError(f"{where}: no {missing!r}; expected {said(keys)}, got {list(item)}", "key missing")
+        expected = " and ".join(" or ".join(names) for names in keys)
+        raise DataError(f"{where}: no {keys[found.index(None)][0]!r}; expected {expected}, got {list(item)}",
+                        "key missing")
     return [item[name] for name in found]
-
-
-def column(item, names: tuple[str, ...]) -> str | None:
-    """The first of these names that the item has."""
-    return next((name for name in names if name in item), None)
-
-
-def said(keys: tuple[tuple[str, ...], ...]) -> str:
-    return " and ".join(" or ".join(names) for names in keys)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -289,7 +251,7 @@ def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -
                 raise SourceChanged(f"{path}: changed under the run, which read it at other offsets; "
                                     "put it back, or begin anew with another --out")
             file.seek(offset)
-            return file.readline() if size < 0 else file.read(size)
+            return file.readline(LIMIT) if size < 0 else file.read(size)
     except FileNotFoundError:
         raise SourceChanged(f"{path}: gone; put it back") from None
     except OSError as error:  # a bad sector or a network that stumbles: only this place is lost
@@ -317,8 +279,7 @@ def kept(key: str, build) -> dict[str, np.ndarray]:
     except OSError as error:  # a home that cannot be written to: the index is built again next time
         print(f"{CACHE}: the index is not kept ({error.strerror or error})")
         return build()
-    # allow_pickle is off, so only arrays are read. "c": pages are shared until they are written to, which
-    # nobody does
+    # "c": processes share the pages until one writes to them, which none does
     return {name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="c")
             for name in sorted(os.listdir(folder))}
 

@@ -12,13 +12,17 @@ not the sentences.
     image, caption = scenes.pair("zh", "train", index=7)
 """
 
+import functools
 import math
 import random
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+
+from sources.pairs import DataError, Pairs
 
 # ------------------------------------------------------------------------------------------------------------
 # the words and the shapes
@@ -330,6 +334,50 @@ def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image
     """The picture and the caption of scene number `index`."""
     caption, it, rng = captioned(world, split, index, seed)
     return draw(it, rng), caption
+
+
+class ScenePairs(Pairs):
+    """A million training scenes, drawn when they are asked for, or a thousand for validation, no two with the
+    same caption."""
+
+    def __init__(self, world: str, split: str):
+        if split not in ("train", "valid"):
+            raise DataError(f"scenes-{world}: no split {split!r}; expected train or valid")
+        self.world, self.split = world, split
+        self.numbers = distinct(world) if split == "valid" else range(1_000_000)
+        self.image_count, self.drawn = len(self.numbers), {}
+        self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        if self.split == "train":
+            raise DataError(f"scenes-{self.world}: its training pairs are endless, to measure take valid")
+        return [self.text(row) for row in range(len(self.numbers))]
+
+    def text(self, row: int) -> str:
+        return captioned(self.world, self.split, self.numbers[row])[0]
+
+    def image(self, row: int, size: int = 0) -> Image.Image:
+        if self.split != "valid":
+            return self.pair(row)[0]
+        if row not in self.drawn:  # validation looks at all of them again and again
+            self.drawn[row] = self.pair(row)[0]
+        return self.drawn[row]
+
+    def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
+        return pair(self.world, self.split, self.numbers[i])
+
+    def fingerprint(self) -> str:
+        raise DataError(f"scenes-{self.world}: drawn as they are asked for; there is nothing to cache")
+
+
+@functools.cache  # training opens the set again for each of its stages
+def distinct(world: str) -> list[int]:
+    """The numbers of 1,000 validation scenes, no two with the same caption."""
+    found = {}
+    for number in range(2000):
+        found.setdefault(scene(world, "valid", number)[0], number)
+    return list(found.values())[:1000]
 
 
 def class_example(world: str, index: int, seed: int = 0) -> tuple[Image.Image, int, int]:

@@ -4,9 +4,6 @@ of millions of pairs. A tar file is a list of files one after the other, so with
 pair can be read from the middle of a shard: the order, a rank's share and the position to resume at are the
 same functions of numbers as for any other source. Nothing is ever unpacked: links, devices and whatever a
 member's name says remain bytes in a file.
-
-    shards_of("set/{000000..000999}.tar", "train")     paths of the shards
-    TarPairs(paths)                                    their pairs
 """
 
 import concurrent.futures
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, stamp
+from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 ROLES = dict.fromkeys(PICTURES, "picture") | {"txt": "txt", "json": "json"}
@@ -60,20 +57,19 @@ def shards_of(source: str, split: str) -> list[str]:
     """The shards of a split, [] if there are none. A pattern that ends in .tar stands for all its shards,
     even missing ones; a folder for `split-*.tar` or `split/*.tar`, or else, for train, its `*.tar`."""
     if source.endswith(".tar"):
-        paths = expand_braces(source)
-        if "*" in source:
-            paths = sorted(path for pattern in paths for path in glob.glob(pattern)
-                           if split != "train" or not is_held_out(path))
-        return paths
-    folder = glob.escape(source)
-    for pattern in (f"{split}-*.tar", f"{split}/*.tar", *(["*.tar"] if split == "train" else [])):
-        if paths := sorted(glob.glob(os.path.join(folder, pattern))):
-            return [path for path in paths if pattern != "*.tar" or not is_held_out(path)]
+        tries = [expand_braces(source)]
+        if "*" not in source:
+            return tries[0]
+    else:
+        names = (f"{split}-*.tar", f"{split}/*.tar", *(["*.tar"] if split == "train" else []))
+        tries = [[os.path.join(glob.escape(source), name)] for name in names]
+    for patterns in tries:
+        paths = sorted(path for pattern in patterns for path in glob.glob(pattern))
+        if split == "train":
+            paths = [path for path in paths if not os.path.basename(path).startswith(("valid-", "test-"))]
+        if paths:
+            return paths
     return []
-
-
-def is_held_out(path: str) -> bool:
-    return os.path.basename(path).startswith(("valid-", "test-"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,8 +96,7 @@ def members(path: str):
             if file.read(512) != bytes(512):
                 raise ValueError(f"neither a member nor the end at byte {shard.offset}")
     except BROKEN as error:
-        unread = "unreadable file" if isinstance(error, OSError) else "not a tar"
-        kind = "truncated shard" if name else unread
+        kind = "unreadable file" if isinstance(error, OSError) and not name else "damaged shard"
         yield name, DataError(f"{path} {name}".rstrip() + f": {kind} ({error}); fetch or pack it again", kind)
 
 
@@ -198,9 +193,8 @@ class TarPairs(Pairs):
         return self.text(i)
 
     def member(self, row: int, what: str) -> bytes:
-        found = self.rows[row]
-        shard = int(found["shard"])
-        return read_at(self.paths[shard], self.stamps[shard], int(found[what]), int(found[f"{what}_size"]))
+        shard, start, size = (int(self.rows[row][name]) for name in ("shard", what, f"{what}_size"))
+        return read_at(self.paths[shard], self.stamps[shard], start, size)
 
     def picture(self, row: int) -> bytes:
         return self.member(row, "image")
@@ -218,23 +212,19 @@ class TarPairs(Pairs):
 
     def will_need(self, start: int, stop: int):
         """Tells Linux to read these pairs in one go."""
-        if not hasattr(os, "posix_fadvise"):  # macOS, Windows
-            return
         rows = self.rows[start:stop]
         for shard in np.unique(rows["shard"]):
             here = rows[rows["shard"] == shard]
             first, last = int(here["image"].min()), int((here["image"] + here["image_size"]).max())
-            with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
+            # macOS and Windows do not have it
+            with contextlib.suppress(OSError, AttributeError), open(self.paths[shard], "rb") as file:
                 os.posix_fadvise(file.fileno(), first, min(last - first, AHEAD), os.POSIX_FADV_WILLNEED)
 
 
 def caption_in(content: bytes, is_json: bool, where: str):
     """The caption in a KEY.txt or KEY.json. DataError if there is none."""
     if is_json:
-        item = parse_json(content, where)
-        if "caption" not in item:
-            raise DataError(f'{where}: no "caption" in it; add it, or KEY.txt', "json without caption")
-        return item["caption"]
+        return require(parse_json(content, where), (("caption",),), where)[0]
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

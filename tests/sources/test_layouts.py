@@ -96,7 +96,7 @@ def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     folder, cache = write_good(tmp_path / "set"), tmp_path / "cache"
     layouts.open_pairs(folder, "train")
     built = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len([path for path in built if path.is_dir()]) == 2  # of pictures, of captions
+    assert len([path for path in built if path.is_dir()]) == 1
     again = layouts.open_pairs(folder, "train")
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == built
     assert same_picture(again.image(3), PICTURES[3])
@@ -142,6 +142,11 @@ def test_tsv_line_with_one_column(tmp_path):
     open_official(tmp_path)
     path.write_bytes(path.read_bytes() + b"8 no-tab\n")
     says(lambda: layouts.open_pairs(str(tmp_path / "set"), "train"), "train_imgs.tsv line 2", "8 no-tab")
+
+
+@pytest.mark.parametrize("image_id", ("", "  ", "i" * 257))
+def test_image_id_that_is_none(tmp_path, image_id):
+    says(lambda: open_official(tmp_path, [(7, BASE64[0]), (image_id, BASE64[1])]), "train_imgs.tsv line 2", "1 to 256")
 
 
 def test_image_id_twice(tmp_path):
@@ -218,7 +223,7 @@ def test_texts_file_missing(tmp_path):
 @pytest.mark.parametrize(
     "kind, text, parts",
     (
-        ("csv", "image,words\npictures/a.png,甲\n", ("line 2", "'text'", "words")),
+        ("csv", "image,words\npictures/a.png,甲\n", ("line 1", "'text'", "words")),
         ("csv", "image,text\npictures/a.png,甲\npictures/c.png,乙\n", ("line 3", "pictures/c.png")),
         ("csv", "image,text\n", ("empty",)),
         ("csv", "text,image\n甲,pictures/a.png\n乙\n", ("line 3",)),  # a row with a cell too few

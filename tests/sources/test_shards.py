@@ -159,7 +159,7 @@ def test_a_pair_is_whole_even_if_the_shard_is_cut_right_behind_it(tmp_path, caps
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b"one") + 3])
     pairs = open_pairs(str(path), "train")
-    assert pairs.texts == ["one"] and "a.tar 1.txt: truncated shard" in capsys.readouterr().out
+    assert pairs.texts == ["one"] and "a.tar 1.txt: damaged shard" in capsys.readouterr().out
 
 
 def test_members_and_what_they_are_in_their_sample(tmp_path):

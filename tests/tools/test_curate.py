@@ -15,16 +15,16 @@ from PIL import Image
 import model
 from conftest import ROOT, typed
 from sources import pairs as pairs_module
-from sources.layouts import layout_of, open_pairs
+from sources.layouts import find, open_pairs
 from sources.pairs import DataError
 from tools.curate import __main__ as curate
-from tools.curate import rewrite, rules
+from tools.curate import rewrite
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs_module, "CACHE", str(tmp_path / "cache"))
-    rules.opened.cache_clear()
+    rewrite.opened.cache_clear()
 
 
 def photo(seed: int, size=(60, 50), kind: str = "JPEG") -> bytes:
@@ -119,8 +119,8 @@ def test_there_and_back_byte_for_byte(tmp_path, way):
         assert there == back and len(back) == count
         files = {path.read_bytes() for path in (tmp_path / "set").iterdir()}
         assert files >= {picture for picture, _ in back}
-    assert layout_of(str(tmp_path / "there"), "train") == {
-        ("pack",): "shards", ("unpack",): "jsonl"}.get(tuple(way), "official")
+    assert find(str(tmp_path / "there"), "train")[0] == {
+        ("pack",): "shards", ("unpack",): "folder"}.get(tuple(way), "official")
 
 
 def test_several_captions_and_several_pictures_survive_the_official_layout(tmp_path):
@@ -147,7 +147,7 @@ def test_several_captions_and_several_pictures_survive_the_official_layout(tmp_p
             assert [pairs.image_id(row) for row in range(3)] == ["i3", "i0", "i5"] and pairs.text_id(1) == "q9"
     curate.main(["filter", str(tmp_path / "tsv"), str(tmp_path / "less"), "--workers", "0"])
     pairs = open_pairs(str(tmp_path / "less"), "train")
-    assert layout_of(str(tmp_path / "less"), "train") == "official"
+    assert find(str(tmp_path / "less"), "train")[0] == "official"
     assert pairs.texts == ["猫猫猫猫猫", "狗狗狗狗狗"] and pairs.image_count == 1
 
 
@@ -179,8 +179,8 @@ def test_near_duplicates_differ_in_at_most_three_bits(bits, first):
             other ^= 1 << bit
         far = int(rng.integers(2**63))
         hashes = np.array([one, other, far], dtype=np.uint64)
-        assert rules.near_duplicates(hashes, grey).tolist() == [0, first, 2]
-        assert rules.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
+        assert rewrite.near_duplicates(hashes, grey).tolist() == [0, first, 2]
+        assert rewrite.near_duplicates(hashes, grey + [[0], [17], [0]]).tolist() == [0, 1, 2]
 
 
 def test_a_duplicate_stays_when_the_first_one_goes(tmp_path):
@@ -250,4 +250,4 @@ def test_check_is_a_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         curate.main(["check", write_set(tmp_path / "set"), "--workers", "0"])
     said = capsys.readouterr().out
-    assert caught.value.code == 1 and "not a picture" in said and "7.jpg" in said
+    assert caught.value.code == 1 and "damaged picture" in said and "7.jpg" in said

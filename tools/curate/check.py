@@ -1,59 +1,300 @@
 """
 A data set before a run trains on it: every fault with its place, and what else is worth knowing.
 
-    python -m tools.curate check path/to/MUGE
-    python -m tools.curate check "shards/{00000..00099}.tar" --json report.json
-
-tools/curate/faults.py says what can be wrong with a caption or a picture, tools/curate/pieces.py checks one
-piece of a file. This file gives the pieces to processes, finds what only the whole set shows (repeats, leaks,
-missing pictures) and writes the report.
-
-A pair takes about 100 bytes of memory, because only 8-byte digests of captions, ids and pictures are kept.
-Repeats are found by sorting them. The odds that two of 200 million are equal by chance are 1 in 1,000.
+Lines, pictures and members of shards are read by the functions that a run uses; where a run stops at a fault,
+the check notes it and goes on. Files are cut into pieces for many processes, which return only 8-byte digests
+of captions, ids and pictures, about 100 bytes for a pair. Repeats, leaks and missing pictures are found by
+sorting these. The odds that two of 200 million are equal by chance are 1 in 1,000.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import hashlib
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
+import warnings
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from common import write_json
-from sources.layouts import find, image_ids_of, splits_of
-from sources.pairs import DataError, lines_of, parse_json
-from tools.curate import faults, pieces
-from tools.curate.faults import named
+from data import word_ids, words
+from sources.layouts import TEXT_KEYS, find, from_base64, image_ids_of, picture_path, splits_of, tsv_id
+from sources.pairs import (
+    BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture,
+    require)
+from sources.shards import caption_in, is_file, members, sample_of
 
-TOKENS = (2, 4, 8, 12, 16, 24, 32, 40, 53, 77, 129, 513)  # lower ends of a histogram's bars
-SIDES = (0, 32, 64, 128, 192, 224, 256, 336, 512, 1024, 2048, 4096)  # the same, in pixels
+CAP = 1000  # places that are kept of each kind; all of them are counted
+TSV_PIECE, TEXT_PIECE = 2**22, 2**20  # bytes
+LIST_PIECE = 2**14  # bytes, about as many lines as ROWS
+ROWS = 128  # of a CSV in a piece; for each of them a picture's file is read
+SHARD = 2**40  # the number of a shard's member is SHARD * number of the shard + offset in blocks of 512 bytes
+COLUMNS = {"captions": 2, "text_ids": 2, "pictures": 3, "pairs": 3}  # of the tables of digests, see Findings
+ERRORS = (  # kinds of fault at which a run stops, or from which it should not learn
+    "unreadable file", "not UTF-8", "not JSON", "not CSV", "key missing", "id twice",
+    "no id", "image_ids not a list", "id not in the TSV", "broken base64", "damaged picture", "not text",
+    "blank caption", "damaged shard", "unsafe member", "half a pair", "no pairs")
+NOTES = (  # what is worth knowing; docs/data.md says why
+    "no image_ids", "no answers", "picture unused", "large picture", "CMYK", "16 bits", "animated",
+    "transparent", "sideways", "tiny picture", "repeated picture", "picture in train too", "long caption",
+    "repeated caption", "caption in train too", "odd characters")
 
 # ------------------------------------------------------------------------------------------------------------
-# processes
+# what is found
 
 
-def in_processes(function, tasks, workers: int):
+class Findings:
+    """What is found in a piece of a file, or in a whole split. Rows hold digests, and last their place `at`,
+    a line number or the number of a shard's member: captions (caption, at), text_ids (id, at), pictures (id,
+    content or 0, at), pairs (caption or 0, id of the picture, at)."""
+
+    def __init__(self):
+        self.counts = collections.Counter()  # by kind
+        self.places = collections.defaultdict(list)  # of each kind the first: (file, line or member, what)
+        self.rows = {name: [] for name in COLUMNS}
+        self.tokens, self.sides = collections.Counter(), collections.Counter()  # of captions, of pictures
+
+    def add(self, kind: str, places, count: int):
+        self.counts[kind] += count
+        for file, at, what in itertools.islice(places, CAP - len(self.places[kind])):
+            self.places[kind].append((shown(file), at if isinstance(at, int) else shown(at), shown(what)))
+
+
+class Piece(Findings):
+    """A piece of a file, for one process, and what it finds there."""
+
+    def __init__(self, check, split: str, path: str, args: argparse.Namespace, size: int, start=0, todo=()):
+        super().__init__()
+        self.check = check  # check_pictures, check_texts, check_list or check_shard
+        self.split, self.path, self.args, self.size = split, path, args, size  # size in bytes
+        self.start = start  # the first byte; for a shard, its number
+        self.todo = todo  # of a CSV: (line number, row or DataError)
+        self.count = 0  # lines that begin in it
+
+    def fault(self, kind: str, at: int | str, what: str = ""):
+        self.add(kind, [(self.path, at, what)], 1)
+
+    @contextlib.contextmanager
+    def noting(self, at: int | str):
+        """Where a run stops at a DataError, the check notes it and goes on behind the `with`."""
+        try:
+            yield
+        except DataError as error:
+            assert error.kind in ERRORS, error
+            self.fault(error.kind, at, str(error).removeprefix(f"{named(self.path, at)}: "))
+
+    def caption(self, text, at: int, place: int | str) -> int:
+        """Looks at a caption -> its digest, 0 if it is none. `place` is the line `at`, or the name of member
+        number `at`."""
+        with self.noting(place):
+            as_text(text, named(self.path, place))
+            tokens = sum(len(word_ids(word)) for word in words(text))
+            if not tokens:
+                raise DataError(repr(text[:40]), "blank caption")
+            tokens += 2  # [CLS] and [SEP]
+            self.tokens[tokens] += 1
+            if tokens > self.args.context_length:
+                self.fault("long caption", place, f"{tokens} tokens")
+            odd = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]|&(#\\d+|#x[0-9a-f]+|[a-z]+\\d*);"
+            if found := re.search(odd, text, re.IGNORECASE):
+                self.fault("odd characters", place, f"{found[0]!a} in {text}")
+            self.rows["captions"].append((digest(text), at))
+            return digest(text)
+        return 0
+
+    def picture(self, name: str, content: bytes | None, at: int, place: int | str, what: str):
+        """Looks at a picture, if it has content: can it be learnt from, and does it look as expected? `name`
+        is its id, `what` says which it is."""
+        looks = content is not None and not self.args.no_pictures
+        self.rows["pictures"].append((digest(name), digest(content) if looks else 0, at))
+        if not looks:
+            return
+        with self.noting(place), warnings.catch_warnings(action="ignore"):
+            image, kinds = decode(content, what), []
+            self.sides[min(image.size)] += 1
+            if min(image.size) < 32:
+                kinds.append("tiny picture")
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                kinds.append("large picture")
+            if image.mode == "CMYK":
+                kinds.append("CMYK")
+            if image.mode[0] in "IF":
+                kinds.append("16 bits")
+            with contextlib.suppress(*BROKEN):  # damage in what training does not look at: EXIF, later frames
+                alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+                if alpha and alpha.getextrema()[0] < 255:
+                    kinds.append("transparent")
+                if image.getexif().get(0x0112, 1) in range(2, 9):  # the tag Orientation
+                    kinds.append("sideways")
+                if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: with a preview
+                    kinds.append("animated")
+            for kind in kinds:
+                self.fault(kind, place, f"{what}: {image.format} {image.mode} {image.width} x {image.height}")
+
+
+def digest(content: bytes | str) -> int:
+    """A hash of 8 bytes, never 0."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1
+
+
+def shown(text: str) -> str:
+    """The first 200 characters, in one line that any terminal prints."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+
+
+def named(file: str, at: int | str) -> str:
+    """A place: "FILE line 7", "SHARD member", or the file alone if `at` is ""."""
+    return f"{file} line {at}" if isinstance(at, int) else f"{file} {at}".rstrip()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a piece of each kind
+
+
+def pieces_of(split: str, layout: str, files: list[str], args: argparse.Namespace):
+    """The pieces of a split in order. A file that is missing has one, in which that is found."""
+    if layout == "shards":
+        for number, path in enumerate(files):
+            yield Piece(check_shard, split, path, args, size_of(path), number)
+    elif files[0].endswith(".csv"):  # a field may hold line ends, so only its reader can cut it
+        rows, done = read_csv(files[0]), 0
+        while batch := list(itertools.islice(rows, ROWS)):
+            done, before = batch[-1][1], done
+            yield Piece(check_list, split, files[0], args, done - before, todo=batch)
+    else:
+        checks = {"official": ((check_pictures, TSV_PIECE), (check_texts, TEXT_PIECE)),
+                  "folder": ((check_list, LIST_PIECE),)}[layout]
+        for path, (check, size) in zip(files, checks):
+            for start in range(0, max(1, size_of(path)), size):
+                yield Piece(check, split, path, args, min(size, size_of(path) - start), start)
+
+
+def size_of(file: str) -> int:
+    return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
+def work(piece: Piece) -> Piece:
+    """Looks at a piece; runs in a worker."""
+    try:
+        piece.check(piece)
+    except OSError as error:
+        piece.fault("unreadable file", "", error.strerror or str(error))
+    piece.todo = ()
+    piece.rows = {name: np.array(rows, dtype=np.uint64).reshape(-1, COLUMNS[name])
+                  for name, rows in piece.rows.items()}
+    return piece
+
+
+def lines(piece: Piece):
+    """Yields (line number in the piece from 1, line) for each line that begins in it and is not blank."""
+    for at, _, line in lines_of(piece.path, piece.start, piece.start + piece.size):
+        piece.count = at
+        if line.strip():
+            yield at, line
+
+
+def check_pictures(piece: Piece):
+    """{split}_imgs.tsv. A line with a fault has its id all the same: its captions are not to blame."""
+    for at, line in lines(piece):
+        image_id, content = line.rstrip(b"\r\n=").partition(b"\t")[0].decode("utf-8", "replace"), None
+        with piece.noting(at):
+            tsv_id(line, named(piece.path, at))
+            content = from_base64(line.split(b"\t")[1], named(piece.path, at))
+        piece.picture(image_id, content, at, at, f"image id {image_id[:40]}")
+
+
+def check_texts(piece: Piece):
+    """{split}_texts.jsonl"""
+    for at, line in lines(piece):
+        where = named(piece.path, at)
+        with piece.noting(at):
+            item = parse_json(line, where)
+            text_id, text = require(item, TEXT_KEYS, where)
+            piece.rows["text_ids"].append((digest(str(text_id)), at))
+            caption, image_ids = piece.caption(text, at, at), image_ids_of(item, where)
+            if not image_ids:
+                piece.fault("no image_ids", at)
+            piece.rows["pairs"] += [(caption, digest(image_id), at) for image_id in image_ids]
+
+
+def check_list(piece: Piece):
+    """{split}.jsonl or {split}.csv. A picture that comes several times in a piece is read once."""
+    seen = set()
+    for at, *_, row in piece.todo or lines(piece):
+        where = named(piece.path, at)
+        with piece.noting(at):
+            if isinstance(row, DataError):
+                raise row
+            name, text = require(row if piece.todo else parse_json(row, where), LIST_KEYS, where)
+            caption = piece.caption(text, at, at)
+            path = picture_path(os.path.dirname(piece.path), name, where)
+            piece.rows["pairs"].append((caption, digest(name), at))
+            if name not in seen:
+                seen.add(name)
+                piece.picture(name, None if piece.args.no_pictures else read_picture(path), at, at, name)
+
+
+def check_shard(piece: Piece):
+    """A tar of samples KEY.jpg + KEY.txt, or KEY.json with "caption", as img2dataset writes them."""
+    samples = {}  # key -> role -> (number, name, content)
+    with open(piece.path, "rb") as file:
+        for name, member in members(piece.path):
+            key, role = sample_of(name)
+            if isinstance(member, DataError):
+                with piece.noting(name):
+                    raise member
+            elif os.path.isabs(name) or ".." in re.split(r"[/\\]", name) or not (
+                    is_file(member) or member.isdir()):
+                piece.fault("unsafe member", name, "pack files, not links, without .. and without / in front")
+            elif role in samples.get(key, {}):
+                piece.fault("id twice", name, "another member with this KEY; drop one of them")
+            elif role and is_file(member):
+                file.seek(member.offset_data)
+                content, at = file.read(min(member.size, LIMIT)), piece.start * SHARD + member.offset // 512
+                samples.setdefault(key, {})[role] = at, name, content if role != "picture" else b""
+                if role == "picture":
+                    piece.picture(f"{piece.path} {key}", content, at, name, f"{len(content):,} bytes")
+    for key, sample in samples.items():
+        if "picture" not in sample or len(sample) == 1:
+            name = min(name for _, name, _ in sample.values())
+            piece.fault("half a pair", name, "add KEY.jpg, or KEY.txt or KEY.json, or drop it")
+        else:
+            at, name, content = sample.get("txt") or sample["json"]
+            caption = 0
+            with piece.noting(name):
+                text = caption_in(content, "txt" not in sample, named(piece.path, name))
+                caption = piece.caption(text, at, name)
+            piece.rows["pairs"].append((caption, digest(f"{piece.path} {key}"), sample["picture"][0]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the whole
+
+
+def in_processes(function, todo, workers: int):
     """Yields function(task) for each task, in order, computed by `workers` processes (0: by this one). Few
     tasks are under way at a time, so that their number costs no memory."""
-    if not workers:
-        yield from map(function, tasks)
+    if workers < 1:
+        yield from map(function, todo)
         return
+    todo = iter(todo)
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, 61), multiprocessing.get_context("spawn"),  # Windows cannot wait for more than 61
-        initializer=leave_ctrl_c_to_the_parent)
+        signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C ends this process, which ends the others
     try:
-        pending = collections.deque()
-        for task in tasks:
-            pending.append(pool.submit(function, task))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
+        pending = [pool.submit(function, task) for task in itertools.islice(todo, 4 * workers)]
         while pending:
-            yield pending.popleft().result()
+            yield pending.pop(0).result()
+            pending += [pool.submit(function, task) for task in itertools.islice(todo, 1)]
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError("a worker was killed, for want of memory or by a decoder's fault; "
                         "try --workers 0") from None
@@ -61,71 +302,60 @@ def in_processes(function, tasks, workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def leave_ctrl_c_to_the_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Whole(Findings):
+    """A split, put together from its pieces."""
 
+    def __init__(self, name: str, layout: str, files: list[str]):
+        super().__init__()
+        self.name, self.layout, self.files = name, layout, files
+        self.lines = collections.Counter()  # of each file, as far as it was read
 
-# ------------------------------------------------------------------------------------------------------------
-# the whole
-
-
-class Whole:
-    """A split, put together from its pieces: faults, rows of digests (see faults.Part), counts of tokens and
-    of short sides."""
-
-    def __init__(self, split: pieces.Split):
-        self.split, self.faults, self.lines = split, faults.Faults(), collections.Counter()
-        self.rows = {name: [np.empty((0, k), dtype=np.uint64)] for name, k in faults.COLUMNS.items()}
-        self.tokens, self.sides = collections.Counter(), collections.Counter()
-
-    def add(self, part: faults.Part):
+    def take(self, piece: Piece):
         """Adds the next piece; its lines are numbered on from where the piece before it ended."""
-        before = self.lines[part.path]
-        for kind, places in part.faults.places.items():
+        before = self.lines[piece.path]
+        for kind, places in piece.places.items():
             moved = ((file, at + before if isinstance(at, int) else at, what) for file, at, what in places)
-            self.faults.add(kind, moved, part.faults.counts[kind])
-        for name, rows in part.rows.items():
+            self.add(kind, moved, piece.counts[kind])
+        for name, rows in piece.rows.items():
             rows[:, -1] += np.uint64(before)
             self.rows[name].append(rows)
-        self.lines[part.path] += part.lines
-        self.tokens.update(part.tokens)
-        self.sides.update(part.sides)
+        self.lines[piece.path] += piece.count
+        self.tokens.update(piece.tokens)
+        self.sides.update(piece.sides)
 
     def close(self):
         """Finds what only all pieces together show."""
-        for name, rows in self.rows.items():
-            self.rows[name] = np.concatenate(rows)
-        official = self.split.layout == "official"
-        if official:
+        self.rows = {name: np.concatenate([np.empty((0, width), np.uint64), *self.rows[name]])
+                     for name, width in COLUMNS.items()}
+        pictures, pairs = self.rows["pictures"], self.rows["pairs"]
+        there = np.isin(pairs[:, 1], pictures[:, 0])  # [P]: whether the pair's picture is there
+        if self.layout == "official":
             self.repeated("id twice", "pictures", 0)
-            self.find_missing_pictures()
+            if os.path.isfile(self.files[0]):  # else that is the only fault
+                self.add_rows("id not in the TSV", "pairs", pairs[~there], lambda _: "add it or drop its id")
+            self.add_rows("picture unused", "pictures", pictures[~np.isin(pictures[:, 0], pairs[:, 1])])
         # a picture that several pieces of a list name was read in each
-        unique = np.unique(self.rows["pictures"][:, 0], return_index=True)[1]
-        self.rows["pictures"] = self.rows["pictures"][np.sort(unique)]
-        captions, pictures = self.rows["pairs"][:, 0], self.rows["pairs"][:, 1]
-        if official:
-            unused = self.rows["pictures"][~np.isin(self.rows["pictures"][:, 0], pictures)]
-            self.add_rows("picture unused", "pictures", unused)
-        self.pairs = self.rows["pairs"][(captions != 0) & np.isin(pictures, self.rows["pictures"][:, 0])]
-        for kind, table, column in (("text_id twice", "text_ids", 0), ("repeated caption", "captions", 0),
-                                    ("repeated picture", "pictures", 1)):
-            self.repeated(kind, table, column)
-        if not len(self.pairs):
-            withheld = self.split.name == "test" and self.faults.counts["no image_ids"]
-            self.faults.add("no answers" if withheld else "no pairs", [(self.split.files[-1], "", "")], 1)
+        pictures = pictures[np.sort(np.unique(pictures[:, 0], return_index=True)[1])]
+        self.rows["pictures"], self.pairs = pictures, int(((pairs[:, 0] != 0) & there).sum())
+        self.repeated("id twice", "text_ids", 0)
+        self.repeated("repeated caption", "captions", 0)
+        self.repeated("repeated picture", "pictures", 1)
+        if not self.pairs:
+            withheld = self.name == "test" and self.counts["no image_ids"]
+            self.add("no answers" if withheld else "no pairs", [(self.files[-1], "", "")], 1)
 
     def place(self, table: str, at: int) -> tuple[str, int | str]:
         """The place of a row: (file, line number or name of a member)."""
-        if self.split.layout == "shards":
-            number, block = divmod(int(at), pieces.SHARD)
-            with tarfile.open(self.split.files[number], "r:") as tar:
-                tar.fileobj.seek(512 * block)
-                return self.split.files[number], tarfile.TarInfo.fromtarfile(tar).name
-        return self.split.files[0 if table == "pictures" else -1], int(at)
+        if self.layout != "shards":
+            return self.files[0 if table == "pictures" else -1], int(at)
+        number, block = divmod(int(at), SHARD)
+        with tarfile.open(self.files[number], "r:") as tar:
+            tar.fileobj.seek(512 * block)
+            return self.files[number], tarfile.TarInfo.fromtarfile(tar).name
 
     def add_rows(self, kind: str, table: str, rows: np.ndarray, what=lambda i: ""):
         places = ((*self.place(table, row[-1]), what(i)) for i, row in enumerate(rows))
-        self.faults.add(kind, places, len(rows))
+        self.add(kind, places, len(rows))
 
     def repeated(self, kind: str, table: str, column: int, of: "Whole | None" = None):
         """Adds the rows whose digest an earlier row has, or any row of another split."""
@@ -143,108 +373,49 @@ class Whole:
             return "as " + named(os.path.basename(file), at)
         self.add_rows(kind, table, rows[again], original)
 
-    def find_missing_pictures(self):
-        """Ids of captions that are not in the TSV; these lines are read again to say which."""
-        tsv, jsonl = self.split.files
-        pairs = self.rows["pairs"][~np.isin(self.rows["pairs"][:, 1], self.rows["pictures"][:, 0])]
-        if not len(pairs) or not os.path.isfile(tsv):
-            return  # a missing file is one fault
-        wanted, places = collections.defaultdict(set), []  # line number -> digests of ids
-        for _, image_id, at in pairs[:faults.CAP].tolist():
-            wanted[at].add(image_id)
-        for at, _, line in itertools.islice(lines_of(jsonl), max(wanted)):
-            if at in wanted:
-                places += [(jsonl, at, f"image id {one}") for one in image_ids_of(parse_json(line, ""), "")
-                           if faults.digest(one) in wanted[at]]
-        self.faults.add("id not in the TSV", places, len(pairs))
-
-
-def loss_floor(pairs: np.ndarray, batch_size: int, batches: int = 8) -> tuple[float, float]:
-    """pairs [P, 2] (numbers of caption and picture) -> the mean of `repeats` over random batches."""
-    drawn = (np.random.default_rng(seed).choice(len(pairs), min(batch_size, len(pairs)), replace=False)
-             for seed in range(batches if len(pairs) else 0))
-    found = [repeats(pairs[rows]) for rows in drawn]
-    return tuple(np.mean(found or [(0, 0)], axis=0).tolist())
-
-
-def repeats(numbers: np.ndarray) -> tuple[float, float]:
-    """numbers [B, 2] of the captions and pictures of a batch's pairs -> (the share of pairs whose caption or
-    picture another pair has too; the loss below which one-hot targets cannot come). n equal captions cannot
-    be told apart, so each gets a probability of at most 1/n, which is a loss of ln n."""
-    counts = []
-    for column in numbers.T:
-        _, which, count = np.unique(column, return_inverse=True, return_counts=True)
-        counts.append(count[which])  # [B]: how many pairs of the batch have this caption, or this picture
-    return (np.max(counts, axis=0) > 1).mean(), np.log(counts).mean(axis=1).max()
-
 
 # ------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def summary(whole: Whole, batch_size: int) -> dict:
+def summary(whole: Whole) -> dict:
     """All that is known about a split, to print and for --json."""
     captions = whole.rows["captions"][:, 0]
     counts = np.unique(captions, return_counts=True)[1]
-    share, floor = loss_floor(whole.pairs[:, :2], batch_size)
-    kinds = {}
-    for kind in (*faults.ERRORS, *faults.NOTES):
-        if count := whole.faults.counts[kind]:
-            places = [{"file": file, "line" if isinstance(at, int) else "member": at or None, "what": what}
-                      for file, at, what in whole.faults.places[kind]]
-            kinds[kind] = {"error": kind in faults.ERRORS, "count": count, "places": places}
+    kinds = {kind: {
+        "error": kind in ERRORS, "count": whole.counts[kind],
+        "places": [{"file": file, "line" if isinstance(at, int) else "member": at or None, "what": what}
+                   for file, at, what in whole.places[kind]]}
+        for kind in (*ERRORS, *NOTES) if whole.counts[kind]}
     return {
-        "layout": {"jsonl": "list", "csv": "list"}.get(whole.split.layout, whole.split.layout),
-        "files": [faults.shown(file) for file in whole.split.files],
-        "pictures": len(whole.rows["pictures"]), "captions": len(captions), "pairs": len(whole.pairs),
-        "repeated_captions": float(counts[counts > 1].sum() / max(1, len(captions))),
-        "batch_size": batch_size, "repeated_in_batch": float(share), "loss_floor": float(floor),
+        "files": [shown(file) for file in whole.files],
+        "pictures": len(whole.rows["pictures"]), "captions": len(captions), "pairs": whole.pairs,
+        "repeated_captions": counts[counts > 1].sum().item() / max(1, len(captions)),
         "tokens": dict(sorted(whole.tokens.items())), "short_sides": dict(sorted(whole.sides.items())),
         "kinds": kinds}
 
 
-def print_report(name: str, found: dict, args: argparse.Namespace):
+def print_report(name: str, found: dict, show: int):
     print(f"\n{name}: {', '.join(found['files'][:2])}" + ", ..." * (len(found["files"]) > 2))
-    print(f"   {found['pictures']:,} pictures, {found['captions']:,} captions, {found['pairs']:,} pairs")
-    print(f"   {found['repeated_captions']:.1%} of the captions come more than once; in a batch of "
-          f"{args.batch_size:,}, {found['repeated_in_batch']:.1%} of the pairs\n"
-          f"   share a caption or a picture; with one-hot targets the loss then stays above "
-          f"{found['loss_floor']:.4f}")
-    print_histogram(f"tokens of a caption ({args.context_length} are read)", found["tokens"], TOKENS)
-    print_histogram("shorter side of a picture, pixels", found["short_sides"], SIDES)
+    print(f"   {found['pictures']:,} pictures, {found['captions']:,} captions, {found['pairs']:,} pairs; "
+          f"{found['repeated_captions']:.1%} of the captions come more than once")
+    for title, counts in (("tokens of a caption", found["tokens"]),
+                          ("pixels of a picture's shorter side", found["short_sides"])):
+        if counts:
+            reached = np.cumsum(list(counts.values())) / sum(counts.values())
+            at = {q: list(counts)[np.searchsorted(reached, q / 100)] for q in (0, 5, 25, 50, 75, 95, 100)}
+            print(f"   {title}, percentiles: " + ", ".join(f"{q}% {value:,}" for q, value in at.items()))
     for kind, row in found["kinds"].items():
-        advice = faults.ERRORS.get(kind) or faults.NOTES[kind]
-        print(f"   {'ERROR' if row['error'] else 'note '} {row['count']:>9,}  {kind}: {advice}")
-        for place in row["places"][:args.show]:
+        print(f"   {'ERROR' if row['error'] else 'note '} {row['count']:>9,}  {kind}")
+        for place in row["places"][:show]:
             where = named(place["file"], place.get("line") or place.get("member") or "")
             print(f"   {'':18}{where}" + f": {place['what']}" * bool(place["what"]))
     if not found["kinds"]:
         print("   nothing to complain about")
 
 
-def print_histogram(title: str, counts: dict[int, int], edges: tuple[int, ...]):
-    """A bar for each edge up to the next; the longest is 40 blocks."""
-    bars = [sum(count for value, count in counts.items() if low <= value < high)
-            for low, high in zip(edges, (*edges[1:], float("inf")))]
-    print(f"   {title}" + ": none read" * (not sum(bars)))
-    for low, high, count in zip(edges, (*edges[1:], None), bars):
-        if count:
-            eighths = -(-320 * count // max(bars))
-            bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
-            print(f"   {low:>7} {f'to {high - 1}' if high else 'or more':<8}{bar:<42}{count:,}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the command
-
-
-def at_least(low: int):
-    """A type for argparse: whole numbers from `low` on."""
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
-        return int(text)
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -252,15 +423,12 @@ def add_arguments(parser: argparse.ArgumentParser):
                         '"name-{00000..00099}.tar" or "name-*.tar"')
     parser.add_argument("--split", default="", help="check this split only, not all that are there")
     parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures: much faster")
-    parser.add_argument("--context-length", type=at_least(3), default=52, metavar="T",
+    parser.add_argument("--context-length", type=int, default=52, metavar="T",
                         help="tokens of a caption that training reads")
-    parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="B",
-                        help="for the bound that repeats put on the loss")
-    parser.add_argument("--show", type=at_least(0), default=5, metavar="N",
-                        help="places to print of each kind")
+    parser.add_argument("--show", type=int, default=5, metavar="N", help="places to print of each kind")
     parser.add_argument("--json", default="", metavar="FILE",
-                        help=f"write the report there, with up to {faults.CAP:,} places of each kind")
-    parser.add_argument("--workers", type=at_least(0), default=os.cpu_count(), metavar="N",
+                        help=f"write the report there, with up to {CAP:,} places of each kind")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                         help="processes that read; 0: only this one")
 
 
@@ -268,26 +436,26 @@ def run(args: argparse.Namespace) -> int:
     """Checks a set and prints the report -> exit code: 1 if there is an error, 0 if there are at most notes.
     DataError if there is nothing to check."""
     names = [args.split] if args.split else splits_of(args.path)
-    splits = [split for name in names if (split := pieces.Split(name, *find(args.path, name))).files]
-    if not splits:
+    wholes = {name: whole for name in names if (whole := Whole(name, *find(args.path, name))).files}
+    if not wholes:
         raise DataError(f"{args.path}: no split {args.split or 'at all'} in it; expected SPLIT_imgs.tsv with "
                         "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
-    wholes = {split.name: Whole(split) for split in splits}
-    tasks = itertools.chain.from_iterable(pieces.tasks(split, args) for split in splits)
-    total = sum(pieces.size_of(file) for split in splits for file in split.files)
+    total = sum(size_of(file) for whole in wholes.values() for file in whole.files)
+    todo = (piece for name, whole in wholes.items()
+            for piece in pieces_of(name, whole.layout, whole.files, args))
     with tqdm(total=total, unit="B", unit_scale=True, desc="check", disable=None) as bar:
-        for part in in_processes(pieces.work, tasks, args.workers):
-            wholes[part.split].add(part)
-            bar.update(part.size)
+        for piece in in_processes(work, todo, args.workers):
+            wholes[piece.split].take(piece)
+            bar.update(piece.size)
     for whole in wholes.values():
         whole.close()
     for name, whole in wholes.items():
         if name != "train" and "train" in wholes:
             whole.repeated("caption in train too", "captions", 0, wholes["train"])
             whole.repeated("picture in train too", "pictures", 1, wholes["train"])
-    found = {name: summary(whole, args.batch_size) for name, whole in wholes.items()}
+    found = {name: summary(whole) for name, whole in wholes.items()}
     if args.json:
         write_json(args.json, {"path": args.path, "splits": found})
     for name in found:
-        print_report(name, found[name], args)
+        print_report(name, found[name], args.show)
     return int(any(row["error"] for split in found.values() for row in split["kinds"].values()))

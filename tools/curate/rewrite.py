@@ -1,25 +1,152 @@
 """
-Writing a data set to a new folder, in another layout: pictures and a list, TSV + JSONL, or tar shards.
+Writing a data set to a new folder: in another layout (pictures and a list, TSV + JSONL, or tar shards), with
+smaller pictures, or without the pairs that break a rule of python -m tools.curate filter (paper, sec. 2.2).
 """
 
+import argparse
 import base64
 import collections
+import functools
 import io
 import json
 import os
 import shutil
 import tarfile
 
+import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import write_json
+from eval import encode_images, encode_texts
 from sources.augment import as_rgb
-from sources.layouts import layout_of, open_pairs, splits_of
-from sources.pairs import DataError, Pairs, decode
-from tools.curate.rules import Rules, opened, take
+from sources.layouts import find, open_pairs, splits_of
+from sources.pairs import DataError, Pairs, SourceChanged, decode
+from tools.curate.check import digest, in_processes
 
+CHUNK = 256  # pictures that a process looks at before it reports
 SHARD = 10_000  # pairs in a shard, img2dataset's default
+
+# ------------------------------------------------------------------------------------------------------------
+# looking at pictures
+
+
+opened = functools.lru_cache(maxsize=1)(open_pairs)  # each process opens a split once
+
+
+def look(source: str, split: str, rows: range) -> list[tuple]:
+    """-> for each picture its shorter side, digest, difference hash, mean red, green and blue; zeros if it
+    is broken. The 64 bits of the hash say, of 9 x 8 cells, which are brighter than their right neighbours.
+    Another size, compression or small changes of colour leave nearly all bits as they are."""
+    pairs, found = opened(source, split), []
+    for row in rows:
+        try:
+            content = pairs.picture(row)
+            image = decode(content, pairs.place(row))
+            small = as_rgb(image).resize((9, 8), Image.Resampling.BOX)
+            cells = np.asarray(small.convert("L"), dtype=np.int16)
+            bits = np.packbits(cells[:, :-1] > cells[:, 1:])
+            colour = np.asarray(small).mean(axis=(0, 1)).astype(int).tolist()
+            found.append((min(image.size), digest(content), int.from_bytes(bits.tobytes(), "big"), *colour))
+        except SourceChanged:
+            raise
+        except (DataError, OSError, ValueError):  # the last two for modes that have no RGB, such as LAB
+            found.append((0, 0, 0, 0, 0, 0))
+    return found
+
+
+def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) -> np.ndarray:
+    """hashes [N], mean colours [N, 3] -> [N]: for each picture the first one that looks like it, itself if
+    none before it does. If two hashes differ in at most three bits, one of their four 16-bit words is equal,
+    so only those are compared. Flat pictures all have the hash 0, so the colours must be alike too."""
+    colours = colours.astype(np.int16)
+    first = np.arange(len(hashes))
+    for word in range(4):
+        key = (hashes >> np.uint64(16 * word)) & np.uint64(0xFFFF)
+        order = np.argsort(key, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
+            while len(group) > 1:
+                one, group = group[0], group[1:]
+                alike = np.bitwise_count(hashes[group] ^ hashes[one]) <= distance
+                alike &= (np.abs(colours[group] - colours[one]) <= 16).all(axis=1)
+                first[group[alike]] = np.minimum(first[group[alike]], one)
+                group = group[~alike]
+    return first
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the rules
+
+
+def read_words(path: str) -> tuple[str, ...]:
+    """The words of a file, one on each line; empty lines and lines that begin with # are left out."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
+
+
+def take(source: str, split: str, rules: argparse.Namespace | None, workers: int) -> tuple[list[int], dict]:
+    """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
+    The rules, the options of `filter`, apply in the order of `broken_rule`; then duplicates go, then low
+    scores. Without rules only what is broken goes."""
+    pairs, taken, kept = opened(source, split), collections.Counter(), []
+    count = pairs.image_count
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    found = in_processes(functools.partial(look, source, split), chunks, workers)
+    bar = tqdm(found, "looking at pictures", len(chunks), unit=f" x {CHUNK}", disable=None)
+    looked = np.array([row for part in bar for row in part], dtype=np.uint64)  # [pictures, 6]
+    for i in tqdm(range(len(pairs)), "reading captions", disable=None):
+        if rule := broken_rule(pairs, i, int(looked[pairs.image_number(i), 0]), rules):
+            taken[rule] += 1
+        else:
+            kept.append(i)
+    if rules and rules.duplicates != "none" and kept:  # among the pictures that are left
+        rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
+        if rules.duplicates == "exact":
+            _, first, same = np.unique(looked[rows, 1], return_index=True, return_inverse=True)
+            first = first[same]  # [pictures]: the first picture with the same bytes
+        else:
+            first = near_duplicates(looked[rows, 2], looked[rows, 3:])
+        stays = (first == np.arange(len(rows)))[place]
+        if not stays.all():
+            taken[f"{rules.duplicates} duplicate of another picture"] = int((~stays).sum())
+        kept = [i for i, stay in zip(kept, stays) if stay]
+    report = {"pairs": len(pairs)}
+    if rules and rules.clip and kept:
+        rows, place = np.unique([pairs.image_number(i) for i in kept], return_inverse=True)
+        images = encode_images(rules.clip, lambda k: pairs.image(int(rows[k])), len(rows))
+        texts = encode_texts(rules.clip, [pairs.caption(i) for i in kept])
+        scores = (images[place] * texts).sum(dim=1).cpu().numpy()  # [kept], cosines of picture and caption
+        report["scores"] = {f"{q}%": round(float(np.percentile(scores, q)), 4) for q in range(0, 101, 10)}
+        taken[f"score under {rules.min_score}"] = int((scores < rules.min_score).sum())
+        kept = [i for i, score in zip(kept, scores) if score >= rules.min_score]
+    return kept, report | {"taken": dict(taken), "kept": len(kept)}
+
+
+def broken_rule(pairs: Pairs, i: int, side: int, rules: argparse.Namespace | None) -> str:
+    """The first rule that training pair number i breaks, "" if it breaks none. `side` is the shorter side of
+    its picture, 0 if that is broken."""
+    try:
+        caption = pairs.caption(i)
+        caption.encode()
+    except SourceChanged:
+        raise
+    except (DataError, UnicodeEncodeError):  # half a surrogate pair, from broken JSON
+        return "caption is no text"
+    if not side:
+        return "picture cannot be decoded"
+    for wrong, rule in () if rules is None else (
+            (len(caption) < rules.min_chars, f"fewer than {rules.min_chars} characters"),
+            (len(caption) > rules.max_chars, f"more than {rules.max_chars} characters"),
+            (any(word in caption for word in rules.words), "a word of the list"),
+            (side < rules.min_side, f"picture under {rules.min_side} pixels")):
+        if wrong:
+            return rule
+    return ""
+
 
 # ------------------------------------------------------------------------------------------------------------
 # writing a split
@@ -80,10 +207,11 @@ def ending(picture: bytes) -> str:
     return {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}.get(kind, kind.lower())
 
 
-def resized(picture: bytes, side: int) -> bytes:
-    """The picture as an upright JPEG whose shorter side has `side` pixels; a smaller picture stays as it is.
-    The aspect ratio stays, so that training can still crop before it squashes."""
-    if min(Image.open(io.BytesIO(picture)).size) <= side:
+def resized(pairs: Pairs, side: int, row: int) -> bytes:
+    """Picture number `row` as an upright JPEG whose shorter side has `side` pixels; a smaller one stays as it
+    is, and so does any if `side` is 0. The aspect ratio stays: training can still crop before it squashes."""
+    picture = pairs.picture(row)
+    if side < 1 or min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
     image = ImageOps.exif_transpose(decode(picture, "", side))
     scale = side / min(image.size)
@@ -97,21 +225,21 @@ def resized(picture: bytes, side: int) -> bytes:
 # every split
 
 
-def rewrite(source: str, out: str, layout: str, workers: int, chosen: str = "", rules: Rules = Rules(),
+def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Namespace | None = None,
             resize: int = 0):
-    """Writes every split of a source to a new folder: from the split `chosen` what the rules leave, from the
-    others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL, because a
-    caption of a shard has one picture only."""
+    """Writes every split of a source to a new folder: from the split `rules.split` what the rules leave, from
+    the others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL,
+    because a caption of a shard has one picture only."""
     out = os.path.normpath(out)
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
     splits = splits_of(source)
     if not splits:
         open_pairs(source, "train")  # raises a DataError that says what is missing
-    if layout_of(source, splits[0]) == "scenes":
+    if find(source, splits[0])[0] == "scenes":
         raise DataError(f"{source}: drawn as they are asked for; there is nothing to write")
-    if chosen and chosen not in splits:
-        raise DataError(f"{source}: no split {chosen!r} in it; it has {', '.join(splits)}")
+    if rules and rules.split not in splits:
+        raise DataError(f"{source}: no split {rules.split!r} in it; it has {', '.join(splits)}")
     partial, reports = f"{out}.partial", {}
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -125,27 +253,20 @@ def rewrite(source: str, out: str, layout: str, workers: int, chosen: str = "", 
                 print(f"{split} is left out: {error}")  # MUGE's test split has no answers
                 continue
 
-            def picture(row: int, pairs: Pairs = pairs) -> bytes:
-                return resized(pairs.picture(row), resize) if resize else pairs.picture(row)
-
-            rules_here = rules if split == chosen else Rules()
-            kept, reports[split] = take(source, split, rules_here, workers)
-            print_report(split, reports[split])
+            kept, report = take(source, split, rules if rules and split == rules.split else None, workers)
+            print(f"{split}: {report['pairs']:,} pairs")
+            for rule, count in [*report["taken"].items(), ("stay", len(kept))]:
+                print(f"   {count:>9,}  {rule}")
+            if "scores" in report:
+                scores = ", ".join(f"{q} {score:.2f}" for q, score in report["scores"].items())
+                print(f"   scores, percentiles: {scores}")
             if not kept:
                 raise DataError(f"{source}: no pair of {split} stays; the rules above took them")
             write = WRITERS["official" if split != "train" and layout == "shards" else layout]
-            write(partial, split, pairs, kept, picture)
+            write(partial, split, pairs, kept, functools.partial(resized, pairs, resize))
+            reports[split] = report
         write_json(os.path.join(partial, "report.json"), reports)
         os.rename(partial, out)
     finally:  # nothing half-written is left
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: {sum(report['kept'] for report in reports.values()):,} pairs")
-
-
-def print_report(split: str, report: dict):
-    print(f"{split}: {report['pairs']:,} pairs")
-    for rule, count in report["taken"].items():
-        print(f"   {count:>9,}  {rule}")
-    print(f"   {report['kept']:>9,}  stay")
-    if "scores" in report:
-        print("   scores, percentiles: " + ", ".join(f"{q} {s:.2f}" for q, s in report["scores"].items()))
