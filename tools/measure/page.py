@@ -23,7 +23,7 @@ img.matrix { height: 440px; border: 1px solid #888; image-rendering: pixelated }
 
 
 def write_retrieval(path: str, title: str, table: str, pairs: Pairs, text_features, image_features, ranks):
-    """Unit features [N_text, E] and [N_image, E], and their `eval.places`. Each of the worst captions is shown
+    """Unit features [N_text, E] and [N_image, E], and their `eval.places`. Each of the worst captions stands
     with its best right picture (green) and the nearest of those that came before it."""
     text_ranks, image_ranks = ranks
     worst = text_ranks.topk(min(WORST, int((text_ranks > 0).sum()))).indices
