@@ -99,7 +99,7 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    return sum_over_ranks(x) / world_size()  # gloo has no mean
+    return sum_over_ranks(x) / world_size()  # x becomes the sum, as gloo has no mean
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from sources.pairs import DataError, Pairs, SourceChanged
 
 # ------------------------------------------------------------------------------------------------------------
 # captions to ids, in the three steps of BERT's tokenizer (Devlin et al., 2019):
-#     1. clean         "Hello, 世界"          ->  "hello,  世  界 "
-#     2. separate      "hello,  世  界 "      ->  "hello ,   世  界 ", which has four words
-#     3. WordPiece     hello | , | 世 | 界    ->  8701 | 117 | 686 | 4518
+#     1. lower, clean  "Hello, 世界"          ->  "hello,  世  界 "
+#     2. separate      "hello,  世  界 "       ->  "hello ,   世  界 ", which has four words
+#     3. WordPiece     hello | , | 世 | 界     ->  8701 | 117 | 686 | 4518
 
 VOCAB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "vocab.txt")  # of Chinese BERT
 CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
@@ -139,7 +139,7 @@ def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 # pairs to batches
 
-DRAFT = 1.12  # Decode at this many times S: a crop may keep only 0.9 of a side, and 1 / 0.9 = 1.11.
+DRAFT = 1.12  # A picture is decoded with at least 1.12 S pixels a side; augment's crops keep 0.9 or more.
 
 
 class Sample(NamedTuple):
@@ -188,7 +188,7 @@ class Stream(torch.utils.data.Dataset):
             try:
                 picture, caption = self.pair(index, position)
                 return Sample(picture, caption, self.keys(index, caption), problems)
-            except SourceChanged:
+            except SourceChanged:  # the file was replaced during the run
                 raise
             except DataError as error:
                 problems.append(str(error))

@@ -66,8 +66,9 @@ def contrastive_loss(
     is the loss.
 
     image_features, text_features: [b, E], unit norm, row i of one belongs to row i of the other. logit_scale:
-    scalar, the factor exp(t), at most 100 (paper, table 8). keys: None, or [b, 2], a number for the image and
-    one for the caption of each pair. Pairs that share a number are then not negatives, see `positives`."""
+    scalar, the factor exp(t), at most 100 (Chinese CLIP, table 8). keys: None, or [b, 2], a number for the
+    image and one for the caption of each pair. Pairs that share a number are then not negatives, see
+    `positives`."""
     logits_per_image = logit_scale * image_features @ gather(text_features).T  # [b, B]
     logits_per_text = logit_scale * text_features @ gather(image_features).T  # [b, B]
     labels, floor = own_rows(image_features), 0.0  # [b], for each row the number of its right column

@@ -45,7 +45,7 @@ RBT3, BASE, LARGE = BertConfig(layers=3), BertConfig(), BertConfig(layers=24, wi
 MINI = BertConfig(2, 128, 4, dropout=0.0)
 
 # Paper, tables 1, 6 and 7. Table 6 says 24 text heads for ViT-H-14, but the released weights use 16 (head
-# width 64). The rows after it are for the demo and the tests, and have no released weights.
+# width 64). The rows after ViT-H-14 are for the demo and the tests, without released weights.
 MODELS: dict[str, ModelConfig] = {
     "RN50": ModelConfig(1024, ResNetConfig(224, width=64, blocks=(3, 4, 6, 3), heads=32), RBT3),
     "ViT-B-32": ModelConfig(512, ViTConfig(224, 32, width=768, layers=12), BASE),

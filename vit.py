@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, n: int | None = None) -> torch.Tensor:
-        """x [B, T, D] -> [B, n, D]: the first n tokens (all if None) attend to all T tokens."""
+        """x [B, T, D] -> [B, n, D]: the first n tokens (all if None, see Transformer) attend to all T."""
         B, T, D = x.shape
         w_q, w_kv = self.in_proj_weight.split([D, 2 * D])
         b_q, b_kv = self.in_proj_bias.split([D, 2 * D])
