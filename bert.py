@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PAD_ID = 0  # line 1 of vocab.txt
+PAD_ID = 0  # line 1 of assets/vocab.txt
 LAYER_NORM_EPS = 1e-12  # BERT's; PyTorch's default is 1e-5
 
 

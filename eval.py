@@ -30,7 +30,6 @@ from data import squash, to_pixels, tokenize
 from sources.classes import open_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, ahead, open_image
-from weights.download import RELEASED
 
 KS = (1, 5, 10)
 TILE = 1024  # The scores of 1024 x 1024 pairs take 4 MB, which fits into the cache of a core.
@@ -218,9 +217,9 @@ def command_flags(data: str) -> argparse.ArgumentParser:
     """The flags of every command, and those of a command whose data are "pairs" or "classes"."""
     flags = argparse.ArgumentParser(add_help=False)
     add = flags.add_argument
-    add("--model", required=True, help="a weights file, or one of " + ", ".join(RELEASED))
+    add("--model", required=True, help="a weights file, or one of " + ", ".join(model.available_models()))
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights (default: float32)")
     add("--out", default="", type=file_name, metavar="FILE", help="also write the result to this JSON file")
     if data == "pairs":
         add("--data", required=True, help="what train.py --data takes, such as a folder of pairs")

@@ -145,7 +145,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     # 4. the loop
     log = report.Log(cfg, total, step, history)
-    save = stop = False  # what the end of a step asks for, the top of the next turn does
+    save = stop = False  # set at the end of a step, acted on at the start of the next
     with checkpoints:
         loader = start_workers(data.batches(
             stream, cfg.batch_size, range(step, total), cfg.context_length, loader_processes(cfg, device),

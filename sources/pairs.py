@@ -41,7 +41,7 @@ BROKEN = (  # what Pillow and tarfile raise on damaged files, beside the errors 
 
 class DataError(UserError):
     """Data that is not what it should be. The message is one line that names the file, the line or key, what
-    was expected and what to do. `kind` is the name of the fault in tools/curate/check.py, if it has one."""
+    was expected and what to do. `kind` names the fault, for those who count faults."""
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)

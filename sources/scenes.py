@@ -368,7 +368,8 @@ class ScenePairs(Pairs):
         return pair(self.world, self.split, self.numbers[i])
 
     def fingerprint(self) -> str:
-        raise DataError(f"scenes-{self.world}: drawn as they are asked for; there is nothing to cache")
+        raise DataError(f"scenes-{self.world}: these scenes are drawn on demand, so there are no files whose "
+                        "features could be kept")
 
 
 @functools.cache  # training opens the set again for each of its stages

@@ -19,7 +19,7 @@ ARROWS = {
     "data": {"sources", "common"},
     "weights": {"vit", "bert", "resnet", "common"},
     "model": {"vit", "bert", "resnet", "data", "weights", "sources", "common"},
-    "eval": {"model", "data", "sources", "weights", "common"},
+    "eval": {"model", "data", "sources", "common"},
     "training": {"eval", "model", "data", "loss", "sources", "weights", "common"},
     "train": {"training", "eval", "model", "data", "loss", "sources", "weights", "common"},
 }

@@ -91,22 +91,22 @@ def fetch(name: str, root: str = "") -> str:
 def fetch_part(url: str, path: str):
     """Download `url` to path.part in as many requests as it takes, and rename it once its checksum is
     right."""
-    part, tries, furthest, sha256 = path + ".part", 0, size(path + ".part"), None
+    part, tries, furthest, sha256 = path + ".part", 0, size_of(path + ".part"), None
     while sha256 is None:
         try:
             sha256 = transfer(url, part)
         except (requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:
-            tries = 1 if size(part) > furthest else tries + 1
-            furthest = max(furthest, size(part))
+            tries = 1 if size_of(part) > furthest else tries + 1
+            furthest = max(furthest, size_of(part))
             reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]  # the innermost error
             if tries >= TRIES:
                 raise WeightsError(
-                    f"{url}: nothing came in {TRIES} tries ({reason}); {size(part):,} bytes are kept, and "
+                    f"{url}: nothing came in {TRIES} tries ({reason}); {size_of(part):,} bytes are kept, and "
                     "the same command continues. If this machine is offline, put the file yourself at "
                     f"{path}; behind a firewall, set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
             pause = 2 ** (tries - 1)
-            print(f"{reason}; next try in {pause} s, from byte {size(part):,}", file=sys.stderr)
+            print(f"{reason}; next try in {pause} s, from byte {size_of(part):,}", file=sys.stderr)
             time.sleep(pause)
     if not sha256:
         print(f"{url}: its host publishes no SHA-256, so the file is not checked", file=sys.stderr)
@@ -123,7 +123,7 @@ def fetch_part(url: str, path: str):
 def transfer(url: str, part: str) -> str:
     """Append to `part` by one request -> the SHA-256 that the host publishes, or "". ConnectionError of
     requests if another request may bring more."""
-    have = size(part)
+    have = size_of(part)
     # identity: no compression on the way, so that lengths and ranges are those of the file
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -161,5 +161,5 @@ def published_sha256(url: str, response: requests.Response) -> str:
     return ""
 
 
-def size(path: str) -> int:
+def size_of(path: str) -> int:
     return os.path.getsize(path) if os.path.isfile(path) else 0

@@ -45,8 +45,8 @@ TRANSPOSED = ("visual.proj", "text_projection")
 
 
 def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The names of a ChineseCLIPModel -> ours. Of a CLIPModel it renames the image tower correctly; the text
-    tower is not a BERT, and nobody uses it here."""
+    """The names of a ChineseCLIPModel -> ours. For a CLIPModel only the names of the image tower come out
+    right; its text tower is not a BERT, and nobody uses it here."""
     renamed = {}
     for key, value in state.items():
         for ours, theirs in HUGGING_FACE:

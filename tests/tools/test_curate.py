@@ -233,7 +233,7 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path):
                      "--workers", "0"])
     with pytest.raises(DataError, match="'trian'"):
         curate.main(["filter", source, str(tmp_path / "out"), "--split", "trian", "--workers", "0"])
-    with pytest.raises(DataError, match="nothing to write"):
+    with pytest.raises(DataError, match="no files to rewrite"):
         curate.main(["pack", "scenes-zh", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

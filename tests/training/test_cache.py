@@ -166,7 +166,7 @@ def test_the_header_names_the_precision(pairs, tmp_path, monkeypatch):
 
 
 def test_drawn_scenes_have_nothing_to_cache(tmp_path):
-    with pytest.raises(DataError, match="nothing to cache"):
+    with pytest.raises(DataError, match="no files whose"):
         opened(tmp_path, layouts.open_pairs("scenes-zh", "train"))
 
 

@@ -31,6 +31,7 @@ from sources.pairs import (
     BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture,
     require)
 from sources.shards import caption_in, is_file, members, sample_of
+from weights.download import size_of
 
 CAP = 1000  # places that are kept of each kind; all of them are counted
 TSV_PIECE, TEXT_PIECE = 2**22, 2**20  # bytes
@@ -176,10 +177,6 @@ def pieces_of(split: str, layout: str, files: list[str], args: argparse.Namespac
         for path, (check, size) in zip(files, checks):
             for start in range(0, max(1, size_of(path)), size):
                 yield Piece(check, split, path, args, min(size, size_of(path) - start), start)
-
-
-def size_of(file: str) -> int:
-    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def work(piece: Piece) -> Piece:

@@ -237,7 +237,7 @@ def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Na
     if not splits:
         open_pairs(source, "train")  # raises a DataError that says what is missing
     if find(source, splits[0])[0] == "scenes":
-        raise DataError(f"{source}: drawn as they are asked for; there is nothing to write")
+        raise DataError(f"{source}: these scenes are drawn on demand, so there are no files to rewrite")
     if rules and rules.split not in splits:
         raise DataError(f"{source}: no split {rules.split!r} in it; it has {', '.join(splits)}")
     partial, reports = f"{out}.partial", {}

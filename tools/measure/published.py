@@ -35,8 +35,9 @@ def places_of(*tables: str) -> dict[str, tuple[str, str]]:
 
 def figures_for(published: str, name: str, path: str, tables: tuple[str, ...]) -> tuple[str, str, str]:
     """The (table, data set, setup) to compare with: what `published` says, such as "MUGE finetune", or for a
-    released model of this name the zero-shot figures of what the data at `path` are called. Otherwise the
-    table is "", because other weights may be finetuned or not. DataError if `published` is wrong."""
+    released model of this name the zero-shot figures of the data set that is named like the folder at `path`.
+    Otherwise the table is "", because other weights may be finetuned or not. DataError if `published` is
+    wrong."""
     wanted, _, setup = published.rpartition(" ")
     places = places_of(*tables)
     if published and (bare_name(wanted) not in places or setup not in SETUPS):
