@@ -40,8 +40,8 @@ def average_batchnorm(clip: model.ChineseCLIP):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# workers. Ctrl-C and SIGTERM reach every process, but the training process alone answers them: it finishes its
-# step, for which it needs its workers, saves, and then ends the workers itself.
+# workers. Ctrl-C and SIGTERM reach every process, but the training process alone answers them: it finishes
+# its step, for which it needs its workers, saves, and then ends the workers itself.
 
 
 def start_workers(loader: torch.utils.data.DataLoader):

@@ -151,7 +151,7 @@ def nan_in(path):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda path: os.truncate(path, 10_000), "not a checkpoint of ours"),
-    (nan_in, "text_projection is not finite"),
+    (nan_in, "its numbers are not all finite"),
     (os.remove, ""),
 ])
 def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, words, pairs, tmp_path, capsys):
@@ -240,6 +240,6 @@ def test_out_may_move_with_its_acts(pairs, tmp_path):
 def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
     argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(argv) is None
-    message = "checkpoint.pt was made with --lr 0.001, this command says 0.5"
+    message = "checkpoint.pt was made with lr = 0.001, this command with 0.5"
     with pytest.raises(ConfigError, match=message):
         train.main([*argv, "--lr", "0.5"])
