@@ -99,7 +99,8 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
 def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimizer:
     """AdamW with the numbers of table 8, which differ between ResNet and ViT."""
     beta2, eps = (0.999, 1e-8) if isinstance(clip.visual, model.ModifiedResNet) else (0.98, 1e-6)
-    return torch.optim.AdamW(param_groups(clip, cfg.weight_decay), betas=(0.9, beta2), eps=eps, fused=True)
+    groups = param_groups(clip, cfg.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """
-The frozen image tower's features, computed once. In stage 1 the image tower never changes, and encoding the
-same pictures again at every epoch would be nearly all of the work: ViT-B/16 costs 35 GFLOP a picture, its
-text tower in training 6 for a caption of ten characters.
+The frozen image tower's features, computed once. In stage 1, encoding the same pictures at every epoch would
+be nearly all of the work: ViT-B/16 costs 35 GFLOP for a picture, its text tower in training 6 for a caption.
 
 --cache-features K encodes K views (K random crops) of every picture before the first step and keeps them as
 float16 in out/ACT/features.f16, [K, pictures, E]. Epoch e reads view e % K. features.json beside it says what

@@ -94,8 +94,7 @@ def same_buffers(module: torch.nn.Module):
 
 def choose_chunks(cfg: Config, clip: model.ChineseCLIP, before: int) -> tuple[int, int]:
     """-> (pairs of a chunk, number of chunks) of this process's share of a batch. A chunk has --chunk-size
-    pairs, or as many as in the run that is continued (`before`; 0: none), or as many as fit into the memory
-    that is free; then the share is cut into equal chunks."""
+    pairs, or as many as in the run that is continued (`before`; 0: none), or as many as fit into memory."""
     share = cfg.batch_size // world_size()
     size = cfg.chunk_size or before
     if not size:
@@ -120,8 +119,7 @@ def compile_towers(cfg: Config, clip: model.ChineseCLIP, chunk_size: int):
 
 
 def trial(cfg: Config, clip: model.ChineseCLIP, most: int):
-    """-> a function: n -> the features of n of `most` pairs, black pictures of full size with the longest
-    captions."""
+    """-> a function: n -> the features of n pairs, black pictures with the longest captions; n <= most."""
     device, size = clip.logit_scale.device, clip.config.visual.resolution
     shape = (clip.config.embed_dim,) if cfg.cache_features else (3, size, size)
     pictures, ids = torch.zeros(most, *shape, device=device), torch.ones(most, cfg.context_length).long()

@@ -86,14 +86,13 @@ class Config:
 
 
 def warmup_steps(cfg: Config, total: int) -> int:
-    """The warm-up that was asked for, or a tenth of the run if that would be more than half of it."""
+    """--warmup, or a tenth of the run if that would be more than half of it."""
     return cfg.warmup if cfg.warmup <= total / 2 else max(1, total // 10)
 
 
 def schedule(cfg: Config, pairs: int) -> tuple[int, int, int]:
     """-> (steps of a run on so many pairs, steps between measurements of recall, between checkpoints). An
-    epoch is whole batches, the last one filled with pairs of the next epoch, as in the official code and so
-    in table 9. DataError if there are no pairs."""
+    epoch is whole batches, as in the official code and so in table 9. DataError if there are no pairs."""
     if not pairs:
         raise DataError(f"{cfg.data}: no training pairs; `python -m tools.curate check {cfg.data}` says why")
     total = cfg.steps or math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size))
@@ -174,11 +173,9 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
         print(f"--recipe {recipe}: the paper has no numbers for {name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
-        return {
-            "english": DEMO | dict(data="scenes-en", steps=300),
-            "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, warmup=15),
-            "stage2": DEMO | dict(init="@stage1", steps=500),
-        }
+        return {"english": DEMO | dict(data="scenes-en", steps=300),
+                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, warmup=15),
+                "stage2": DEMO | dict(init="@stage1", steps=500)}
     if recipe == "compare":  # every way of training sees the same number of Chinese pairs, 650 batches
         acts = acts_of("demo", name)
         return {"english": acts.pop("english"), "scratch": DEMO | dict(steps=650),
@@ -227,20 +224,19 @@ def resolve_start(start: str, out: str) -> str:
 
 def parse(argv: list[str] | None) -> dict[str, Config]:
     """Command line -> {act: Config}. ConfigError or SystemExit if it is wrong."""
-    recipes = [f"  {name:14}{text}; needs {', or '.join(' '.join(map(as_flag, group)) for group in groups) or 'nothing'}"
-               for name, (text, groups) in RECIPES.items()]
+    needs = {name: ", or ".join(" ".join(map(as_flag, group)) for group in groups) or "nothing"
+             for name, (_, groups) in RECIPES.items()}
     parser = argparse.ArgumentParser(
         "train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a Chinese CLIP. Without flags: the demo, a few minutes on two CPU cores.",
-        epilog="\n".join(["recipes:", *recipes]))
+        epilog="recipes:\n" + "\n".join(
+            f"  {name:14}{text}; needs {needs[name]}" for name, (text, _) in RECIPES.items()))
     parser.add_argument("--recipe", default="demo", choices=RECIPES, metavar="NAME",
                         help="fills in the flags below; any that you give wins (default: demo)")
     for f in dataclasses.fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in ("", False) else "")
-        kind = dict(type=f.type, choices=f.metadata["choices"],
-                    metavar={str: "TEXT", int: "N", float: "X"}.get(f.type))
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=f.metadata["choices"], metavar={str: "TEXT", int: "N", float: "X"}[f.type])
         parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe")

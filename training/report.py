@@ -1,8 +1,7 @@
 """
 What a run says: its settings before the first step, a line now and then, and at its end a table, a curve of
-recall and, for the demo, zero-shot classification and a contact sheet of Chinese queries with the pictures
-they retrieve. Pictures are drawn with Pillow; assets/font.ttf is a subset of Noto Sans SC (see LICENSE) with
-the characters of sources/scenes.py, because many machines have no Chinese font.
+recall and, for the demo, zero-shot classification and a contact sheet. assets/font.ttf is a subset of Noto
+Sans SC (see LICENSE) with the characters of sources/scenes.py: many machines have no Chinese font.
 """
 
 import contextlib
@@ -193,8 +192,7 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
 
 
 def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """A PNG with a row for every query: the pictures that it retrieves, best first; the right one has a green
-    frame."""
+    """A PNG with a row for every query: the pictures that it retrieves, with a green frame if right."""
     thumb, gap, text = 128, 12, 30
     width = max(len(images) for _, images in rows) * (thumb + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
@@ -260,8 +258,7 @@ def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float
 
 
 def look_at_scenes(folder: str, path: str):
-    """Zero-shot classification in the Chinese world, by colour and by kind, and a contact sheet of retrieval,
-    with the weights at `path`."""
+    """Zero-shot classification of scenes and a contact sheet of retrieval, with the weights at `path`."""
     clip, _ = model.load(path)
     kinds, colours = scenes.kind_names("zh"), scenes.colour_names("zh")
     pictures, kind_labels, colour_labels = zip(*(

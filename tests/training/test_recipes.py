@@ -39,7 +39,8 @@ def test_warm_up_and_steps_are_table_9s(name, data_set):
     cfg = parse(["--recipe", data_set, "--model", name, *TUNED])[data_set]
     total = recipes.schedule(cfg, PAIRS[data_set])[0]
     assert total == cfg.epochs * math.ceil(PAIRS[data_set] / cfg.batch_size)
-    assert recipes.warmup_steps(cfg, total) == cfg.warmup == recipes.TABLE_9[name][recipes.DATA_SETS.index(data_set)][3]
+    row = recipes.TABLE_9[name][recipes.DATA_SETS.index(data_set)]
+    assert recipes.warmup_steps(cfg, total) == cfg.warmup == row[3]
 
 
 def test_stage_2_of_vit_h_keeps_its_warm_up():
