@@ -166,10 +166,6 @@ class Checkpoints:
         return save or stop, stop
 
 
-# ------------------------------------------------------------------------------------------------------------
-# parts
-
-
 def read(path: str) -> dict:
     """A checkpoint. Its tensors are mapped from the file, so that the processes of a machine share one copy.
     WeightsError if it cannot be used."""

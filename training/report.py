@@ -60,16 +60,16 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
     say(f"warm-up {warmup:,} steps{why}")
     shared, floor = repeats(stream, B, max(1, min(8, 8192 // B))) if rank() == 0 else (0, 0)
+    advice = f" and keep the loss above {floor:.3f}: --targets multi"
     say(f"loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
-        + (f"with another and keep the loss above {floor:.3f}: --targets multi"
-           if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
+        "with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
 
 
-def repeats(stream: data.Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
+def repeats(stream: data.Stream, batch_size: int, batches: int) -> tuple[float, float]:
     """-> (the share of pairs whose picture or caption another pair of the batch has, the lowest loss that
     one-hot targets then allow), each a mean over a run's first batches. n equal captions get the same
     probabilities, so each gets at most 1/n, which costs ln n."""
-    found = [(0.0, 0.0)]  # in case that no pair can be read
+    found = [(0.0, 0.0)]  # adds nothing to the sums, but there are sums if no pair can be read
     for step in range(batches):
         first, keys = data.first_position(step, batch_size, len(stream.pairs)), []
         for index in map(stream.index, range(first, first + batch_size)):
@@ -99,9 +99,8 @@ class Log:
         if rank() == 0:
             path, kept = os.path.join(cfg.out, "log.jsonl"), []
             if history and os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    whole = [line for line in file if line.endswith("}\n")]
-                    kept = [line for line in whole if json.loads(line)["step"] <= step]
+                with open(path, encoding="utf-8") as log:
+                    kept = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= step]
             replace_text(path, "".join(kept))
             self.file = open(path, "a", encoding="utf-8")
 
@@ -192,7 +191,7 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
 
 
 def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """A PNG with a row for every query: the pictures that it retrieves, with a green frame if right."""
+    """A PNG with a row for every query: the pictures that it retrieves. The right one has a green frame."""
     thumb, gap, text = 128, 12, 30
     width = max(len(images) for _, images in rows) * (thumb + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
