@@ -29,7 +29,7 @@ import torch
 
 import data
 import model
-from common import join_processes, leave_processes, one_line_errors, rank, world_size
+from common import join_processes, leave_processes, mean_over_ranks, one_line_errors, rank, world_size
 from eval import retrieval
 from loss import contrastive_loss
 from sources.layouts import open_pairs
@@ -38,7 +38,7 @@ from training.cache import cached_stream
 from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, make_chunks)
-from training.distill import distillation_loss, teach
+from training.distill import distillation_loss, teacher_features
 from training.processes import average_batchnorm, distribute, start_workers
 from training.recipes import (
     Config, loader_processes, parse, resolve_start, schedule, warmup_steps)
@@ -99,9 +99,8 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
 def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimizer:
     """AdamW with the numbers of table 8, which differ between ResNet and ViT."""
     beta2, eps = (0.999, 1e-8) if isinstance(clip.visual, model.ModifiedResNet) else (0.98, 1e-6)
-    betas = (0.9, cfg.beta2 or beta2)
-    return torch.optim.AdamW(
-        param_groups(clip, cfg.weight_decay), betas=betas, eps=cfg.eps or eps, fused=True)
+    groups = param_groups(clip, cfg.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def train(act: str, cfg: Config) -> list[dict]:
                 recall = retrieval(clip.eval(), valid, cfg.context_length)
                 history.append({"step": step, "samples": step * cfg.batch_size} | recall)
                 log.measurement(history, clip)  # keeps the weights, if they are the best so far
-                save, stop = True, checkpoints.asked()[1]  # a signal may have come meanwhile
+                save, stop = checkpoints.asked(scheduled=True)  # a signal may have come meanwhile
             if save:
                 checkpoints.save(clip, optimizer, scaler, step, history, chunk_size)
             if stop:
@@ -177,7 +176,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             features = forward(chunks[0]) if chunk_count == 1 else features_in_chunks(forward, towers, chunks)
             loss = tiled_loss(*features, keys) if in_tiles else contrastive_loss(*features, keys)
             if teacher:
-                loss = loss + cfg.distill * distillation_loss(*features, teach(teacher, chunks, device))
+                loss = loss + cfg.distill * distillation_loss(*features, teacher_features(teacher, chunks))
             scaler.scale(loss).backward()
             if chunk_count > 1:  # that backward pass ended at the features; this one goes on into the towers
                 backward_in_chunks(forward, towers, chunks, features)
@@ -190,10 +189,10 @@ def train(act: str, cfg: Config) -> list[dict]:
             # log lines, and before anything is saved a check that all is finite
             log.skipped(parts)
             scheduled = step == total or step % save_every == 0 or step % eval_every == 0
-            save, stop = checkpoints.asked()
-            save = save or scheduled
+            save, stop = checkpoints.asked(scheduled)
             if save or step % cfg.log_every == 0:
-                mean_loss = check_finite(cfg, step, loss.detach(), clip, chunks[0])
+                mean_loss = mean_over_ranks(loss.detach()).item()
+                check_finite(cfg, step, mean_loss, clip, chunks[0])
             if scheduled or step % cfg.log_every == 0:
                 log.step(step, mean_loss, features, clip, optimizer)
     log.end(history, clip)

@@ -6,8 +6,7 @@ Checkpoints: everything that a run needs to continue bit for bit after a kill, a
 
 Order, augmentation and dropout are functions of (seed, step, rank), so the number of the step stands for the
 place in the data and for the state of all random numbers. A checkpoint is written on schedule, after
---save-minutes, and when SIGTERM (from a scheduler) or Ctrl-C asks the run to stop. Weights that are not
-finite are never written: they would end every run that starts from them.
+--save-minutes, and when SIGTERM (from a scheduler) or Ctrl-C asks the run to stop.
 """
 
 import dataclasses
@@ -23,13 +22,16 @@ import torch.distributed as dist
 
 import data
 import model
-from common import mean_over_ranks, rank, replace, sum_over_ranks, wait_for_all, world_size
+from common import rank, replace, sum_over_ranks, wait_for_all, world_size
 from sources.pairs import DataError
 from training.chunks import Chunk, balanced
+from training.processes import SIGNALS
 from training.recipes import Config, ConfigError
 from weights.read import WeightsError
 
-FREE_FLAGS = ("out", "device", "workers", "log_every", "save_minutes")  # the result does not depend on these
+NAMES = ("checkpoint.pt", "checkpoint.previous.pt")
+FREE = ("out", "device", "workers", "log_every", "save_minutes")  # the result does not depend on these
+INEXACT = ("chunk_size", "grad_checkpointing", "compile", "processes")  # it does, but the run may go on
 
 
 class Stopped(Exception):
@@ -38,8 +40,7 @@ class Stopped(Exception):
 
 def paths(folder: str) -> list[str]:
     """The checkpoints in a run's folder, newest first."""
-    both = (os.path.join(folder, name) for name in ("checkpoint.pt", "checkpoint.previous.pt"))
-    return [path for path in both if os.path.isfile(path)]
+    return [path for name in NAMES if os.path.isfile(path := os.path.join(folder, name))]
 
 
 class Checkpoints:
@@ -50,18 +51,15 @@ class Checkpoints:
     def __init__(self, cfg: Config, pairs: int):
         self.cfg, self.pairs = cfg, pairs
         os.makedirs(cfg.out, exist_ok=True)
-        self.newest, self.previous = (os.path.join(cfg.out, name)
-                                      for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+        self.newest, self.previous = (os.path.join(cfg.out, name) for name in NAMES)
         self.newest_is_good = False  # if so, it becomes the previous one when another is written
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.saved, self.signalled, self.number = time.monotonic(), 0.0, 0
 
-    # -- going on
-
     def load(self, clip, optimizer, scaler) -> tuple[int, list[dict], int]:
         """-> (step, history, chunk size) to continue from; (0, [], 0) for a new run. If the newest checkpoint
-        cannot be used, the previous one is. WeightsError if neither can. ConfigError if they belong to
-        another command or to another number of training pairs, or if the ranks see different ones."""
+        cannot be used, the previous one is; WeightsError if neither can. ConfigError if it belongs to another
+        command or another number of training pairs, or if the ranks see different ones."""
         found, unusable = (0, [], 0), None
         for path in paths(self.cfg.out):
             try:
@@ -83,33 +81,30 @@ class Checkpoints:
         else:
             if unusable:
                 raise WeightsError(f"{unusable}; delete it to start anew")
-        check_same_step(found[0], clip.logit_scale.device)
+        wait_for_all()  # one node may have had an index to build, or a model to fetch
+        steps = [found[0]] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(steps, found[0])
+        if len(set(steps)) > 1:  # they would train on different data, and hang
+            raise ConfigError("--out: the processes see different checkpoints; all nodes must share it")
         return found
 
     def check_command(self, saved: dict, path: str):
         """ConfigError if the checkpoint was made by another command or on other data. Prints what prevents
         the run from continuing bit for bit."""
-        for f in dataclasses.fields(self.cfg):
-            before, now = saved["flags"].get(f.name, f.default), getattr(self.cfg, f.name)
-            if f.name in FREE_FLAGS or before == now:
+        before = saved["flags"] | {"pairs": saved["pairs"], "processes": saved["world_size"]}
+        now = dataclasses.asdict(self.cfg) | {"pairs": self.pairs, "processes": world_size()}
+        share, size = max(1, self.cfg.batch_size // saved["world_size"]), self.cfg.chunk_size
+        if size == 0 or before["chunk_size"] == balanced(min(size, share), share):
+            now["chunk_size"] = before["chunk_size"]  # 0 would go by the memory that is free today
+        for name, value in now.items():
+            if name in FREE or before.get(name, value) == value:
                 continue
-            share = self.cfg.batch_size // saved["world_size"]
-            if f.name == "chunk_size" and (now == 0 or before == balanced(min(now, share), share)):
-                continue  # 0 would go by the memory that is free today
-            flag = f"--{f.name.replace('_', '-')}"
-            if f.name not in ("chunk_size", "grad_checkpointing", "compile"):
-                raise ConfigError(
-                    f"{path} was made with {flag} {before}, this command says {now}; "
-                    "repeat the first command to go on, or name another --out to start anew")
-            print(f"   {path} was made with {flag} {before}: goes on, but not bit for bit")
-        if saved.get("pairs", self.pairs) != self.pairs:
-            raise ConfigError(
-                f"{path} was made on {saved['pairs']:,} training pairs, {self.cfg.data} has {self.pairs:,} "
-                "now, in another order; put the data back, or name another --out to start anew")
-        if saved["world_size"] != world_size():
-            print(f"   {path} was made by {saved['world_size']} processes: goes on, but not bit for bit")
-
-    # -- saving
+            made = f"{path} was made with {name} = {before[name]}, this command with {value}"
+            if name not in INEXACT:
+                raise ConfigError(f"{made}; repeat the first command on the same pairs to go on, or name "
+                                  "another --out to start anew")
+            print(f"   {made}: goes on, but not bit for bit")
 
     def save(self, clip, optimizer, scaler, step: int, history: list[dict], chunk_size: int):
         """Save everything that the rest of the run depends on. Rank 0 copies it into the host's memory, and a
@@ -119,16 +114,11 @@ class Checkpoints:
             return
         self.finish()
         self.writing = self.writer.submit(self.write, on_host({
-            "model": clip.state_dict(),
-            "config": json.dumps(dataclasses.asdict(clip.config)),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "step": step,
-            "samples_seen": step * self.cfg.batch_size,
-            "history": history,
+            "model": clip.state_dict(), "config": json.dumps(dataclasses.asdict(clip.config)),
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "step": step, "samples_seen": step * self.cfg.batch_size, "history": history,
             "flags": dataclasses.asdict(self.cfg) | {"chunk_size": chunk_size},  # the same after a restart
-            "world_size": world_size(),
-            "pairs": self.pairs,
+            "world_size": world_size(), "pairs": self.pairs,
         }))
 
     def write(self, state: dict):
@@ -141,15 +131,12 @@ class Checkpoints:
 
     def finish(self):
         """Wait until what was saved is on the disk. OSError if it could not be written."""
-        if self.writing:
-            writing, self.writing = self.writing, None
+        writing, self.writing = self.writing, None
+        if writing:
             writing.result()
 
-    # -- being asked
-
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.take)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.take) for number in SIGNALS}
         return self
 
     def __exit__(self, error, *_):
@@ -166,21 +153,17 @@ class Checkpoints:
             raise KeyboardInterrupt
         self.signalled, self.number = self.signalled or time.monotonic(), number
 
-    def asked(self) -> tuple[bool, bool]:
-        """-> (save now?, and then stop?), the same on every rank: what one is asked, all do. OSError if an
-        earlier checkpoint turns out not to have been written."""
+    def asked(self, scheduled: bool = False) -> tuple[bool, bool]:
+        """-> (save now?, and then stop?), the same on every rank: what one is asked, all do. What is
+        scheduled is saved in any case. OSError if the checkpoint before could not be written."""
         if self.writing and self.writing.done():
             self.finish()
         late = time.monotonic() > self.saved + 60 * self.cfg.save_minutes
-        asked = torch.tensor([late, bool(self.signalled)]).int()
+        asked = torch.tensor([late or scheduled, bool(self.signalled)]).int()
         if world_size() > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         save, stop = map(bool, asked.tolist())
         return save or stop, stop
-
-
-# ------------------------------------------------------------------------------------------------------------
-# parts
 
 
 def read(path: str) -> dict:
@@ -188,15 +171,10 @@ def read(path: str) -> dict:
     WeightsError if it cannot be used."""
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found = saved["model"], saved["flags"], saved["world_size"], saved["step"], saved["optimizer"]
+        return {key: saved[key] for key in (
+            "model", "optimizer", "scaler", "step", "history", "flags", "world_size", "pairs")}
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
-    moments = {f"the optimizer's {name}": value for state in found[4]["state"].values()
-               for name, value in state.items()}
-    for name, tensor in (found[0] | moments).items():
-        if not tensor.isfinite().all():
-            raise WeightsError(f"{path}: {name} is not finite")
-    return saved
 
 
 def on_host(value):
@@ -216,33 +194,21 @@ def own_layout(optimizer: torch.optim.Optimizer):
             state[name] = value.clone() if name == "step" else torch.empty_like(p).copy_(value)
 
 
-def check_same_step(step: int, device: torch.device):
-    """ConfigError if the ranks found different checkpoints: they would train on different data, and hang."""
-    wait_for_all()  # one node may have had an index to build, or a model to fetch
-    if dist.is_initialized():
-        steps = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-        dist.all_gather(steps, torch.tensor([step], device=device))
-        if len({int(s) for s in steps}) > 1:
-            raise ConfigError("--out: the processes see different checkpoints; all nodes must share it")
-
-
 @torch.no_grad()
-def check_finite(cfg: Config, step: int, loss: torch.Tensor, clip: model.ChineseCLIP, chunk: Chunk) -> float:
-    """-> the mean over ranks of this step's loss. DataError, on all ranks, if it is not finite, or if the
-    weights are not, or have grown so large that a feature of these pairs has no direction."""
-    advice = (f"try a lower --lr than {cfg.peak_lr:.1e} in another --out, perhaps "
-              f"from --init {os.path.join(cfg.out, 'best.safetensors')}")
-    mean = mean_over_ranks(loss.clone()).item()
-    if not math.isfinite(mean):
-        raise DataError(f"the loss is {mean} at step {step}; {advice}")
+def check_finite(cfg: Config, step: int, loss: float, clip: model.ChineseCLIP, chunk: Chunk):
+    """DataError, on all ranks, if the loss is not finite, or if the weights are not, or have grown so large
+    that a feature of these pairs has no direction. Such weights would end every run that starts from them."""
     device = clip.logit_scale.device
     with torch.compiler.set_stance("force_eager"), model.autocast(device):
         features = clip.eval()(data.on_device(chunk.pictures[:4], device), chunk.ids[:4])[:2]
     fine = all(((x.norm(dim=1) - 1).abs() < 0.1).all() for x in features)
     fine = fine and all(x.isfinite().all() for x in clip.state_dict().values())
-    if sum_over_ranks(torch.tensor(0.0 if fine else 1.0, device=device)):
-        raise DataError(f"the weights are not finite or too large to give features; {advice}")
-    return mean
+    broken = sum_over_ranks(torch.tensor(0.0 if fine else 1.0, device=device))
+    if broken or not math.isfinite(loss):
+        what = ("the weights are not finite or too large to give features" if math.isfinite(loss) else
+                f"the loss is {loss} at step {step}")
+        raise DataError(f"{what}; try a lower --lr than {cfg.peak_lr:.1e} in another --out, "
+                        f"perhaps from --init {os.path.join(cfg.out, 'best.safetensors')}")
 
 
 def leave_on_signals():
@@ -253,5 +219,5 @@ def leave_on_signals():
             os.write(1, b"stopped; the same command goes on from the last checkpoint\n")
         os._exit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, leave)

@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 import model
 from common import rank, world_size
-from data import on_device
 from training.recipes import Config, ConfigError
 
 SAME_DROPOUT = 0.05  # rounding to bfloat16 moves a feature by some 0.01, other dropout by 0.3 and more
@@ -40,9 +39,8 @@ class Chunk(NamedTuple):
 def make_chunks(parts: list, seed: int, step: int) -> list[Chunk]:
     """The parts of this process's batch, each with a dropout seed of its own (32 bits, as a CPU's generator
     takes no more)."""
-    first = rank() * len(parts)
-    return [Chunk(part.pictures, part.ids, zlib.crc32(f"{seed} {step} {first + k}".encode()))
-            for k, part in enumerate(parts)]
+    return [Chunk(part.pictures, part.ids, zlib.crc32(f"{seed} {step} {k}".encode()))
+            for k, part in enumerate(parts, rank() * len(parts))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,11 +66,10 @@ def backward_in_chunks(forward, towers: torch.nn.Module, chunks: list[Chunk], fe
     """Pass the gradients of `features` on into the towers: each chunk's features are computed again, now with
     activations. BatchNorm normalises every chunk by itself, and its running statistics move in this pass
     only. logit_scale counts once."""
-    image_features, text_features, logit_scale = features
+    image_features, _, logit_scale = features
     frozen = not image_features.requires_grad
     sizes = [len(chunk.ids) for chunk in chunks]
-    trained = (text_features,) if frozen else (image_features, text_features)
-    gradients = zip(*(x.grad.split(sizes) for x in trained))
+    gradients = zip(*(x.grad.split(sizes) for x in features[1 if frozen else 0:2]))
     for chunk, images, of_chunk in zip(chunks, image_features.detach().split(sizes), gradients):
         last = chunk is chunks[-1]
         # DistributedDataParallel averages over ranks once, in the last backward pass
@@ -97,13 +94,11 @@ def same_buffers(module: torch.nn.Module):
 
 def choose_chunks(cfg: Config, clip: model.ChineseCLIP, before: int) -> tuple[int, int]:
     """-> (pairs of a chunk, number of chunks) of this process's share of a batch. A chunk has --chunk-size
-    pairs, or as many as in the run that is continued (`before`; 0: none), or as many as fit into the memory
-    that is free; then the share is cut into equal chunks."""
+    pairs, or as many as in the run that is continued (`before`; 0: none), or as many as fit into memory."""
     share = cfg.batch_size // world_size()
     size = cfg.chunk_size or before
     if not size:
-        forward, pictures, ids = trial(cfg, clip, 4)
-        size = fitting_chunk(forward, clip, pictures, ids, share)
+        size = fitting_chunk(trial(cfg, clip, 4), clip, share)
         if size < min(share, FEW):
             print(f"   only {balanced(size, share)} pairs fit into the memory that is free, and many small "
                   "chunks are slow: does another program hold memory? --chunk-size N tries more")
@@ -117,22 +112,23 @@ def compile_towers(cfg: Config, clip: model.ChineseCLIP, chunk_size: int):
     clip.visual.compile()
     clip.bert.encoder.compile()
     if chunk_size < cfg.batch_size // world_size():
-        distance = replay_distance(*trial(cfg, clip, chunk_size), clip)
+        distance = replay_distance(trial(cfg, clip, chunk_size), clip, chunk_size)
         if not distance < SAME_DROPOUT:
             raise ConfigError("--compile: the two passes over a chunk draw other dropout here (features are "
                               f"{distance:.2f} apart), so its gradient would be wrong; leave it out")
 
 
-def trial(cfg: Config, clip: model.ChineseCLIP, count: int):
-    """-> (forward, pictures, ids) of so many pairs of full size, black pictures with the longest captions."""
+def trial(cfg: Config, clip: model.ChineseCLIP, most: int):
+    """-> a function: n -> the features of n pairs, black pictures with the longest captions; n <= most."""
     device, size = clip.logit_scale.device, clip.config.visual.resolution
     shape = (clip.config.embed_dim,) if cfg.cache_features else (3, size, size)
+    pictures, ids = torch.zeros(most, *shape, device=device), torch.ones(most, cfg.context_length).long()
 
-    def forward(pictures: torch.Tensor, ids: torch.Tensor):
+    def forward(n: int):
         with model.autocast(device):
-            return clip(on_device(pictures, device), ids)
+            return clip(pictures[:n], ids[:n])
 
-    return forward, torch.zeros(count, *shape, device=device), torch.ones(count, cfg.context_length).long()
+    return forward
 
 
 def balanced(chunk: int, share: int) -> int:
@@ -141,39 +137,39 @@ def balanced(chunk: int, share: int) -> int:
     return math.ceil(share / math.ceil(share / chunk))
 
 
-def fitting_chunk(forward, towers, pictures: torch.Tensor, ids: torch.Tensor, most: int) -> int:
-    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now. The same on all
-    ranks. forward: (pictures, ids) -> features; pictures, ids: of four pairs of full size.
+def fitting_chunk(forward, towers: torch.nn.Module, most: int) -> int:
+    """How many pairs, at most `most`, fit into seven tenths of the memory that is free now, the same on all
+    ranks: from the bytes that autograd keeps for the backward pass of 2 and of 4 pairs.
 
-    Run 2 and 4 pairs, compare the bytes that autograd keeps for the backward pass, and extrapolate."""
+    forward: n -> features of n pairs, computed by `towers`."""
     with same_buffers(towers):
-        kept = [activation_bytes(forward, pictures[:n], ids[:n]) for n in (2, 4)]
-    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
-    free = free_memory(pictures.device) - 12 * trained  # a gradient and two moments of AdamW
+        kept = [activation_bytes(forward, n) for n in (2, 4)]
+    trained = [p for p in towers.parameters() if p.requires_grad]
+    device = trained[0].device
+    free = free_memory(device) - 12 * sum(p.numel() for p in trained)  # a gradient and two moments of AdamW
     chunk = max(1, min(most, int(0.7 * free / ((kept[1] - kept[0]) / 2))))
+    smallest = torch.tensor([chunk], device=device)
     if world_size() > 1:
-        smallest = torch.tensor([chunk], device=pictures.device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        chunk = int(smallest)
-    return chunk
+    return int(smallest)
 
 
-def replay_distance(forward, pictures: torch.Tensor, ids: torch.Tensor, towers) -> float:
-    """The largest distance between features of unit norm without and with gradient, under one seed. Below
-    SAME_DROPOUT it is rounding; above it, the passes drew other dropout."""
+def replay_distance(forward, towers: torch.nn.Module, n: int) -> float:
+    """The largest distance between features of unit norm, [n, E], without and with gradient, under one seed.
+    Below SAME_DROPOUT it is rounding; above it, the passes drew other dropout."""
     passes = []
     with same_buffers(towers):
         for gradient in (False, True):
             torch.manual_seed(0)
             with torch.set_grad_enabled(gradient):
-                passes.append(torch.cat(forward(pictures, ids)[:2]).detach().float())
+                passes.append(torch.cat(forward(n)[:2]).detach().float())
     return (passes[0] - passes[1]).norm(dim=1).max().item()
 
 
-def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass. Modules also work in memory that nobody keeps,
-    which is counted as three times the largest output. (Parameters are counted too, but they are the same for
-    any number of pairs.)"""
+def activation_bytes(forward, n: int) -> int:
+    """Bytes that the forward pass of n pairs keeps for the backward pass. Modules also work in memory that
+    nobody keeps, which is counted as three times the largest output. (Parameters are counted too, but they
+    are the same for any number of pairs.)"""
     saved, largest = {}, 0
 
     def keep(x):
@@ -187,7 +183,7 @@ def activation_bytes(forward, pictures: torch.Tensor, ids: torch.Tensor) -> int:
 
     watch = torch.nn.modules.module.register_module_forward_hook(look)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        outputs = forward(pictures, ids)  # held until all is counted: an address that is freed is used again
+        outputs = forward(n)  # held until all is counted: an address that is freed is used again
     watch.remove()
     del outputs
     return sum(saved.values()) + 3 * largest

@@ -15,9 +15,6 @@ from common import mean_over_ranks, world_size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# ------------------------------------------------------------------------------------------------------------
-# training processes
-
 
 def distribute(clip: model.ChineseCLIP) -> torch.nn.Module:
     """The model itself, or, among several processes, one that averages gradients over them in backward."""
@@ -39,13 +36,10 @@ def average_batchnorm(clip: model.ChineseCLIP):
             buffer.copy_(part.view_as(buffer))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# workers. Ctrl-C and SIGTERM reach every process, but the training process alone answers them: it finishes its
-# step, for which it needs its workers, saves, and then ends the workers itself.
-
-
 def start_workers(loader: torch.utils.data.DataLoader):
-    """-> an iterator over the loader, whose workers ignore the signals."""
+    """-> an iterator over the loader, whose workers ignore Ctrl-C and SIGTERM. These reach every process, but
+    the training process alone answers them: it finishes its step, for which it needs its workers, saves, and
+    then ends the workers itself."""
     loader.worker_init_fn = ignore_signals
     if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows cannot block signals
         return iter(loader)

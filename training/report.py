@@ -1,10 +1,10 @@
 """
 What a run says: its settings before the first step, a line now and then, and at its end a table, a curve of
-recall and, for the demo, zero-shot classification and a contact sheet of Chinese queries with the pictures
-they retrieve. Pictures are drawn with Pillow; assets/font.ttf is a subset of Noto Sans SC (see LICENSE) with
-the characters of sources/scenes.py, because many machines have no Chinese font.
+recall and, for the demo, zero-shot classification and a contact sheet. assets/font.ttf is a subset of Noto
+Sans SC (see LICENSE) with the characters of sources/scenes.py: many machines have no Chinese font.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -40,60 +40,48 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
 
     B, pairs, share = cfg.batch_size, len(stream.pairs), cfg.batch_size // world_size()
     trained = [p for p in clip.parameters() if p.requires_grad]
-    counts = (sum(p.numel() for p in some) for some in (
-        clip.parameters(), trained, [p for p in trained if p.ndim < 2]))
-    say("{:,} parameters, {:,} train, {:,} without decay".format(*counts))
+    parts = clip.parameters(), trained, [p for p in trained if p.ndim < 2]
+    say("{:,} parameters, {:,} train, {:,} without decay".format(*(sum(p.numel() for p in x) for x in parts)))
     say(f"{pairs:,} training pairs; validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
     chunks = math.ceil(share / chunk_size)
-    say(f"batch {B:,} = {world_size()} x {share:,}"
-        + (f" in {chunks} chunks of {chunk_size:,}" if chunks > 1 else "")
-        + f"; {total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
+    cut = f" in {chunks} chunks of {chunk_size:,}" if chunks > 1 else ""
+    say(f"batch {B:,} = {world_size()} x {share:,}{cut}; "
+        f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
     if B > pairs:
         say(f"a batch is larger than the set: every pair stands in it {B // pairs:,} times or once more; "
             "--targets multi tells them from negatives, a smaller --batch-size needs less time")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
     say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
-    start = cfg.init or cfg.image_init or cfg.text_init  # something that a rate can destroy
-    if start and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
+    trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
+    if trained_before and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
     warmup = warmup_steps(cfg, total)
-    say(f"warm-up {warmup:,} steps"
-        + (f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""))
+    why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
+    say(f"warm-up {warmup:,} steps{why}")
     shared, floor = repeats(stream, B, max(1, min(8, 8192 // B))) if rank() == 0 else (0, 0)
+    advice = f" and keep the loss above {floor:.3f}: --targets multi"
     say(f"loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
-        + (f"with another and keep the loss above {floor:.3f}: --targets multi"
-           if floor > 0.01 and cfg.targets == "one-hot" else "with another"))
+        "with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
 
 
-def repeats(stream: data.Stream, batch_size: int, batches: int = 8) -> tuple[float, float]:
-    """`loss_floor` of a run's first batches, averaged."""
-    found = []
+def repeats(stream: data.Stream, batch_size: int, batches: int) -> tuple[float, float]:
+    """-> (the share of pairs whose picture or caption another pair of the batch has, the lowest loss that
+    one-hot targets then allow), each a mean over a run's first batches. n equal captions get the same
+    probabilities, so each gets at most 1/n, which costs ln n."""
+    found = [(0.0, 0.0)]  # adds nothing to the sums, but there are sums if no pair can be read
     for step in range(batches):
-        first = data.first_position(step, batch_size, len(stream.pairs))
-        indices = [stream.index(first + i) for i in range(batch_size)]
-        keys = [stream.keys(i, caption) for i in indices if (caption := readable(stream, i))]
-        found.append(loss_floor(torch.tensor(keys, dtype=torch.long).view(-1, 2)))
+        first, keys = data.first_position(step, batch_size, len(stream.pairs)), []
+        for index in map(stream.index, range(first, first + batch_size)):
+            with contextlib.suppress(DataError):
+                keys.append(stream.keys(index, stream.pairs.caption(index)))
+        if keys:
+            counts = [column.unique(return_inverse=True, return_counts=True)[1:]
+                      for column in torch.tensor(keys).T]  # of the pictures, of the captions
+            counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
+            found.append(((counts > 1).any(dim=1).float().mean().item(),
+                          counts.float().log().mean(dim=0).max().item()))
     return tuple(sum(column) / batches for column in zip(*found))
-
-
-def readable(stream: data.Stream, index: int) -> str:
-    """The caption of a training pair, "" if it is broken."""
-    try:
-        return stream.pairs.caption(index)
-    except DataError:
-        return ""
-
-
-def loss_floor(keys: torch.Tensor) -> tuple[float, float]:
-    """keys [B, 2], numbers of the picture and of the caption of every pair of a batch -> (the share of pairs
-    whose picture or caption another pair has, the lowest loss that one-hot targets then allow). n equal
-    captions get the same probabilities, so each gets at most 1/n, which costs ln n."""
-    if not len(keys):
-        return 0.0, 0.0
-    counts = [column.unique(return_inverse=True, return_counts=True)[1:] for column in keys.T]
-    counts = torch.stack([count[inverse] for inverse, count in counts], dim=1)  # [B, 2]
-    return (counts > 1).any(dim=1).float().mean().item(), counts.float().log().mean(dim=0).max().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,17 +92,24 @@ class Log:
     """The lines of a run, for people on stdout and as JSON in log.jsonl; broken pairs on stderr."""
 
     def __init__(self, cfg: Config, total: int, step: int, history: list[dict]):
-        self.cfg, self.total = cfg, total
-        self.file = open_log(cfg, step, history) if rank() == 0 else None
+        """step, history: what is saved of this run. log.jsonl keeps no line that was written after that."""
+        self.cfg, self.total, self.file = cfg, total, None
         self.broken: dict[str, int] = {}  # problem -> how often it was met
         self.clock, self.since = time.perf_counter(), step
+        if rank() == 0:
+            path, kept = os.path.join(cfg.out, "log.jsonl"), []
+            if history and os.path.isfile(path):
+                with open(path, encoding="utf-8") as log:
+                    kept = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            replace_text(path, "".join(kept))
+            self.file = open(path, "a", encoding="utf-8")
 
     def write(self, entry: dict):
         if self.file:
             print(json.dumps(entry), file=self.file, flush=True)
 
     def measurement(self, history: list[dict], clip: model.ChineseCLIP):
-        """Say what was measured last, and keep the weights if it is the best so far."""
+        """Log what was measured last, and write best.safetensors if it is the best so far."""
         entry = history[-1]
         best = entry is max(history, key=lambda one: one["mean_recall"])
         t2i, i2t = entry["text_to_image"]["R@1"], entry["image_to_text"]["R@1"]
@@ -127,8 +122,7 @@ class Log:
 
     def step(self, step: int, loss: float, features, clip, optimizer: torch.optim.Optimizer):
         """The loss beside that of guessing, in-batch accuracies, the factor, the rate, the time left."""
-        image_features, text_features, _ = features
-        (i2t, t2i), B = in_batch_accuracy(image_features, text_features), self.cfg.batch_size
+        (i2t, t2i), B = in_batch_accuracy(*features[:2]), self.cfg.batch_size
         scale, lr = clip.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
         rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
@@ -139,14 +133,14 @@ class Log:
 
     def skipped(self, batch: list[data.Batch]):
         """Name every broken pair once, however many epochs meet it."""
-        for problem in (problem for part in batch for problem in part.problems):
+        for problem in sum((part.problems for part in batch), []):
             if problem not in self.broken:
                 print(f"   rank {rank()} skips a pair, its number {len(self.broken) + 1}: {problem}",
                       file=sys.stderr, flush=True)
             self.broken[problem] = self.broken.get(problem, 0) + 1
 
     def end(self, history: list[dict], clip: model.ChineseCLIP):
-        """What is left to say when an act is finished; writes last.safetensors."""
+        """Write last.safetensors, and say what is left to say when an act is finished."""
         if self.broken:
             print(f"   rank {rank()} met {len(self.broken)} broken pairs {sum(self.broken.values())} times",
                   file=sys.stderr, flush=True)
@@ -156,18 +150,6 @@ class Log:
         if self.file:
             self.file.close()
             model.save(clip, os.path.join(self.cfg.out, "last.safetensors"))
-
-
-def open_log(cfg: Config, step: int, history: list[dict]):
-    """log.jsonl, without what a killed run wrote beyond the step that it saved."""
-    path = os.path.join(cfg.out, "log.jsonl")
-    if os.path.isfile(path) and not history:  # killed before anything was saved: all is done again
-        os.remove(path)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        replace_text(path, "".join(kept))
-    return open(path, "a", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,7 +162,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
     """A PNG with a line for every name, of points (pairs seen, percent)."""
-    width, height, left, top, right, bottom = 900, 520, 60, 50, 30, 60
+    width, height, left, top, right, bottom = 900, 520, 60, 50, 30, 60  # the last four are margins
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image)
     x_max = max(x for points in series.values() for x, _ in points) or 1
@@ -209,8 +191,7 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
 
 
 def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """A PNG with a row for every query: the pictures that it retrieves, best first; the right one has a green
-    frame."""
+    """A PNG with a row for every query: the pictures that it retrieves. The right one has a green frame."""
     thumb, gap, text = 128, 12, 30
     width = max(len(images) for _, images in rows) * (thumb + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
@@ -242,14 +223,13 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
 
     last = list(acts.values())[-1]
     folder, best = os.path.dirname(last.out), os.path.join(last.out, "best.safetensors")
-    write_json(os.path.join(folder, "results.json"), histories)
+    numbers, plot = (os.path.join(folder, name) for name in ("results.json", "recall.png"))
+    write_json(numbers, histories)
     if last.data == "scenes-zh":
         look_at_scenes(folder, best)
-    plot = os.path.join(folder, "recall.png")
     starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
     curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
-    print(f"recall as a curve: {plot}\nas numbers: {os.path.join(folder, 'results.json')}\n"
-          f"the weights: {best}")
+    print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
 
 
 def recall_table(rows: dict[str, dict]) -> str:
@@ -264,26 +244,24 @@ def recall_table(rows: dict[str, dict]) -> str:
 
 
 def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """Mean recall against pairs seen, one line a way of training: an act that starts from another's weights
-    ("@act") continues its line. starts: the acts to draw, and what each starts from."""
-    way_of, result = {}, {}
+    """Mean recall against pairs seen, a line for every way of training: an act that starts from another's
+    weights ("@act") continues its line. starts: the acts to draw, and what each starts from."""
+    result = {}
     for act, start in starts.items():
-        before = start[1:] if start[:1] == "@" and start[1:] in way_of else ""
-        way = f"{way_of[before]}, {act}" if before else act
-        points = result.pop(way_of[before]) if before else []
+        before = next((way for way in result if start == "@" + way.split(", ")[-1]), "")
+        points = result.pop(before, [])
         seen = points[-1][0] if points else 0
-        result[way] = points + [(seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]
-        way_of[act] = way
+        result[f"{before}, {act}" if before else act] = points + [
+            (seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]
     return result
 
 
 def look_at_scenes(folder: str, path: str):
-    """Zero-shot classification in the Chinese world, by colour and by kind, and a contact sheet of retrieval,
-    with the weights at `path`."""
+    """Zero-shot classification of scenes and a contact sheet of retrieval, with the weights at `path`."""
     clip, _ = model.load(path)
     kinds, colours = scenes.kind_names("zh"), scenes.colour_names("zh")
-    examples = [scenes.class_example("zh", i) for i in range(20 * len(kinds))]
-    pictures, kind_labels, colour_labels = zip(*examples)
+    pictures, kind_labels, colour_labels = zip(*(
+        scenes.class_example("zh", i) for i in range(20 * len(kinds))))
     of_a_thing = [f"一张{{}}{kind}的图片" for kind in kinds]  # a colour is always some thing's
     for what, names, labels, templates in (("colour", colours, colour_labels, of_a_thing),
                                            ("kind", kinds, kind_labels, read_templates(TEMPLATES))):

@@ -8,7 +8,7 @@ Shapes: B global batch, b = B / world_size local batch, E joint width.
 import torch
 import torch.distributed as dist
 
-from common import rank, world_size
+from common import rank, sum_over_ranks, world_size
 from loss import gather, positives
 
 DENSE_LIMIT = 2**25  # above so many logits in [b, B] (128 MB in float32) the loss is computed tile by tile
@@ -39,14 +39,12 @@ class TiledLoss(torch.autograd.Function):
         b, B = len(images), len(images) * world_size()
         mine = slice(rank() * b, (rank() + 1) * b)
         lse_row, lse_column = images.new_full((b,), -torch.inf), images.new_full((B,), -torch.inf)
-        sums = [images.new_zeros(n) for n in (b, B, b, B)]
-        sum_row, sum_column, count_row, count_column = sums  # sums of S over right pairs, and their number
+        # sums of S over the right pairs of each row and column, and how many these are
+        sum_row, sum_column, count_row, count_column = (images.new_zeros(n) for n in (b, B, b, B))
         all_keys = None if keys is None else gather(keys)
         if keys is None:  # every row and every column has one right pair
-            sum_row += scale * (images * texts).sum(1)
-            sum_column[mine] = sum_row
-            count_row += 1
-            count_column[mine] = 1
+            sum_row = sum_column[mine] = scale * (images * texts).sum(1)
+            count_row = count_column[mine] = torch.ones_like(sum_row)
         for owner in range(world_size()):
             block = block_of(owner, texts)
             for rows, columns, there in tiles(b, owner):
@@ -60,13 +58,10 @@ class TiledLoss(torch.autograd.Function):
                     count_row[rows] += right.sum(1)
                     count_column[there] += right.sum(0)
         if world_size() > 1:  # a column has rows on every rank
-            for x in (sum_column, count_column):
-                dist.all_reduce(x)
+            sum_column, count_column = sum_over_ranks(sum_column), sum_over_ranks(count_column)
             largest = lse_column.clone()
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-            total = (lse_column - largest).exp()
-            dist.all_reduce(total)
-            lse_column = largest + total.log()
+            lse_column = largest + sum_over_ranks((lse_column - largest).exp()).log()
         ctx.save_for_backward(
             images, texts, scale, keys, all_keys, lse_row, lse_column, count_row, count_column)
         of_rows, of_columns = lse_row - sum_row / count_row, lse_column - sum_column / count_column

@@ -1,7 +1,6 @@
 """Saving and resuming: interrupted runs end as whole ones do, bit for bit, and nothing that was saved is lost."""
 
 import json
-import math
 import os
 import signal
 import threading
@@ -143,15 +142,8 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(pairs, tmp_path, monkeypa
     assert steps == [3, 2]  # the last two are kept
 
 
-def nan_in(path):
-    saved = torch.load(path, weights_only=True)
-    saved["model"]["text_projection"][0, 0] = math.nan
-    torch.save(saved, path)
-
-
 @pytest.mark.parametrize("damage, words", [
     (lambda path: os.truncate(path, 10_000), "not a checkpoint of ours"),
-    (nan_in, "text_projection is not finite"),
     (os.remove, ""),
 ])
 def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, words, pairs, tmp_path, capsys):
@@ -240,6 +232,6 @@ def test_out_may_move_with_its_acts(pairs, tmp_path):
 def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
     argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(argv) is None
-    message = "checkpoint.pt was made with --lr 0.001, this command says 0.5"
+    message = "checkpoint.pt was made with lr = 0.001, this command with 0.5"
     with pytest.raises(ConfigError, match=message):
         train.main([*argv, "--lr", "0.5"])

@@ -79,10 +79,10 @@ def test_bytes_that_a_forward_pass_keeps():
     layers = torch.nn.Sequential(torch.nn.Linear(8, 32, bias=False), torch.nn.GELU(),
                                  torch.nn.Linear(32, 4, bias=False))
 
-    def forward(x, ids):
-        return layers(x)
+    def forward(n):
+        return layers(torch.randn(n, 8, requires_grad=True))
 
-    kept = [chunks.activation_bytes(forward, torch.randn(n, 8, requires_grad=True), None) for n in (2, 4)]
+    kept = [chunks.activation_bytes(forward, n) for n in (2, 4)]
     assert kept[0] == 4 * (2 * 8 + 8 * 32 + 2 * 32 + 2 * 32 + 32 * 4) + 3 * 4 * 2 * 32
     assert (kept[1] - kept[0]) / 2 == 4 * (8 + 32 + 32 + 3 * 32)
 
@@ -90,13 +90,15 @@ def test_bytes_that_a_forward_pass_keeps():
 def test_what_fits_leaves_batch_norm_as_it_was(monkeypatch):
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     monkeypatch.setattr(chunks, "free_memory", lambda device: 12 * (3 * 4 * 9 + 4 + 8) + 100_000)
-    most = [chunks.fitting_chunk(lambda x, ids: tower(x), tower, torch.randn(4, 3, 9, 9), torch.ones(4, 2), n)
-            for n in (5, 1000)]
+
+    def forward(n):
+        return tower(torch.randn(n, 3, 9, 9))
+
+    most = [chunks.fitting_chunk(forward, tower, n) for n in (5, 1000)]
     assert most[0] == 5 and 5 < most[1] < 100
     assert not tower[1].running_mean.any() and tower[1].num_batches_tracked == 0
     monkeypatch.setattr(chunks, "free_memory", lambda device: 0)  # too little for anything: then one by one
-    x = torch.randn(4, 3, 9, 9)
-    assert chunks.fitting_chunk(lambda x, ids: tower(x), tower, x, torch.ones(4, 2), 5) == 1
+    assert chunks.fitting_chunk(forward, tower, 5) == 1
 
 
 @pytest.mark.parametrize("chunk, share, parts", [
@@ -119,14 +121,15 @@ def test_memory_that_the_allocator_holds_is_free(monkeypatch):
 def test_dropout_that_differs_between_the_passes_is_noticed(gradient_has_its_own):
     tower = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.1))
 
-    def forward(pictures, ids):
+    pictures = torch.randn(5, 6)
+
+    def forward(n):
         if gradient_has_its_own and torch.is_grad_enabled():
             torch.manual_seed(1)  # as a compiler's generator might
-        features = F.normalize(tower(pictures), dim=1)
+        features = F.normalize(tower(pictures[:n]), dim=1)
         return features, features, torch.tensor(1.0)
 
-    pictures = torch.randn(5, 6)
-    distance = chunks.replay_distance(forward, pictures, None, tower)
+    distance = chunks.replay_distance(forward, tower, 5)
     assert distance > 2 * chunks.SAME_DROPOUT if gradient_has_its_own else distance == 0
     assert not tower[1].running_mean.any()
 
