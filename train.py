@@ -100,7 +100,7 @@ def build_optimizer(cfg: Config, clip: model.ChineseCLIP) -> torch.optim.Optimiz
     """AdamW with the numbers of table 8, which differ between ResNet and ViT."""
     beta2, eps = (0.999, 1e-8) if isinstance(clip.visual, model.ModifiedResNet) else (0.98, 1e-6)
     groups = param_groups(clip, cfg.weight_decay)
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2 or beta2), eps=cfg.eps or eps, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

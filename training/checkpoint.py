@@ -171,10 +171,14 @@ def read(path: str) -> dict:
     WeightsError if it cannot be used."""
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return {key: saved[key] for key in (
+        found = {key: saved[key] for key in (
             "model", "optimizer", "scaler", "step", "history", "flags", "world_size", "pairs")}
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
+    for name, tensor in found["model"].items():
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{path}: {name} is not finite")
+    return found
 
 
 def on_host(value):
@@ -213,7 +217,7 @@ def check_finite(cfg: Config, step: int, loss: float, clip: model.ChineseCLIP, c
 
 def leave_on_signals():
     """Outside of the loop Ctrl-C and SIGTERM end the process at once, as a kill would, which harms nothing
-    that was saved. (An exception could come up where Python drops it, such as in a fork.)"""
+    that was saved. (Python may drop an exception of a handler, for example during a fork.)"""
     def leave(number: int, frame):
         if int(os.environ.get("RANK", 0)) == 0:
             os.write(1, b"stopped; the same command goes on from the last checkpoint\n")

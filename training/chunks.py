@@ -81,7 +81,7 @@ def backward_in_chunks(forward, towers: torch.nn.Module, chunks: list[Chunk], fe
 
 @contextlib.contextmanager
 def same_buffers(module: torch.nn.Module):
-    """BatchNorm's running statistics are afterwards what they were before."""
+    """Restores BatchNorm's running statistics on exit."""
     before = [buffer.clone() for buffer in module.buffers()]
     yield
     for buffer, value in zip(module.buffers(), before):

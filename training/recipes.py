@@ -68,6 +68,8 @@ class Config:
     lr_batch: int = flag(1024, "below this batch the recipe's rate falls in proportion", low=1)
     warmup: int = flag(100, "steps of linear warm-up; a tenth of the run if this is over half of it")
     weight_decay: float = flag(1e-3, "AdamW's weight decay, on matrices only (paper, table 8)")
+    beta2: float = flag(0.0, "AdamW's beta2; 0: 0.999 for ResNet, 0.98 for ViT (paper, table 8)", below=1)
+    eps: float = flag(0.0, "AdamW's eps; 0: 1e-8 for ResNet, 1e-6 for ViT (paper, table 8)")
     patch_drop: float = flag(0.0, "share of image patches left out where a ViT trains (FLIP)", below=1)
     grad_checkpointing: bool = flag(False, "compute activations twice: less memory, more time")
     eval_every: int = flag(0, "steps between measurements of recall; 0: an epoch, at most a fifth of the run")
@@ -234,7 +236,7 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
     parser.add_argument("--recipe", default="demo", choices=RECIPES, metavar="NAME",
                         help="fills in the flags below; any that you give wins (default: demo)")
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in ("", False) else "")
+        text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not False and f.default != "" else "")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=f.type, choices=f.metadata["choices"], metavar={str: "TEXT", int: "N", float: "X"}[f.type])
         parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **kind)

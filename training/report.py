@@ -48,10 +48,10 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     say(f"batch {B:,} = {world_size()} x {share:,}{cut}; "
         f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
     if B > pairs:
-        say(f"a batch is larger than the set: every pair stands in it {B // pairs:,} times or once more; "
+        say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} times or once more; "
             "--targets multi tells them from negatives, a smaller --batch-size needs less time")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
-        say("each chunk is normalised by itself (BatchNorm): another --chunk-size is another result")
+        say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
     say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
     trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
     if trained_before and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
@@ -262,7 +262,7 @@ def look_at_scenes(folder: str, path: str):
     kinds, colours = scenes.kind_names("zh"), scenes.colour_names("zh")
     pictures, kind_labels, colour_labels = zip(*(
         scenes.class_example("zh", i) for i in range(20 * len(kinds))))
-    of_a_thing = [f"一张{{}}{kind}的图片" for kind in kinds]  # a colour is always some thing's
+    of_a_thing = [f"一张{{}}{kind}的图片" for kind in kinds]  # every colour belongs to a thing
     for what, names, labels, templates in (("colour", colours, colour_labels, of_a_thing),
                                            ("kind", kinds, kind_labels, read_templates(TEMPLATES))):
         result = zero_shot(clip, names, lambda row: pictures[row], torch.tensor(labels), templates)

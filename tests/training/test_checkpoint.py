@@ -1,6 +1,7 @@
 """Saving and resuming: interrupted runs end as whole ones do, bit for bit, and nothing that was saved is lost."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -142,8 +143,15 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(pairs, tmp_path, monkeypa
     assert steps == [3, 2]  # the last two are kept
 
 
+def nan_in(path):
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["text_projection"][0, 0] = math.nan
+    torch.save(saved, path)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda path: os.truncate(path, 10_000), "not a checkpoint of ours"),
+    (nan_in, "text_projection is not finite"),
     (os.remove, ""),
 ])
 def test_the_previous_checkpoint_is_taken_when_the_newest_is_unusable(damage, words, pairs, tmp_path, capsys):

@@ -104,7 +104,7 @@ def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
-    ["--lr", "-1"], ["--lr", "nan"], ["--recipe-lr", "-1"], ["--weight-decay", "-1"],
+    ["--lr", "-1"], ["--lr", "nan"], ["--recipe-lr", "-1"], ["--weight-decay", "-1"], ["--beta2", "1.5"], ["--eps", "-1"],
     ["--epochs", "nan"], ["--epochs", "inf"], ["--epochs", "-1"], ["--warmup", "-1"], ["--lr-batch", "0"],
     ["--distill", "inf"], ["--save-minutes", "-1"], ["--patch-drop", "1"], ["--eval-every", "-1"],
     ["--freeze-image", "--patch-drop", "0.5"]])
