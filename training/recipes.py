@@ -236,10 +236,11 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
     parser.add_argument("--recipe", default="demo", choices=RECIPES, metavar="NAME",
                         help="fills in the flags below; any that you give wins (default: demo)")
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"] + (f" (default: {f.default})" if str(f.default) not in ("", "False") else "")
+        shown = f" (default: {f.default})" if str(f.default) not in ("", "False") else ""
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=f.type, choices=f.metadata["choices"], metavar={str: "TEXT", int: "N", float: "X"}[f.type])
-        parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS,
+                            help=f.metadata["help"] + shown, **kind)
     given = vars(parser.parse_args(argv))
     recipe = given.pop("recipe")
     acts = acts_of(recipe, given.get("model", Config.model))
