@@ -199,9 +199,9 @@ def main(argv: list[str] | None = None):
     add = command("retrieval", "pairs", "Recall@K, and files of predictions").add_argument
     add("--predictions", **file, help="write each query's nearest; the split needs no answers")
     add("--direction", default="text-to-image", choices=("text-to-image", "image-to-text"),
-        help="of --predictions")
-    add("--format", default="official", choices=("official", "muge"), help="of --predictions")
-    add("--top-k", type=int, default=10, help="answers to each query; the official scripts and MUGE want 10")
+        help="of --predictions (default: text-to-image)")
+    add("--format", default="official", choices=("official", "muge"), help="of them (default: official)")
+    add("--top-k", type=int, default=10, help="answers to each query (default: 10, as the scripts want it)")
     add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
     add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
     for p in (commands.choices["retrieval"], commands.choices["zeroshot"]):
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None):
     add = command("reproduce", "", "a table of the paper, beside the paper's figures").add_argument
     add("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
     add("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets: muge=path/to/MUGE")
-    add("--setup", default="zero-shot", choices=published.SETUPS, help="the paper's rows (table10: finetune)")
+    add("--setup", default="zero-shot", choices=published.SETUPS, help="the paper's rows (default: zero-shot)")
     args = parser.parse_args(argv)
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
