@@ -53,7 +53,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x [B, T, D], pad_mask [B, T] (False at padding) -> [B, n, D]: the first n tokens (all if None) attend
+    """x [B, T, D], is_token [B, T] (False: padding) -> [B, n, D]: the first n tokens (all if None) attend
     to all T tokens that are not padding."""
 
     def __init__(self, config: BertConfig):
@@ -63,12 +63,12 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
 
-    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor, n: int | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, is_token: torch.Tensor, n: int | None) -> torch.Tensor:
         q, k, v = self.query(x[:, :n]), self.key(x), self.value(x)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, n or T, D/H]
-        # (q @ k.transpose(-2, -1) / math.sqrt(D/H)).masked_fill(padding, -inf).softmax(-1) @ v
+        # (q @ k.transpose(-2, -1) / math.sqrt(D/H)).masked_fill(~is_token, -inf).softmax(-1) @ v
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=pad_mask[:, None, None, :], dropout_p=self.dropout if self.training else 0.0)
+            q, k, v, attn_mask=is_token[:, None, None, :], dropout_p=self.dropout if self.training else 0.0)
         return x.transpose(1, 2).flatten(2)  # [B, n, D]
 
 
@@ -95,8 +95,8 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, 4 * D)})
         self.output = AddAndNorm(4 * D, config)
 
-    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor, n: int | None = None) -> torch.Tensor:
-        x = self.attention["output"](self.attention["self"](x, pad_mask, n), residual=x[:, :n])
+    def forward(self, x: torch.Tensor, is_token: torch.Tensor, n: int | None = None) -> torch.Tensor:
+        x = self.attention["output"](self.attention["self"](x, is_token, n), residual=x[:, :n])
         return self.output(F.gelu(self.intermediate["dense"](x)), residual=x)  # the exact GELU
 
 
@@ -106,21 +106,21 @@ class Layer(nn.Module):
 
 class Encoder(nn.Module):
     """A stack of layers. Only [CLS] leaves the tower, so the last layer computes only this token (n = 1), as
-    in vit.py. The plain loop is `for layer in self.layer: x = layer(x, pad_mask)`."""
+    in vit.py. The plain loop is `for layer in self.layer: x = layer(x, is_token)`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.grad_checkpointing = False
 
-    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
-        """x [B, T, D], pad_mask [B, T] -> [CLS] [B, D]."""
+    def forward(self, x: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D], is_token [B, T] -> [CLS] [B, D]."""
         for i, layer in enumerate(self.layer):
             n = 1 if i == len(self.layer) - 1 else None
             if self.grad_checkpointing and self.training:  # keep the layer's input, recompute the rest
-                x = checkpoint(layer, x, pad_mask, n, use_reentrant=False)
+                x = checkpoint(layer, x, is_token, n, use_reentrant=False)
             else:
-                x = layer(x, pad_mask, n)
+                x = layer(x, is_token, n)
         return x[:, 0]
 
 
@@ -150,8 +150,8 @@ class Bert(nn.Module):
                 f"{ids.shape[1]} tokens per caption, but the position table ends at {self.max_positions}")
         # Reading .max() from a GPU would wait for the GPU, so ids may stay on the CPU until they are cut.
         ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
-        pad_mask = ids != PAD_ID  # [B, T]
-        return self.encoder(self.embeddings(ids), pad_mask)  # [B, D]
+        is_token = ids != PAD_ID  # [B, T]
+        return self.encoder(self.embeddings(ids), is_token)  # [B, D]
 
 
 def cut_padding(ids: torch.Tensor) -> torch.Tensor:

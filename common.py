@@ -63,8 +63,8 @@ def patient_group():
 def leave_processes():
     """Leave the groups and wait until their threads have ended: a thread of gloo that drops a tensor while
     Python shuts down aborts the process. destroy_process_group waits only for groups that nothing refers to.
-    So our cache is emptied here, and torch.distributed.nn.functional is imported before there is a group,
-    because its default arguments keep the group that they find."""
+    So our cache is emptied here, and torch.distributed.nn.functional is imported before there is a group: its
+    default arguments are evaluated then, and would keep one."""
     patient_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -139,7 +139,7 @@ def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 # pairs to batches
 
-DRAFT = 1.12  # A picture is decoded with at least 1.12 S pixels a side; augment's crops keep 0.9 or more.
+DRAFT = 1.12  # A picture is decoded at 1.12 S or more, as augment's crops keep at least 0.9 of its area.
 
 
 class Sample(NamedTuple):
@@ -180,8 +180,8 @@ class Stream(torch.utils.data.Dataset):
         return squash(augment(image, self.resolution, self.augmentation, rng), self.resolution), caption
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at this position. A random pair from the whole set replaces a broken one; the next pair
-        would be in the batch twice. A hundred broken pairs in a row mean that the set is broken."""
+        """The sample at this position. A random pair from the whole set replaces a broken one, not the next
+        pair, which would then be in the batch twice. A hundred broken pairs in a row mean that the set is broken."""
         index, problems = self.index(position), []
         others = random.Random(f"{self.seed} instead of {position}")
         while len(problems) < 100:
@@ -204,9 +204,9 @@ def collate(samples: list[Sample], context_length: int) -> Batch:
 
 
 def first_position(step: int, batch_size: int, pairs: int) -> int:
-    """The position at which the batch of a step begins: right after the batch before. A batch larger than the
-    set begins with an epoch: with 10 pairs and batches of 25, step 1 begins at 30. So it contains every pair
-    two or three times, and no pair more often."""
+    """The position at which the batch of a step begins: right after the batch before. Only a batch larger
+    than the set waits for the start of an epoch: with 10 pairs and batches of 25, step 1 begins at 30. So it
+    contains every pair two or three times."""
     epochs = math.ceil(batch_size / pairs)
     return step * (batch_size if epochs == 1 else epochs * pairs)
 

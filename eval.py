@@ -11,7 +11,7 @@ the query is a picture, and the gallery has one text feature for each class.
 
 Shapes: Q queries, G gallery items, P pairs that belong together, N pictures, C classes, S sentences for each
 class, E joint width. All features have unit length, so a product of two is their cosine. Under torchrun every
-process computes a share, with the same result. tools/measure has the rarer measures.
+process computes a share, and all get the whole result. tools/measure has the rarer measures.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from sources.pairs import DataError, Pairs, ahead, open_image
 
 KS = (1, 5, 10)
 TILE = 1024  # The scores of 1024 x 1024 pairs take 4 MB, which fits into the cache of a core.
-TIE = 1e-6  # Closer cosines are equal: float32 sums differ by about 1e-7 with the shape of the product.
+TIE = 1e-6  # Cosines closer than this count as equal: sums in float32 differ by 1e-7 with their order.
 
 # ------------------------------------------------------------------------------------------------------------
 # features
@@ -41,8 +41,8 @@ TIE = 1e-6  # Closer cosines are equal: float32 sums differ by about 1e-7 with t
 
 @torch.inference_mode()
 def encode(clip, function, items, batch_size: int, what: str, get=None) -> torch.Tensor:
-    """Unit features [N, E] of N items, in float32, on the CPU. `function` makes features [b, E] of a list of
-    items, or of get(item). Processes take turns at the batches; each returns all features."""
+    """Unit features [N, E] of N items, in float32, on the CPU. `function` makes features [b, E] of a list: of
+    items or, with `get`, of get(item) for each. Processes take turns at the batches; all return the whole."""
     features = torch.zeros(len(items), clip.config.embed_dim)
     starts = range(0, len(items), batch_size)[rank() :: world_size()]
     batches = [items[start : start + batch_size] for start in starts]
@@ -214,7 +214,7 @@ def run_zeroshot(args, clip) -> dict:
 
 
 def command_flags(data: str) -> argparse.ArgumentParser:
-    """The flags of every command, and those of a command whose data are "pairs" or "classes"."""
+    """The flags that all commands share, and those for `data`: "pairs", "classes" or none."""
     flags = argparse.ArgumentParser(add_help=False)
     add = flags.add_argument
     add("--model", required=True, help="a weights file, or one of " + ", ".join(model.available_models()))

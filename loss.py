@@ -16,9 +16,9 @@ are exchanged. A rank computes b rows of the matrix and b columns, against all B
 and the mean of the ranks' losses is the loss of the whole batch. PyTorch's DistributedDataParallel replaces
 each copy's gradient by the mean over the ranks. For that mean to be the gradient of the whole batch, a
 feature must collect its gradient from the losses of all ranks that used it, which is what `gather` does in
-its backward pass. The official code does not, by default. There a feature gets its gradient from its own
-rank's loss alone, and after the mean the towers have 1/N of it; the factor exp(t) has all of it. (A tower
-with BatchNorm is not the same on N processes as on one: see resnet.py.)
+its backward pass. The official code does not, by default. There each rank computes the loss of the whole
+batch, but only its own features pass gradients on, so that after the mean the towers have 1/N of the gradient
+and the factor exp(t) has all of it. (BatchNorm is not the same on N processes as on one: see resnet.py.)
 
 Shapes: B global batch, b = B / world_size this rank's share, E joint width.
 """

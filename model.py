@@ -73,7 +73,7 @@ class ChineseCLIP(nn.Module):
         tower = VisionTransformer if isinstance(config.visual, ViTConfig) else ModifiedResNet
         self.visual = tower(config.visual, config.embed_dim)
         self.bert = Bert(config.text)
-        # The text projection is the one part that no published weights initialise (paper, app. A.2).
+        # Neither CLIP's nor BERT's published weights initialise the text projection (paper, app. A.2).
         self.text_projection = nn.Parameter(torch.empty(config.text.width, config.embed_dim))
         nn.init.normal_(self.text_projection, std=config.text.width**-0.5)
         # Cosines are divided by a temperature, which starts at 0.07 (CLIP paper, sec. 2.5). We learn t =
@@ -163,7 +163,7 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
         clip = ChineseCLIP(config)
     check(state, clip.state_dict(), path, MODELS)
     clip.load_state_dict(state, assign=True)
-    for module in clip.modules():  # all to dtype but BatchNorm and logit_scale, which rounding moves by 1 %
+    for module in clip.modules():  # all to dtype but BatchNorm and t, as rounding t moves exp(t) by 1 %
         if not isinstance(module, nn.BatchNorm2d):
             for p in module.parameters(recurse=False):
                 p.data = p.data.to(torch.float32 if p is clip.logit_scale else dtype)

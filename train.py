@@ -90,7 +90,7 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     if device.type == "cuda":
         if isinstance(clip.visual, model.ModifiedResNet):
             clip.visual.to(memory_format=torch.channels_last)  # the layout in which its convolutions are fast
-        # TF32 is a faster float32 with fewer digits, here for the loss, which autocast leaves in float32. It
+        # TF32 is a faster float32 with fewer digits, here for the loss, which runs outside of autocast. It
         # moves the gradient by 5e-4 (imitated on a CPU, batch 4,096); bfloat16 features move it by 4e-3
         torch.set_float32_matmul_precision("high")
     return clip
@@ -144,14 +144,14 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     # 4. the loop
     log = report.Log(cfg, total, step, history)
-    save = stop = False  # set at the end of a step, acted on at the start of the next
+    save = stop = False  # set after a step or a measurement, acted on before the next step
     with checkpoints:
         loader = start_workers(data.batches(
             stream, cfg.batch_size, range(step, total), cfg.context_length, loader_processes(cfg, device),
             rank(), world_size(), chunk_size))
         while True:
             # now and then: measure recall, save a checkpoint
-            measured = bool(history) and history[-1]["step"] == step  # before this run was interrupted
+            measured = bool(history) and history[-1]["step"] == step  # by the run that is continued here
             if (step == total or step % eval_every == 0) and not measured and not stop:
                 recall = retrieval(clip.eval(), valid, cfg.context_length)
                 history.append({"step": step, "samples": step * cfg.batch_size} | recall)
@@ -172,7 +172,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             keys = torch.cat([part.keys for part in parts]).to(device) if cfg.targets == "multi" else None
             set_train_mode(clip, cfg.freeze_image)
             optimizer.zero_grad(set_to_none=True)
-            # image_features [b, E], text_features [b, E] and logit_scale; from several chunks without a graph
+            # [b, E], [b, E] and exp(logit_scale); of several chunks they are leaves, cut off from the towers
             features = forward(chunks[0]) if chunk_count == 1 else features_in_chunks(forward, towers, chunks)
             loss = tiled_loss(*features, keys) if in_tiles else contrastive_loss(*features, keys)
             if teacher:
@@ -189,7 +189,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             # log lines, and before anything is saved a check that all is finite
             log.skipped(parts)
             scheduled = step == total or step % save_every == 0 or step % eval_every == 0
-            save, stop = checkpoints.asked(scheduled)
+            save, stop = checkpoints.asked(scheduled)  # save is True if scheduled is
             if save or step % cfg.log_every == 0:
                 mean_loss = mean_over_ranks(loss.detach()).item()
                 check_finite(cfg, step, mean_loss, clip, chunks[0])

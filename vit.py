@@ -130,9 +130,9 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Random weights, in the blocks as OpenAI's CLIP draws those of its text tower. Each block adds the
-        outputs of two branches to x; in deeper towers their last weights are smaller, which keeps the sum at
-        the same size."""
+        """Random weights; the blocks are drawn as in the text tower of OpenAI's CLIP. Each block adds the
+        outputs of two branches to x. The last weights of each branch are smaller in deeper towers, which
+        keeps the sum at the same size."""
         D, layers = self.class_embedding.numel(), len(self.transformer.resblocks)
         for p in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(p, std=D**-0.5)

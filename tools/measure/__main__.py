@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None):
     add = command("reproduce", "", "a table of the paper, beside the paper's figures").add_argument
     add("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
     add("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets: muge=path/to/MUGE")
-    add("--setup", default="zero-shot", choices=published.SETUPS, help="the paper's rows (default: zero-shot)")
+    add("--setup", default="zero-shot", choices=published.SETUPS, help="rows (default: zero-shot)")
     args = parser.parse_args(argv)
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
