@@ -181,7 +181,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at this position. A random pair from the whole set replaces a broken one, not the next
-        pair, which would then be in the batch twice. A hundred broken pairs in a row mean that the set is broken."""
+        pair, which would then be in the batch twice. A hundred broken pairs mean that the set is broken."""
         index, problems = self.index(position), []
         others = random.Random(f"{self.seed} instead of {position}")
         while len(problems) < 100:

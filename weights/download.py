@@ -100,6 +100,7 @@ def fetch_part(url: str, path: str):
             tries = 1 if size_of(part) > furthest else tries + 1
             furthest = max(furthest, size_of(part))
             reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]  # the innermost error
+            reason += ")" * (reason.count("(") - reason.count(")"))
             if tries >= TRIES:
                 raise WeightsError(
                     f"{url}: nothing came in {TRIES} tries ({reason}); {size_of(part):,} bytes are kept, and "

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("task", choices=(*TASKS, "all"), help="see the examples above")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    add("--device", default=devices[0], choices=devices)
     add("--models", nargs="+", default=["ViT-B-16"], choices=model.MODELS, metavar="NAME",
         help=", ".join(model.MODELS))
     add("--stages", nargs="+", default=["1", "2"], choices=("1", "2"), help="stages of `train`")

@@ -43,7 +43,8 @@ def arguments() -> argparse.ArgumentParser:
         if name == "filter":
             add("--split", default="train", help="the split to filter; others stay whole")
             add("--model", default="", help="score pairs by this weights file or released name")
-            add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to score on")
+            devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+            add("--device", default=devices[0], choices=devices, help="to score on")
             add("--min-score", type=float, default=0.26, help="least cosine of picture and caption; 0.26 is "
                 "the paper's for mCLIP, so look at the percentiles of your model")
             add("--min-chars", type=int, default=5, help="least characters of a caption (paper: 5)")
