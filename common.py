@@ -3,6 +3,7 @@ What several files need: processes that find each other and add up numbers, file
 are complete, and errors that a user sees as one line.
 """
 
+import argparse
 import contextlib
 import datetime
 import functools
@@ -34,18 +35,15 @@ def join_processes(device: str = "") -> torch.device:
         patient_group()  # now, because all processes must take part in making it
     if kind == "cpu":
         return torch.device("cpu")
-    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if own >= count > 1:
-        raise SystemExit(f"error: more processes than the {count} GPUs here; --nproc-per-node {count}")
-    own %= count  # SLURM may show each process one GPU alone, which is then its number 0
+    # SLURM may show each process one GPU alone, which is then its number 0
+    own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     torch.cuda.set_device(own)
     one_process_a_device(str(torch.cuda.get_device_properties(own).uuid))
     return torch.device(kind, own)
 
 
 def one_process_a_device(device: str):
-    """SystemExit if two processes have the device of this name; nccl would only say that something is
-    invalid."""
+    """SystemExit if two processes have the device of this name; nccl would say nothing that helps."""
     if dist.is_initialized():
         devices = [None] * dist.get_world_size()
         dist.all_gather_object(devices, device)
@@ -142,6 +140,13 @@ def write_json(path: str, value):
 
 # ------------------------------------------------------------------------------------------------------------
 # errors
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser that answers a wrong flag with one line, not with a page of usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists the flags\n")
 
 
 class UserError(ValueError):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import model
 from common import (
-    join_processes, leave_processes, one_line_errors, rank, sum_over_ranks, wait_for_all, world_size,
+    Flags, join_processes, leave_processes, one_line_errors, rank, sum_over_ranks, wait_for_all, world_size,
     write_json)
 from data import squash, to_pixels, tokenize
 from sources.classes import open_classes, templates_for
@@ -213,9 +213,9 @@ def run_zeroshot(args, clip) -> dict:
     return result
 
 
-def command_flags(data: str) -> argparse.ArgumentParser:
+def command_flags(data: str) -> Flags:
     """The flags that all commands share, and those for `data`: "pairs", "classes" or none."""
-    flags = argparse.ArgumentParser(add_help=False)
+    flags = Flags(add_help=False)
     add = flags.add_argument
     add("--model", required=True, help="a weights file, or one of " + ", ".join(model.available_models()))
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -256,7 +256,7 @@ def run_command(parser, args, run):
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser("eval.py", description=__doc__.strip().split("\n")[0])
+    parser = Flags("python eval.py", description=__doc__.strip().split("\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
     commands.add_parser("retrieval", parents=[command_flags("pairs")], help="Recall@K in both directions")
     commands.add_parser("zeroshot", parents=[command_flags("classes")], help="accuracy by names of classes")

@@ -38,8 +38,6 @@ def test_a_process_that_sees_one_gpu_alone_has_it(monkeypatch):
     """SLURM may show each task its own GPU only, which is number 0 there whatever the task's number."""
     assert gpus(monkeypatch, 1, 3) == torch.device("cuda", 0)
     assert gpus(monkeypatch, 8, 3) == torch.device("cuda", 3)
-    with pytest.raises(SystemExit, match="more processes than the 2 GPUs here; --nproc-per-node 2"):
-        gpus(monkeypatch, 2, 3)
 
 
 def waiter(rank: int, store: str, out: str):

@@ -10,7 +10,6 @@ To convert is to load and to save in another layout. What `model.load` refuses i
 its final name only when it is complete, and nothing is overwritten.
 """
 
-import argparse
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 import data
 import model
-from common import one_line_errors, replace, replace_text, write_json
+from common import Flags, one_line_errors, replace, replace_text, write_json
 from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
@@ -136,7 +135,7 @@ COMMANDS = {"download": lambda name, to: print(fetch(name, to)), "info": info, "
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser("python -m tools.weights", description=__doc__.strip().split("\n")[0])
+    parser = Flags("python -m tools.weights", description=__doc__.strip().split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     source = "a file, a folder of Hugging Face's, or a published name"
     part = commands.add_parser("download", help="fetch published weights (mirror: HF_ENDPOINT)")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 import model
-from common import UserError
+from common import Flags, UserError
 from sources.pairs import DataError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,8 +228,8 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
     """Command line -> {act: Config}. ConfigError or SystemExit if it is wrong."""
     needs = {name: ", or ".join(" ".join(map(as_flag, group)) for group in groups) or "nothing"
              for name, (_, groups) in RECIPES.items()}
-    parser = argparse.ArgumentParser(
-        "train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Flags(
+        "python train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a Chinese CLIP. Without flags: the demo, a few minutes on two CPU cores.",
         epilog="recipes:\n" + "\n".join(
             f"  {name:14}{text}; needs {needs[name]}" for name, (text, _) in RECIPES.items()))

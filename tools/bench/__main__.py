@@ -20,6 +20,7 @@ import sys
 import torch
 
 import model
+from common import Flags
 from tools.bench.peers import machine
 from tools.bench.training import bench_data, bench_loss, bench_train
 from tools.bench.use import bench_encode, bench_eval, bench_load
@@ -38,8 +39,8 @@ def lines_of(task: str, args: argparse.Namespace, command: str):
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("python -m tools.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags("python -m tools.bench", description=__doc__,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("task", choices=(*TASKS, "all"), help="see the examples above")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)

@@ -17,14 +17,14 @@ import sys
 import torch
 
 import model
-from common import one_line_errors
+from common import Flags, one_line_errors
 from sources.layouts import find
 from tools.curate import check
 from tools.curate.rewrite import WRITERS, read_words, rewrite
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tools.curate", description=__doc__.split("\n\n")[0].strip())
+def arguments() -> Flags:
+    parser = Flags("python -m tools.curate", description=__doc__.split("\n\n")[0].strip())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
             ("check", "print what is wrong with a set, and where; exit code 1 if a run would stop at it"),

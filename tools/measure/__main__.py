@@ -5,13 +5,12 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
     python -m tools.measure reproduce table2 --model ViT-B-16 --data muge=path/to/MUGE
 """
 
-import argparse
 import collections
 import json
 import os
 
 import model
-from common import one_line_errors, rank, replace_text, write_json
+from common import Flags, one_line_errors, rank, replace_text, write_json
 from eval import command_flags, file_name, places, retrieval, run_command
 from sources.classes import open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
@@ -189,11 +188,11 @@ RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prom
 
 def main(argv: list[str] | None = None):
     """eval.py's two commands with more flags, and three more."""
-    parser = argparse.ArgumentParser("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
+    parser = Flags("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
     file = dict(default="", type=file_name, metavar="FILE")
 
-    def command(name: str, data: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, data: str, text: str) -> Flags:
         return commands.add_parser(name, parents=[command_flags(data)], conflict_handler="resolve", help=text)
 
     add = command("retrieval", "pairs", "Recall@K, and files of predictions").add_argument
