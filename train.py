@@ -122,7 +122,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     optimizer = build_optimizer(cfg, clip)
     # a scaler keeps small gradients from vanishing in float16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision(device) == torch.float16)
-    checkpoints = Checkpoints(cfg, len(pairs))
+    checkpoints = Checkpoints(cfg, pairs, valid)
     step, history, chunk_size = checkpoints.load(clip, optimizer, scaler)
     teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
     stream = (cached_stream(cfg, clip, pairs) if cfg.cache_features else

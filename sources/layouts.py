@@ -29,8 +29,8 @@ import torch
 
 from sources import scenes
 from sources.pairs import (
-    LIST_KEYS, DataError, Pairs, as_text, kept, lines_of, parse_json, read_at, read_csv, read_jsonl,
-    read_picture, require, stamp)
+    LIST_KEYS, DataError, Pairs, as_text, check_unchanged, kept, lines_of, parse_json, read_at, read_csv,
+    read_jsonl, read_picture, require, stamp)
 from sources.shards import TarPairs, shards_of, split_outside_braces
 
 FILES = (("official", "{}_imgs.tsv", "{}_texts.jsonl"), ("folder", "{}.jsonl"), ("folder", "{}.csv"))
@@ -143,6 +143,10 @@ class OfficialPairs(Pairs):
     def place(self, row: int) -> str:
         return f"{self.tsv} line {self.index['lines'][row]} (image id {self.image_id(row)})"
 
+    def caption_fingerprint(self) -> str:
+        with open(self.jsonl, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.stamps[self.tsv]}".encode() + self.index["ids"].tobytes()
                               + self.index["offsets"].tobytes()).hexdigest()
@@ -217,7 +221,7 @@ class FolderPairs(Pairs):
     """A folder of pictures and one list of captions, JSONL or CSV, by any of the column names above."""
 
     def __init__(self, path: str):
-        self.folder = os.path.dirname(path)
+        self.folder, self.path, self.stamp = os.path.dirname(path), path, stamp(path)
         row_of, captions, positives, missing = {}, {}, [], []
         for number, _, line in (read_csv if path.endswith(".csv") else read_jsonl)(path):
             if isinstance(line, DataError):
@@ -243,6 +247,7 @@ class FolderPairs(Pairs):
         self.positives = torch.tensor(positives)
 
     def text(self, row: int) -> str:
+        check_unchanged(self.path, self.stamp)
         return as_text(self.texts[row], self.where[row])
 
     def picture(self, row: int) -> bytes:
@@ -321,6 +326,9 @@ class JoinedPairs(Pairs):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def caption_fingerprint(self) -> str:
+        return " ".join(part.caption_fingerprint() for part in self.parts)
 
     def will_need(self, start: int, stop: int):
         for part, first, end in zip(self.parts, self.pair_starts, self.pair_starts[1:]):

@@ -76,6 +76,12 @@ class Pairs:
     def fingerprint(self) -> str:
         """A hash that changes when a picture, its file's size or its file's time changes."""
 
+    def caption_fingerprint(self) -> str:
+        """A hash of all captions and of which pictures they belong to. Files' times are not in it, so that a
+        copy of the set has the same."""
+        ids = [self.image_id(row) for row in range(self.image_count)]
+        return hashlib.sha256(json.dumps([self.texts, ids, self.positives.tolist()]).encode()).hexdigest()
+
     def will_need(self, start: int, stop: int):
         """Announces that training pairs start to stop come next; a source on a slow disk then reads ahead."""
 
@@ -242,14 +248,19 @@ def stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def check_unchanged(path: str, expected: tuple[int, int]):
+    """SourceChanged if the file's stamp is not the expected one."""
+    if stamp(path) != expected:
+        raise SourceChanged(f"{path}: changed under the run, which goes by what it was; put it back and repeat "
+                            "the command, or begin anew with another --out")
+
+
 def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -> bytes:
     """`size` bytes of a file from `offset` on, or the line there. SourceChanged if its stamp is not the
     expected one: offsets into it mean nothing then."""
     try:
         with open(path, "rb") as file:
-            if stamp(path) != expected:
-                raise SourceChanged(f"{path}: changed under the run, which read it at other offsets; "
-                                    "put it back, or begin anew with another --out")
+            check_unchanged(path, expected)
             file.seek(offset)
             return file.readline(LIMIT) if size < 0 else file.read(size)
     except FileNotFoundError:

@@ -367,6 +367,9 @@ class ScenePairs(Pairs):
     def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
         return pair(self.world, self.split, self.numbers[i])
 
+    def caption_fingerprint(self) -> str:
+        return str([self.text(row) for row in range(9)])  # all others are drawn by the same code
+
     def fingerprint(self) -> str:
         raise DataError(f"scenes-{self.world}: these scenes are drawn on demand, so there are no files whose "
                         "features could be kept")

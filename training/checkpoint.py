@@ -23,15 +23,15 @@ import torch.distributed as dist
 import data
 import model
 from common import rank, replace, sum_over_ranks, wait_for_all, world_size
-from sources.pairs import DataError
+from sources.pairs import DataError, Pairs
 from training.chunks import Chunk, balanced
 from training.processes import SIGNALS
-from training.recipes import Config, ConfigError
+from training.recipes import Config, ConfigError, as_flag
 from weights.read import WeightsError
 
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")
 FREE = ("out", "device", "workers", "log_every", "save_minutes")  # the result does not depend on these
-INEXACT = ("chunk_size", "grad_checkpointing", "compile", "processes")  # it does, but the run may go on
+INEXACT = ("chunk_size", "grad_checkpointing", "compile", "world_size")  # it does, but the run may go on
 
 
 class Stopped(Exception):
@@ -44,12 +44,14 @@ def paths(folder: str) -> list[str]:
 
 
 class Checkpoints:
-    """The two newest checkpoints of a run on `pairs` training pairs. Used with `with`, it also takes the
-    signals that ask the run to stop. A signal is answered after the step in which it comes; a second one,
-    five seconds later or more, interrupts at once."""
+    """The two newest checkpoints of a run on these pairs. Used with `with`, it also takes the signals that ask
+    the run to stop. A signal is answered after the step in which it comes; a second one, five seconds later
+    or more, interrupts at once."""
 
-    def __init__(self, cfg: Config, pairs: int):
-        self.cfg, self.pairs = cfg, pairs
+    def __init__(self, cfg: Config, pairs: Pairs, valid: Pairs):
+        self.cfg = cfg
+        self.setting = {"pairs": len(pairs), "world_size": world_size(),
+                        "captions": [each.caption_fingerprint() for each in (pairs, valid)]}
         os.makedirs(cfg.out, exist_ok=True)
         self.newest, self.previous = (os.path.join(cfg.out, name) for name in NAMES)
         self.newest_is_good = False  # if so, it becomes the previous one when another is written
@@ -59,7 +61,7 @@ class Checkpoints:
     def load(self, clip, optimizer, scaler) -> tuple[int, list[dict], int]:
         """-> (step, history, chunk size) to continue from; (0, [], 0) for a new run. If the newest checkpoint
         cannot be used, the previous one is; WeightsError if neither can. ConfigError if it belongs to another
-        command or another number of training pairs, or if the ranks see different ones."""
+        command or to other pairs, or if the ranks see different ones."""
         found, unusable = (0, [], 0), None
         for path in paths(self.cfg.out):
             try:
@@ -92,18 +94,19 @@ class Checkpoints:
     def check_command(self, saved: dict, path: str):
         """ConfigError if the checkpoint was made by another command or on other data. Prints what prevents
         the run from continuing bit for bit."""
-        before = saved["flags"] | {"pairs": saved["pairs"], "processes": saved["world_size"]}
-        now = dataclasses.asdict(self.cfg) | {"pairs": self.pairs, "processes": world_size()}
+        before, now = saved | saved["flags"], dataclasses.asdict(self.cfg) | self.setting
         share, size = max(1, self.cfg.batch_size // saved["world_size"]), self.cfg.chunk_size
         if size == 0 or before["chunk_size"] == balanced(min(size, share), share):
             now["chunk_size"] = before["chunk_size"]  # 0 would go by the memory that is free today
         for name, value in now.items():
-            if name in FREE or before.get(name, value) == value:
+            if name in FREE or before.get(name, value) == value:  # a captions' fingerprint is new
                 continue
-            made = f"{path} was made with {name} = {before[name]}, this command with {value}"
+            what = {"pairs": "{} training pairs", "world_size": "{} processes", "captions": "other captions"}
+            said = what.get(name, as_flag(name) + " {!r}").format
+            made = f"{path} was made with {said(before[name])}, this command has {said(value)}"
             if name not in INEXACT:
-                raise ConfigError(f"{made}; repeat the first command on the same pairs to go on, or name "
-                                  "another --out to start anew")
+                raise ConfigError(f"{made}; to go on, repeat the first command on the same pairs; to start "
+                                  "anew, name another --out")
             print(f"   {made}: goes on, but not bit for bit")
 
     def save(self, clip, optimizer, scaler, step: int, history: list[dict], chunk_size: int):
@@ -118,8 +121,7 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "step": step, "samples_seen": step * self.cfg.batch_size, "history": history,
             "flags": dataclasses.asdict(self.cfg) | {"chunk_size": chunk_size},  # the same after a restart
-            "world_size": world_size(), "pairs": self.pairs,
-        }))
+        } | self.setting))
 
     def write(self, state: dict):
         def write_to(temporary: str):
@@ -173,6 +175,7 @@ def read(path: str) -> dict:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = {key: saved[key] for key in (
             "model", "optimizer", "scaler", "step", "history", "flags", "world_size", "pairs")}
+        found |= {key: saved[key] for key in ("captions",) if key in saved}  # those of before had none
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
     for name, tensor in found["model"].items():

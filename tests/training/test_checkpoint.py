@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, flags
+from conftest import TINY, flags, write_folder
 from safetensors.torch import load_file
 
 import model
 import train
-from sources.pairs import DataError
+from sources.layouts import open_pairs
+from sources.pairs import DataError, SourceChanged
 from training import checkpoint
 from training.checkpoint import Checkpoints, Stopped
 from training.recipes import ConfigError
@@ -28,6 +29,10 @@ def saved_in(out) -> dict:
 
 def tensors(out) -> dict:
     return load_file(out / "last.safetensors")
+
+
+def splits(folder: str) -> list:
+    return [open_pairs(folder, split) for split in ("train", "valid")]
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -102,7 +107,7 @@ def test_a_signal_during_a_measurement_is_answered_after_it(pairs, tmp_path, mon
 
 
 def test_a_write_that_failed_is_told_at_the_next_step(pairs, tmp_path):
-    checkpoints = Checkpoints(flags(pairs, tmp_path), 24)
+    checkpoints = Checkpoints(flags(pairs, tmp_path), *splits(pairs))
     assert checkpoints.asked() == (False, False)  # nothing is being written
     checkpoints.writing = checkpoints.writer.submit(os.remove, tmp_path / "no such file")
     wait([checkpoints.writing])
@@ -220,7 +225,7 @@ def test_a_checkpoint_is_mapped_not_copied(pairs, tmp_path):
     clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
     optimizer = train.build_optimizer(train.Config(), clip)
     del saved
-    Checkpoints(flags(pairs, tmp_path, steps=1), 24).load(clip, optimizer, torch.amp.GradScaler("cpu"))
+    Checkpoints(flags(pairs, tmp_path, steps=1), *splits(pairs)).load(clip, optimizer, torch.amp.GradScaler("cpu"))
     # what goes on from it holds none of it, or its disk space would stay taken, and Windows could not replace it
     assert str(tmp_path / "checkpoint.pt") not in Path("/proc/self/maps").read_text()
 
@@ -240,6 +245,36 @@ def test_out_may_move_with_its_acts(pairs, tmp_path):
 def test_checkpoint_of_another_command_is_refused(pairs, tmp_path):
     argv = [*TINY, "--data", pairs, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(argv) is None
-    message = "checkpoint.pt was made with lr = 0.001, this command with 0.5"
+    message = "checkpoint.pt was made with --lr 0.001, this command has --lr 0.5; to go on, repeat"
     with pytest.raises(ConfigError, match=message):
         train.main([*argv, "--lr", "0.5"])
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_caption_that_was_edited_is_another_set(split, tmp_path):
+    """After a stop the same command goes on with the same captions, in a copy of the set too; with others, not."""
+    write_folder(tmp_path / "pairs", 8)
+    argv = [*TINY, "--steps", "2", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "pairs")]
+    train.main(argv)
+    path = tmp_path / "pairs" / f"{split}.jsonl"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")  # another time of the last change, the same lines
+    train.main(argv)
+    path.write_text(text.replace("第3张", "第三张"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="checkpoint.pt was made with other captions"):
+        train.main(argv)
+    path.write_text("\n".join(text.split("\n")[:-1]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="8 training pairs, this command has 7" if split == "train" else "other captions"):
+        train.main(argv)
+
+
+def test_a_list_that_loses_lines_under_a_run_stops_it(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pairs", 8)
+    path, real = tmp_path / "pairs" / "train.jsonl", train.retrieval
+
+    def retrieval(*args):  # before step 0
+        path.write_text("\n".join(path.read_text(encoding="utf-8").split("\n")[:4]), encoding="utf-8")
+        return real(*args)
+    monkeypatch.setattr(train, "retrieval", retrieval)
+    with pytest.raises(SourceChanged, match=r"train.jsonl: changed under the run, .* or begin anew"):
+        train.train("act", flags(str(tmp_path / "pairs"), tmp_path / "out", steps=20))
