@@ -58,9 +58,16 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
         return FolderPairs(*files)
     if layout == "shards":
         return TarPairs(files)
-    wrong = f"no split {split!r} in it" if os.path.isdir(source) else "no such folder"
-    raise DataError(f"{source}: {wrong}; expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, "
-                    f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
+    expected = (f"expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, {split}.jsonl, {split}.csv "
+                f"or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
+    if os.path.isfile(source):
+        raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
+    if os.path.isdir(source):
+        there = ", ".join(splits_of(source)) or "none"
+        raise DataError(f"{source}: no split {split!r} in it, but {there}; {expected}")
+    hint = next((hint for sign, hint in (("~", "quoted, a ~ is no home folder, so write the whole path; "),
+                                         ("\\", "here folders are separated by /; ")) if sign in source), "")
+    raise DataError(f"{source}: no such folder; {hint}{expected}")
 
 
 def find(source: str, split: str) -> tuple[str, list[str]]:
@@ -110,8 +117,9 @@ class OfficialPairs(Pairs):
         self.image_count = len(self.index["ids"])
         self.positives = torch.from_numpy(self.index["positives"])
         if answers and not len(self.positives):
-            raise DataError(f"{jsonl}: no caption has any image_ids, "
-                            "so there is nothing to learn or to measure recall on")
+            keys = ", ".join(next(read_jsonl(jsonl), ("", "", ()))[2])
+            raise DataError(f"{jsonl}: no caption has any image_ids, so there is nothing to learn or to measure "
+                            f"recall on; its first line has {keys or 'nothing'}")
 
     def __reduce__(self):  # another process maps the index, too; it is not sent
         return OfficialPairs, (self.tsv, self.jsonl, self.answers)
@@ -267,8 +275,8 @@ def picture_path(folder: str, name, where: str) -> str:
         raise DataError(f"{where}: the picture is {name!r}, not text; write its path in {folder}", "not text")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise DataError(f"{where}: there is no picture {name} in {folder}; put it there or drop the line",
-                        "unreadable file")
+        hint = "write / between folders" if "\\" in name else "put it there or drop the line"
+        raise DataError(f"{where}: there is no picture {name} in {folder}; {hint}", "unreadable file")
     return path
 
 

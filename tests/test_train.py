@@ -324,7 +324,6 @@ def test_every_seed_and_step_has_its_own_dropout():
     (["--model", "ViT-B-17"], 2, ["ViT-B-17", "ViT-B-16"]),
     (["--recipe", "mug"], 2, ["mug", "muge"]),
     (["--stepz", "3"], 2, ["--stepz"]),
-    (["--recipe", "muge", "--model", "ViT-tiny"], 2, ["ViT-tiny", "table 9"]),
     (["--augment", "strong"], 2, ["strong", "crop"]),
     (["--batch-size", "1"], 2, ["--batch-size 1"]),
     (["--recipe", "scratch", "--model", "ViT-tiny", "--data", "no-such"], 1, ["no-such", "scenes-zh"]),
@@ -338,7 +337,7 @@ def test_wrong_command_is_one_line(argv, code, words, tmp_path):
 def test_weights_of_another_model_are_refused(pairs, tmp_path):
     path = str(tmp_path / "rn.safetensors")
     model.save(model.ChineseCLIP(model.MODELS["RN-tiny"]), path)
-    with pytest.raises(WeightsError, match="does not fit this model: .*it looks like RN-tiny"):
+    with pytest.raises(WeightsError, match="rn.safetensors: is RN-tiny, not ViT-tiny: "):
         train.main([*TINY, "--data", pairs, "--init", path, "--out", str(tmp_path / "out")])
 
 

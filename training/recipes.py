@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +41,7 @@ def flag(default, text: str, low: float = 0, below: float = math.inf, choices: t
 class Config:
     """Every flag of the command line, in this order."""
 
-    model: str = flag("ViT-B-16", "the row of model.MODELS to train", choices=tuple(model.MODELS))
+    model: str = flag("ViT-B-16", f"one of {', '.join(model.MODELS)}", choices=tuple(model.MODELS))
     data: str = flag(
         "scenes-zh", "pairs: a folder (official TSV + JSONL, pictures with a list, or tar shards), a pattern "
         "of shards {000..999}.tar, scenes-zh, scenes-en; several with commas between")
@@ -63,6 +64,7 @@ class Config:
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
     steps: int = flag(0, "if not 0, this many steps instead of epochs")
+    min_steps: int = flag(0, "no fewer steps than this, however few the pairs")
     lr: float = flag(0.0, "peak learning rate; 0: the recipe's, scaled to the batch")
     recipe_lr: float = flag(5e-5, "the recipe's peak rate for batches of --lr-batch and more")
     lr_batch: int = flag(1024, "below this batch the recipe's rate falls in proportion", low=1)
@@ -97,7 +99,7 @@ def schedule(cfg: Config, pairs: int) -> tuple[int, int, int]:
     epoch is whole batches, as in the official code and so in table 9. DataError if there are no pairs."""
     if not pairs:
         raise DataError(f"{cfg.data}: no training pairs; `python -m tools.curate check {cfg.data}` says why")
-    total = cfg.steps or math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size))
+    total = cfg.steps or max(cfg.min_steps, math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size)))
     eval_every = cfg.eval_every or max(1, min(pairs // cfg.batch_size, math.ceil(total / 5)))
     return total, eval_every, cfg.save_every or eval_every
 
@@ -143,6 +145,8 @@ TABLE_9 = {
 }
 # The demo's numbers are our own, found by trying on two CPU cores.
 DEMO = dict(model="RN-mini", batch_size=64, recipe_lr=1e-3, lr_batch=64, warmup=20, log_every=50)
+# So are these (docs/experiments.md). Random weights have nothing to lose by a high rate, at any batch.
+SMALL_FROM_NOTHING = dict(recipe_lr=1e-3, lr_batch=1, batch_size=64, min_steps=300)
 
 # ------------------------------------------------------------------------------------------------------------
 # the recipes
@@ -171,7 +175,10 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
     if recipe in ("pretrain", "stage1") and name == "ViT-L-14-336":
         raise ConfigError(f"--recipe {recipe}: ViT-L-14-336 has no stage 1 (appendix A.2); "
                           "--recipe stage2 --init ViT-L-14, whose positions are interpolated")
-    if recipe in ("pretrain", "stage1", "stage2", "scratch", "direct") and name not in APPENDIX_A2:
+    small = model.MODELS[name].text.width < 768
+    if small and recipe == "scratch":
+        print(f"--recipe scratch: the paper has no numbers for {name}; these are our own")
+    elif recipe in ("pretrain", "stage1", "stage2", "scratch", "direct") and name not in APPENDIX_A2:
         print(f"--recipe {recipe}: the paper has no numbers for {name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
@@ -189,11 +196,13 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
     if recipe == "stage2":
         return {recipe: STAGE_2 | dict(batch_size=stage_2_batch, epochs=stage_2_epochs)}
     if recipe in ("scratch", "direct"):  # section 3.1.3 names no numbers for them, so these are stage 1's
-        return {recipe: STAGE_1 | dict(epochs=stage_1_epochs or APPENDIX_A2["ViT-L-14"][0])}
+        own = SMALL_FROM_NOTHING if small else dict(lr_batch=1)
+        return {recipe: STAGE_1 | dict(epochs=stage_1_epochs or APPENDIX_A2["ViT-L-14"][0])
+                | (own if recipe == "scratch" else {})}
     if name not in TABLE_9:
-        raise ConfigError(f"--recipe {recipe}: table 9 of the paper has rows for {', '.join(TABLE_9)}, "
-                          f"not {name}")
-    batch, lr, epochs, warmup = TABLE_9[name][DATA_SETS.index("muge" if recipe == "icr" else recipe)]
+        print(f"--recipe {recipe}: table 9 has no row for {name}; this rehearses with ViT-B-16's numbers")
+    row = TABLE_9.get(name, TABLE_9["ViT-B-16"])
+    batch, lr, epochs, warmup = row[DATA_SETS.index("muge" if recipe == "icr" else recipe)]
     return {recipe: TABLE_8 | peak(lr) | dict(context_length=128 if recipe == "icr" else 52,
                                               batch_size=batch, epochs=epochs, warmup=warmup)}
 
@@ -235,20 +244,38 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
             f"  {name:14}{text}; needs {needs[name]}" for name, (text, _) in RECIPES.items()))
     parser.add_argument("--recipe", default="demo", choices=RECIPES, metavar="NAME",
                         help="fills in the flags below; any that you give wins (default: demo)")
+    parser.add_argument("--show", action="store_true",
+                        help="print what the recipe sets for this model and batch, and stop")
     for f in dataclasses.fields(Config):
-        shown = f" (default: {f.default})" if str(f.default) not in ("", "False") else ""
+        default = f" (default: {f.default})" if str(f.default) not in ("", "False") else ""
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=f.type, choices=f.metadata["choices"], metavar={str: "TEXT", int: "N", float: "X"}[f.type])
         parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS,
-                            help=f.metadata["help"] + shown, **kind)
+                            help=f.metadata["help"] + default, **kind)
     given = vars(parser.parse_args(argv))
-    recipe = given.pop("recipe")
+    recipe, show = given.pop("recipe"), given.pop("show")
+    if not show:
+        check_start(recipe, given)
     acts = acts_of(recipe, given.get("model", Config.model))
-    check_start(recipe, given)
     acts = {act: fill_in(act, flags, given, alone=len(acts) == 1) for act, flags in acts.items()}
-    for cfg in acts.values():
+    for act, cfg in acts.items():
         validate(cfg)
+        if show:
+            print(f"{act}: {shown(cfg)}\n   peak lr {cfg.peak_lr:.2e} at batch {cfg.batch_size:,}; "
+                  "the flags that are not named have the defaults of --help")
+    if show:
+        parser.exit()
     return acts
+
+
+def shown(cfg: Config) -> str:
+    """The flags of a run that are not the defaults, as one would type them."""
+    words = []
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default:
+            words += [as_flag(f.name)] if value is True else [as_flag(f.name), shlex.quote(f"{value}")]
+    return " ".join(words)
 
 
 def fill_in(act: str, flags: dict, given: dict, alone: bool) -> Config:
@@ -257,7 +284,7 @@ def fill_in(act: str, flags: dict, given: dict, alone: bool) -> Config:
     if any(str(value).startswith("@") for value in flags.values()):
         given = {k: v for k, v in given.items() if k not in ("init", "image_init", "text_init")}
     if "epochs" in given:
-        given = dict(steps=0) | given
+        given = dict(steps=0, min_steps=0) | given
     cfg = Config(**flags | given | dict(out=os.path.join(given.get("out", Config.out), act)))
     if alone:
         return cfg
@@ -276,6 +303,9 @@ def validate(cfg: Config):
         if f.type in (int, float) and not low <= value < below:
             wanted = f"{low} or more" + (f", less than {below}" if below < math.inf else "")
             raise ConfigError(f"{as_flag(f.name)} {value}: expected {wanted}")
+    taken = cfg.out  # the first part of the path that exists
+    while taken and not os.path.exists(taken):
+        taken = os.path.dirname(taken)
     positions = model.MODELS[cfg.model].text.max_positions
     is_vit = isinstance(model.MODELS[cfg.model].visual, model.ViTConfig)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -285,6 +315,7 @@ def validate(cfg: Config):
          f"--batch-size {cfg.batch_size}: expected a multiple of the {world_size} processes"),
         (re.search(r"\.tar\s*(,|$)", cfg.data) and not cfg.valid_data,
          f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data"),
+        (os.path.isfile(taken), f"--out: {taken} is a file; name a folder, which need not exist"),
         (cfg.steps == 0 and cfg.epochs == 0, "--epochs 0: expected more than 0, or --steps"),
         (cfg.cache_features and not cfg.freeze_image,
          "--cache-features: only a frozen image tower has features to cache; --freeze-image"),

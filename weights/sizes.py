@@ -137,8 +137,9 @@ def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path:
     found = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''})"
              for what, keys in misfits.items() if keys]
     if found:
-        raise WeightsError(f"{path}: does not fit this model: {'; '.join(found)}; "
-                           f"it looks like {guess(state, models) or 'none of ours'}")
+        looks, model = guess(state, models), guess(wanted, models) or "this model"
+        what = f"is {looks}, not {model}" if looks not in ("", model) else f"does not fit {model}"
+        raise WeightsError(f"{path}: {what}: {'; '.join(found)}")
     for key, value in state.items():
         # One value that is not finite makes the sum so, and a sum is five times as fast as testing each.
         finite = torch.isfinite(value.sum()) or torch.isfinite(value).all()

@@ -195,7 +195,7 @@ def test_a_model_of_no_known_size_is_refused_with_the_nearest(tmp_path):
     assert (
         path in message
         and "12 unknown (visual.transformer.resblocks.2." in message
-        and f"looks like {VIT}" in message
+        and f"does not fit {VIT}" in message
     )
 
 

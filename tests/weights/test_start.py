@@ -194,7 +194,7 @@ def test_training_from_a_larger_resolution_interpolates_and_says_so(tmp_path, ca
 def test_image_tower_of_another_model_is_refused_with_a_guess(tmp_path):
     path = saved(tmp_path, official(built(RN).state_dict()))
     message = refusal(initialise, built(VIT), MODELS, image_init=path)
-    assert path in message and "visual.class_embedding" in message and f"looks like {RN}" in message
+    assert path in message and "visual.class_embedding" in message and f"is {RN}, not {VIT}" in message
 
 
 def test_text_tower_of_another_size_is_refused(tmp_path):
