@@ -86,12 +86,15 @@ class ChineseCLIP(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, 3, S, S] from `preprocess` -> [B, E], not normalised."""
-        if pixels.ndim != 4:
-            raise ValueError(f"pixels {list(pixels.shape)}: expected [B, 3, S, S]; one picture needs [None]")
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+            raise ValueError(f"pixels {getattr(pixels, 'shape', type(pixels))}: expected [B, 3, S, S], which "
+                             "is preprocess(image)[None] for one picture")
         return self.visual(pixels.to(self.dtype))
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, T] from `tokenize`, where 0 is padding and T at most 512 -> [B, E], not normalised."""
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"{ids!r:.99}: expected ids [B, T], from model.tokenize(captions)")
         return self.bert(ids) @ self.text_projection
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -58,8 +58,8 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
         return FolderPairs(*files)
     if layout == "shards":
         return TarPairs(files)
-    expected = (f"expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, {split}.jsonl, {split}.csv "
-                f"or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
+    expected = (f"expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, {split}.jsonl, "
+                f"{split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
     if os.path.isfile(source):
         raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
     if os.path.isdir(source):
@@ -118,8 +118,8 @@ class OfficialPairs(Pairs):
         self.positives = torch.from_numpy(self.index["positives"])
         if answers and not len(self.positives):
             keys = ", ".join(next(read_jsonl(jsonl), ("", "", ()))[2])
-            raise DataError(f"{jsonl}: no caption has any image_ids, so there is nothing to learn or to measure "
-                            f"recall on; its first line has {keys or 'nothing'}")
+            raise DataError(f"{jsonl}: no caption has any image_ids, so there is nothing to learn or to "
+                            f"measure recall on; its first line has {keys or 'nothing'}")
 
     def __reduce__(self):  # another process maps the index, too; it is not sent
         return OfficialPairs, (self.tsv, self.jsonl, self.answers)

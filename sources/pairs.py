@@ -220,14 +220,15 @@ def parse_json(line: bytes, where: str) -> dict:
     try:
         item = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8, for example by `iconv -f GBK -t "
-                        "UTF-8`", "not UTF-8") from None
+        raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8, for example by "
+                        "`iconv -f GBK -t UTF-8`", "not UTF-8") from None
     except (ValueError, RecursionError) as error:
         array = ", without [ and ] around all and commas between" if line.lstrip().startswith(b"[") else ""
         raise DataError(f"{where}: not JSON ({error}); write one JSON object per line{array}",
                         "not JSON") from None
     if not isinstance(item, dict):
-        raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object per line, {{...}}", "not JSON")
+        raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object per line, {{...}}",
+                        "not JSON")
     return item
 
 
@@ -254,8 +255,8 @@ def stamp(path: str) -> tuple[int, int]:
 def check_unchanged(path: str, expected: tuple[int, int]):
     """SourceChanged if the file's stamp is not the expected one."""
     if stamp(path) != expected:
-        raise SourceChanged(f"{path}: changed under the run, which goes by what it was; put it back and repeat "
-                            "the command, or begin anew with another --out")
+        raise SourceChanged(f"{path}: changed under the run, which goes by what it was; put it back and "
+                            "repeat the command, or begin anew with another --out")
 
 
 def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -> bytes:

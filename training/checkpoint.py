@@ -44,9 +44,9 @@ def paths(folder: str) -> list[str]:
 
 
 class Checkpoints:
-    """The two newest checkpoints of a run on these pairs. Used with `with`, it also takes the signals that ask
-    the run to stop. A signal is answered after the step in which it comes; a second one, five seconds later
-    or more, interrupts at once."""
+    """The two newest checkpoints of a run on these pairs. Used with `with`, it also takes the signals that
+    ask the run to stop. A signal is answered after the step in which it comes; a second one, five seconds
+    later or more, interrupts at once."""
 
     def __init__(self, cfg: Config, pairs: Pairs, valid: Pairs):
         self.cfg = cfg
@@ -153,6 +153,8 @@ class Checkpoints:
         # torchrun passes on what it was sent, so that a process may get the same signal twice
         if self.signalled and time.monotonic() > self.signalled + 5:
             raise KeyboardInterrupt
+        if not self.signalled and rank() == 0:
+            os.write(1, b"   stopping after this step or measurement\n")  # print may be what was interrupted
         self.signalled, self.number = self.signalled or time.monotonic(), number
 
     def asked(self, scheduled: bool = False) -> tuple[bool, bool]:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -26,6 +27,8 @@ from sources.pairs import DataError, Pairs
 from training.recipes import Config, warmup_steps
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
+SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc",
+                "STHeiti Light.ttc", "msyh.ttc", "simhei.ttf")  # Linux, macOS and Windows, found by name
 LINE_COLOURS = ((214, 69, 65), (52, 109, 189), (39, 144, 88), (148, 84, 176), (230, 140, 30))
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,11 +51,13 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     say(f"batch {B:,} = {world_size()} x {share:,}{cut}; "
         f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
     if B > pairs:
-        say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} times or once more; "
-            "--targets multi tells them from negatives, a smaller --batch-size needs less time")
+        say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
+            f"times; --batch-size {2 ** (pairs.bit_length() - 1)} avoids that, and --targets multi tells them "
+            "from negatives")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
-    say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} from batch {cfg.lr_batch:,} on")
+    where = f"from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else "at any batch"
+    say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} {where}")
     trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
     if trained_before and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
@@ -95,6 +100,7 @@ class Log:
         """step, history: what is saved of this run. log.jsonl keeps no line that was written after that."""
         self.cfg, self.total, self.file = cfg, total, None
         self.broken: dict[str, int] = {}  # problem -> how often it was met
+        self.losses: list[float] = []
         self.clock, self.since = time.perf_counter(), step
         if rank() == 0:
             path, kept = os.path.join(cfg.out, "log.jsonl"), []
@@ -102,6 +108,7 @@ class Log:
                 with open(path, encoding="utf-8") as log:
                     kept = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= step]
             replace_text(path, "".join(kept))
+            self.losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
             self.file = open(path, "a", encoding="utf-8")
 
     def write(self, entry: dict):
@@ -128,6 +135,7 @@ class Log:
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
               f"in batch i2t {i2t:.0%} t2i {t2i:.0%}  scale {scale:.1f}  lr {lr:.1e}  "
               f"{rate:,.0f} pairs/s  {(self.total - step) * B / rate:,.0f} s left", flush=True)
+        self.losses.append(loss)
         self.write({"step": step, "loss": loss, "in_batch_i2t": i2t, "in_batch_t2i": t2i,
                     "logit_scale": scale, "lr": lr, "pairs_per_second": rate})
 
@@ -144,20 +152,43 @@ class Log:
         if self.broken:
             print(f"   rank {rank()} met {len(self.broken)} broken pairs {sum(self.broken.values())} times",
                   file=sys.stderr, flush=True)
-        if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
-            print("   never better than at step 0: best.safetensors is the start itself; lower --lr, or more "
-                  "pairs", flush=True)
+        if advice := self.advice(history):
+            print(f"   {advice}", flush=True)
         if self.file:
             self.file.close()
             model.save(clip, os.path.join(self.cfg.out, "last.safetensors"))
+
+
+    def advice(self, history: list[dict]) -> str:
+        """What to change if the run has learnt nothing, "" if it has. A loss that never left that of guessing
+        means a rate that is too low, or so high that all features became the same; a loss that left it while
+        recall fell means a rate that is too high for weights that were trained before, or too few pairs."""
+        cfg, late = self.cfg, self.losses[len(self.losses) // 2:]  # one batch's loss says little
+        usual = cfg.recipe_lr * min(1, cfg.batch_size / cfg.lr_batch)
+        if late and not cfg.teacher and sum(late) / len(late) > 0.97 * math.log(cfg.batch_size):
+            change = "lower" if cfg.peak_lr > 2 * usual else "raise" if 2 * cfg.peak_lr < usual else ""
+            rate = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})" if change else "take more steps"
+            return (f"the loss never left that of guessing: {rate}, or see whether captions belong to their "
+                    "pictures")
+        if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
+            return ("never better than at step 0: best.safetensors is the start itself; lower --lr, or find "
+                    "more pairs")
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # pictures
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(FONT, size)
+def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | None:
+    """Our font, or the first of this machine's that can draw all of the text; None if there is none."""
+    for name in (FONT, *SYSTEM_FONTS):
+        with contextlib.suppress(OSError):  # this machine does not have it
+            found = ImageFont.truetype(name, size)
+            absent = bytes(found.getmask("\U0010ffff"))  # the box that stands for what it cannot draw
+            if all(char.isspace() or bytes(found.getmask(char)) != absent for char in text):
+                return found
+    return None
 
 
 def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
@@ -191,14 +222,18 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
 
 
 def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """A PNG with a row for every query: the pictures that it retrieves. The right one has a green frame."""
+    """A PNG with a row for every query: the pictures that it retrieves. The right ones have a green frame. A
+    query that no font here can draw is named by the number of its row, and printed."""
     thumb, gap, text = 128, 12, 30
     width = max(len(images) for _, images in rows) * (thumb + gap) + gap
     sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
     canvas = ImageDraw.Draw(sheet)
     for r, (query, images) in enumerate(rows):
         y = gap + r * (thumb + gap + text)
-        canvas.text((gap, y), query, font=font(20), fill="black")
+        found = font(20, query)
+        if not found:
+            print(f"   row {r + 1} of {path}: {query}")
+        canvas.text((gap, y), query[:42] if found else f"{r + 1}", font=found or font(20), fill="black")
         for c, (picture, right) in enumerate(images):
             x, below = gap + c * (thumb + gap), y + text
             if right:
@@ -223,13 +258,19 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
 
     last = list(acts.values())[-1]
     folder, best = os.path.dirname(last.out), os.path.join(last.out, "best.safetensors")
-    numbers, plot = (os.path.join(folder, name) for name in ("results.json", "recall.png"))
+    names = "results.json", "recall.png", "retrieval.png", "page.html"
+    numbers, plot, sheet, page = (os.path.join(folder, name) for name in names)
     write_json(numbers, histories)
+    clip, _ = model.load(best, "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu")
     if last.data == "scenes-zh":
-        look_at_scenes(folder, best)
+        look_at_scenes(clip)
+    look_at_retrieval(clip, open_pairs(last.valid_data or last.data, last.valid_split), sheet)
     starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
     curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
     print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
+    print("next, what it finds and misses: " + shlex.join([
+        "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data",
+        last.valid_data or last.data, "--split", last.valid_split, "--page", page]))
 
 
 def recall_table(rows: dict[str, dict]) -> str:
@@ -256,9 +297,8 @@ def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float
     return result
 
 
-def look_at_scenes(folder: str, path: str):
-    """Zero-shot classification of scenes and a contact sheet of retrieval, with the weights at `path`."""
-    clip, _ = model.load(path)
+def look_at_scenes(clip: model.ChineseCLIP):
+    """Zero-shot classification of scenes."""
     kinds, colours = scenes.kind_names("zh"), scenes.colour_names("zh")
     pictures, kind_labels, colour_labels = zip(*(
         scenes.class_example("zh", i) for i in range(20 * len(kinds))))
@@ -268,10 +308,16 @@ def look_at_scenes(folder: str, path: str):
         result = zero_shot(clip, names, lambda row: pictures[row], torch.tensor(labels), templates)
         print(f"zero-shot, {what} of a single thing: {result['accuracy']:.1f} % of {len(labels)} pictures, "
               f"{len(names)} names, {len(templates)} templates; {result['chance']:.1f} % by chance")
-    valid = open_pairs("scenes-zh", "valid")
-    queries, sheet = range(0, 60, 10), os.path.join(folder, "retrieval.png")
-    texts = encode_texts(clip, [valid.texts[q] for q in queries])  # [6, E]
-    scores = texts @ encode_images(clip, valid.image, valid.image_count).T  # [6, N]
-    contact_sheet(sheet, [(valid.texts[q], [(valid.image(i), i == q) for i in row.topk(6).indices.tolist()])
-                          for q, row in zip(queries, scores)])
-    print(f"unseen captions and the pictures they retrieve (green: the right one): {sheet}")
+
+
+def look_at_retrieval(clip: model.ChineseCLIP, valid: Pairs, path: str):
+    """A contact sheet of six captions and the nearest of the first thousand pictures."""
+    count = min(1000, valid.image_count)
+    known = valid.positives[valid.positives[:, 1] < count].tolist()
+    texts = list(dict.fromkeys(text for text, _ in known))
+    queries = texts[:: max(1, min(10, len(texts) // 6))][:6]
+    features = encode_texts(clip, [valid.text(q) for q in queries])  # [6, E]
+    scores = features @ encode_images(clip, valid.image, count).T  # [6, N]
+    contact_sheet(path, [(valid.text(q), [(valid.image(i), [q, i] in known) for i in row]) for q, row in
+                         zip(queries, scores.topk(min(6, count)).indices.tolist())])
+    print(f"unseen captions and the pictures they retrieve (green: the right one): {path}")

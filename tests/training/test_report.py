@@ -1,14 +1,18 @@
 """The two pictures of a run: the right size, something on them, the frame around the right answer."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from stand_ins import Counted
 
+import model
 from data import Stream
+from sources.layouts import open_pairs
 from training import report
+from training.recipes import Config
 
 
 def read(path) -> np.ndarray:
@@ -78,3 +82,38 @@ def test_repeats_and_the_loss_they_leave():
     pairs.texts = ["猫", "狗", "鱼"] * 4
     shared, floor = report.repeats(Stream(pairs, 0, 8, "none"), 12, batches=2)
     assert shared == 1 and floor == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize("losses, recall, lr, words", [
+    ([2.1, 2.0, 1.2, 0.9], [9, 30], 0, ""),
+    ([2.1, 2.09, 2.08, 2.08], [9, 9.5], 1e-6, "never left that of guessing: raise --lr 1.0e-06 (the recipe's is 1.0e-03)"),
+    ([2.1, 2.09, 2.08, 2.08], [9, 8], 1e-1, "never left that of guessing: lower --lr 1.0e-01 (the recipe's is 1.0e-03)"),
+    ([2.1, 2.09, 2.08, 2.08], [9, 8], 0, "take more steps, or see whether captions belong"),
+    ([2.1, 1.5, 0.9, 0.6], [40, 30], 0, "lower --lr, or find more pairs"),
+])
+def test_what_is_said_of_a_run_that_learnt_nothing(losses, recall, lr, words, tmp_path):
+    """ln 8 = 2.08 is guessing. The end of the log decides, not a step that happened to be better."""
+    cfg = Config(batch_size=8, recipe_lr=1e-3, lr_batch=1, lr=lr, out=str(tmp_path))
+    log = report.Log(cfg, 4, 0, [])
+    log.losses = losses
+    said = log.advice([{"mean_recall": value} for value in recall])
+    assert words in said and bool(words) == bool(said)
+
+
+def test_a_caption_that_no_font_can_draw_is_named_by_its_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "SYSTEM_FONTS", ("no such font",))
+    rare = "\u9f98\u9f98"  # not among the characters of the scenes
+    report.contact_sheet(str(tmp_path / "sheet.png"), [(text, [(Image.new("RGB", (9, 9)), True)]) for text in ("一只猫", rare)])
+    assert capsys.readouterr().out == f"   row 2 of {tmp_path / 'sheet.png'}: {rare}\n"
+
+
+def test_ones_own_validation_pairs_are_looked_at_too(pairs, tmp_path, capsys):
+    """Six captions of the folder and their six nearest pictures; the right ones have a green frame."""
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval()
+    report.look_at_retrieval(clip, open_pairs(pairs, "valid"), str(tmp_path / "sheet.png"))
+    assert read(tmp_path / "sheet.png").shape == (6 * 170 + 12, 6 * 140 + 12, 3)
+    shutil.copytree(pairs, tmp_path / "pairs")
+    (tmp_path / "pairs" / "valid.jsonl").write_text('{"image": "valid0.png", "text": "一只猫"}\n', encoding="utf-8")
+    report.look_at_retrieval(clip, open_pairs(str(tmp_path / "pairs"), "valid"), str(tmp_path / "one.png"))
+    pixels = read(tmp_path / "one.png")  # a single picture, which can only be right
+    assert pixels.shape == (182, 152, 3) and near(pixels, (40, 170, 80)).sum() == 138**2 - 128**2
