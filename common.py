@@ -75,12 +75,6 @@ def wait_for_all():
         dist.barrier(group=patient_group())
 
 
-def lost_process(error: RuntimeError) -> bool:
-    """True if this error means that another process died."""
-    reason = str(error).split("\n")[0]
-    return dist.is_initialized() and any(word in reason for word in ("gloo", "NCCL", "Connection"))
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -170,7 +164,8 @@ def one_line_errors(then: str = "", out_of_memory: str = "--dtype bfloat16 takes
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory ({str(error).splitlines()[0][:120]}); {out_of_memory}")
     except RuntimeError as error:
-        if not lost_process(error):
+        reason = str(error).split("\n")[0]  # what a process says when another died
+        if not (dist.is_initialized() and any(word in reason for word in ("gloo", "NCCL", "Connection"))):
             raise
         sys.exit(f"error: another process is gone, see its message{then}")
     except OSError as error:

@@ -116,7 +116,7 @@ def preprocess(image: Image.Image, resolution: int = 224) -> torch.FloatTensor:
     """PIL image of any mode and size -> normalised pixels [3, S, S]. The picture is squashed to a square, not
     cropped: OpenAI's CLIP crops, but every Chinese CLIP was trained and measured on squashed pictures."""
     if not isinstance(image, Image.Image):
-        raise TypeError(f"{image!r:.99}: expected a picture of PIL, from PIL.Image.open(file)")
+        raise TypeError(f"{image!r:.99}: expected a picture of PIL, from Image.open(file)")
     return to_pixels(squash(image, resolution))
 
 

@@ -62,10 +62,8 @@ def param_groups(clip: torch.nn.Module, weight_decay: float) -> list[dict]:
     than two dimensions. The official code goes by name, misses BERT's LayerNorm, and so decays 25 of the 51
     gains of ViT-B-16."""
     trained = [p for p in clip.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
 def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):

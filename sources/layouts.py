@@ -58,16 +58,17 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
         return FolderPairs(*files)
     if layout == "shards":
         return TarPairs(files)
-    expected = (f"expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, {split}.jsonl, "
-                f"{split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
     if os.path.isfile(source):
         raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
-    if os.path.isdir(source):
-        there = ", ".join(splits_of(source)) or "none"
-        raise DataError(f"{source}: no split {split!r} in it, but {there}; {expected}")
-    hint = next((hint for sign, hint in (("~", "quoted, a ~ is no home folder, so write the whole path; "),
-                                         ("\\", "here folders are separated by /; ")) if sign in source), "")
-    raise DataError(f"{source}: no such folder; {hint}{expected}")
+    if there := ", ".join(splits_of(source)):
+        cure = (f"; `python -m tools.curate split {source} NEW` makes a set that has one, --valid-data names "
+                "another set") if split == "valid" else ""
+        raise DataError(f"{source}: no split {split!r} in it, only {there}{cure}")
+    hint = "no pairs in it" if os.path.isdir(source) else "no such folder"
+    hint += "; quoted, ~ is not the home folder" if source[0] == "~" else ""
+    hint += "; folders are separated by /" if "\\" in source else ""
+    raise DataError(f"{source}: {hint}; expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, "
+                    f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
 
 
 def find(source: str, split: str) -> tuple[str, list[str]]:
@@ -117,9 +118,9 @@ class OfficialPairs(Pairs):
         self.image_count = len(self.index["ids"])
         self.positives = torch.from_numpy(self.index["positives"])
         if answers and not len(self.positives):
-            keys = ", ".join(next(read_jsonl(jsonl), ("", "", ()))[2])
+            keys = [*next(read_jsonl(jsonl), ("", "", ()))[2]]
             raise DataError(f"{jsonl}: no caption has any image_ids, so there is nothing to learn or to "
-                            f"measure recall on; its first line has {keys or 'nothing'}")
+                            f"measure recall on" + f"; its first line has {keys}" * ("image_ids" not in keys))
 
     def __reduce__(self):  # another process maps the index, too; it is not sent
         return OfficialPairs, (self.tsv, self.jsonl, self.answers)
@@ -216,7 +217,7 @@ def image_ids_of(line: dict, where: str) -> list[str]:
     """The ids of a caption's pictures, as the TSV writes them. DataError if they are no list."""
     image_ids = line.get("image_ids", [])
     if not isinstance(image_ids, list):
-        raise DataError(f"{where}: image_ids is a {type(image_ids).__name__}; expected a list of ids",
+        raise DataError(f"{where}: image_ids is {image_ids!r:.40}; expected a list of ids, in brackets",
                         "image_ids not a list")
     return list(map(str, image_ids))
 

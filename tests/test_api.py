@@ -78,7 +78,7 @@ def test_names_as_openai_spells_them(theirs, ours, here):
 
 
 def test_a_name_that_was_never_released():
-    assert "ViT-B/32: neither a file, nor a folder" in refusal(model.load, "ViT-B/32")
+    assert "ViT-B/32: no such file or folder" in refusal(model.load, "ViT-B/32")
 
 
 def test_a_file_with_the_names_of_its_towers(tmp_path, monkeypatch):

@@ -147,10 +147,8 @@ def small(program: str, arguments: list[str]) -> list[str]:
     """The same command on stand-ins."""
     arguments = [SMALL.get(argument, argument) for argument in arguments]
     if program == "train.py":
-        # "muge" is a row of table 9, which has none for small models
-        for flag, value, stand_in in ("--recipe", "muge", "stage2"), ("--model", "ViT-B-16", VIT):
-            place = arguments.index(flag) + 1
-            arguments[place] = stand_in if arguments[place] == value else arguments[place]
+        arguments = [VIT if word == "ViT-B-16" and before == "--model" else word
+                     for before, word in zip(["", *arguments], arguments)]
         arguments += ["--steps", "2", "--batch-size", "8", "--chunk-size", "4", "--workers", "0"]
         if "--epochs" in arguments:
             arguments += ["--epochs", "0.1"]
@@ -161,15 +159,16 @@ def small(program: str, arguments: list[str]) -> list[str]:
 
 def write_stand_ins(folder: Path):
     """The sets and weights that README and docs/ speak of, small."""
-    for name in ("photos", "my-pairs"):
+    for name, splits in ("photos", ("train", "valid")), ("my-pairs", ("train", "valid")), ("album", ("train",)):
         (folder / name).mkdir(parents=True)
-        for split in ("train", "valid"):
+        for split in splits:
             lines = []
             for n in range(24):
                 picture(n).resize((90, 70)).save(folder / name / f"{split}{n}.png")
                 lines.append({"image": f"{split}{n}.png", "text": f"第{n}张图片，各种颜色"})
             text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
             (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    write_folders(folder / "goods", "水果", "蔬菜")
     picture(0).save(folder / "photo.jpg")
     for name in ("MUGE", "emoji-cn"):
         for split in ("train", "valid", "test"):

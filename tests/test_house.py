@@ -23,8 +23,9 @@ ARROWS = {
     "training": {"eval", "model", "data", "loss", "sources", "weights", "common"},
     "train": {"training", "eval", "model", "data", "loss", "sources", "weights", "common"},
 }
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")
-               if path.relative_to(ROOT).parts[0] not in ("tests", "out") and path.parts[-2][0] != ".")
+FILES = sorted([f"{name}.py" for name in CORE] + [  # whatever else a user keeps at the top is their own
+    path.relative_to(ROOT).as_posix() for folder in FOLDERS if folder != "tests"
+    for path in (ROOT / folder).rglob("*.py")])
 
 
 def lines(file: str) -> list[str]:

@@ -43,8 +43,11 @@ def find(name_or_path: str, root: str = "") -> str:
     name = name_or_path.replace("/", "-").replace("@336px", "-336")  # OpenAI writes ViT-B/16, ViT-L/14@336px
     if name in SOURCES:
         return fetch(name, root)
-    raise WeightsError(f"{name_or_path}: neither a file, nor a folder with exactly one .pt or one of "
-                       f"{', '.join(IN_A_FOLDER)}, nor one of the published names {', '.join(SOURCES)}")
+    if os.path.isdir(name_or_path):
+        raise WeightsError(f"{name_or_path}: no weights in this folder; expected exactly one .pt in it, or one "
+                           f"of {', '.join(IN_A_FOLDER)}")
+    raise WeightsError(f"{name_or_path}: no such file or folder, and none of the published names "
+                       f"{', '.join(SOURCES)}")
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], str, str]:

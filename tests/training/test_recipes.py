@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 
 import pytest
 from conftest import ROOT, TINY
@@ -81,6 +82,38 @@ def test_rate_falls_with_the_batch_unless_it_was_given():
     scaled = parse([*muge, "--batch-size", "128"])["muge"].peak_lr
     assert math.isclose(scaled, 5e-5 * 128 / 1024, rel_tol=0.01)
     assert parse([*muge, "--batch-size", "128", "--lr", "3e-6"])["muge"].peak_lr == 3e-6
+
+
+@pytest.mark.parametrize("batch", [16, 64, 256, 1024])
+def test_training_from_nothing_has_a_rate_of_its_own(batch):
+    """It does not fall with the batch, for random weights have nothing to lose. A set of 150 pairs gets more
+    steps than 44 passes over it would have, unless --epochs says otherwise."""
+    argv = ["--recipe", "scratch", "--data", "x", "--batch-size", str(batch)]
+    small = parse([*argv, "--model", "RN-mini"])["scratch"]
+    assert small.peak_lr == 1e-3 and parse([*argv, "--model", "ViT-B-16"])["scratch"].peak_lr == 1e-4
+    assert recipes.schedule(small, 150)[0] == max(300, 44 * math.ceil(150 / batch))
+    two_epochs = parse([*argv, "--model", "RN-mini", "--epochs", "2"])["scratch"]
+    assert recipes.schedule(two_epochs, 150)[0] == 2 * math.ceil(150 / batch)
+
+
+def test_a_small_model_rehearses_with_the_papers_schedule(capsys):
+    cfg = parse(["--recipe", "muge", "--model", "RN-mini", *TUNED])["muge"]
+    assert "table 9 has no row for RN-mini; this rehearses with ViT-B-16's numbers" in capsys.readouterr().out
+    assert (cfg.batch_size, cfg.epochs, cfg.warmup) == (12800, 20, 40)
+
+
+def test_show_prints_a_recipe_as_one_would_type_it(capsys):
+    """Nothing has to be given for that; what it prints gives the same run."""
+    with pytest.raises(SystemExit) as end:
+        parse(["--recipe", "pretrain", "--model", "RN50", "--batch-size", "64", "--show"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and [line.split(":")[0] for line in lines[::2]] == ["stage1", "stage2"]
+    assert "--freeze-image --augment auto --batch-size 64 --epochs 20 " in lines[0]
+    assert "peak lr 3.13e-06 at batch 64" in lines[1]
+    words = shlex.split(lines[0])[1:]
+    shown = parse(["--recipe", "stage2", *TUNED, *words])["stage2"]  # where every number is another
+    meant = parse(["--recipe", "pretrain", "--model", "RN50", "--batch-size", "64", *TUNED])["stage1"]
+    assert dataclasses.replace(shown, out="", data="", init="") == dataclasses.replace(meant, out="", data="", init="")
 
 
 def test_every_flag_is_read_somewhere():
