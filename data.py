@@ -113,8 +113,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(image: Image.Image, resolution: int = 224) -> torch.FloatTensor:
-    """PIL image of any mode and size -> normalised pixels [3, S, S]. The picture is squashed to a square, not
-    cropped: OpenAI's CLIP crops, but every Chinese CLIP was trained and measured on squashed pictures."""
+    """PIL image of any mode and size -> normalised pixels [3, S, S]. It is squashed, not cropped, as in every
+    Chinese CLIP. Transparency becomes white; preprocess(image.convert("RGB")) shows what lies under it."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"{image!r:.99}: expected a picture of PIL, from Image.open(file)")
     return to_pixels(squash(image, resolution))

@@ -21,8 +21,15 @@ def augment(image: Image.Image, resolution: int, kind: str, rng: random.Random) 
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB. Unlike `convert`, this makes no copy of a picture that is RGB already."""
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """The picture in RGB, on white where it is transparent. An opaque RGB picture is returned without a copy,
+    and so is what `image.convert("RGB")` returns, which shows the colours that lie under transparency."""
+    # A file's RGB may have a transparent colour. `convert` notes one, too, but opaque pixels may have it.
+    if image.mode == "RGB" and not (image.format and image.has_transparency_data):
+        return image
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def random_resized_crop(image: Image.Image, resolution: int, rng: random.Random) -> Image.Image:

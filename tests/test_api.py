@@ -1,10 +1,13 @@
 """The interfaces of cn_clip.clip and OpenAI's clip: every call of their examples, and what is refused."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import difference
+from conftest import ROOT, difference
 from PIL import Image
 from checkpoints import RN, VIT, built, official, refusal, same, saved
 
@@ -125,3 +128,18 @@ def test_a_type_may_be_a_word(dtype, tmp_path):
 
 def test_released_models_are_models():
     assert set(download.RELEASED) < set(model.MODELS) and set(download.RELEASED) < set(download.SOURCES)
+
+
+@pytest.mark.parametrize("way", ["PYTHONPATH", "sys.path"])
+def test_a_script_elsewhere_finds_model_in_the_documented_ways(way, tmp_path):
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    assert "\nPYTHONPATH=path/to/zhclip python my_search.py\n" in page
+    (line,) = re.findall(r"`(import sys; .*)`", page)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if way == "PYTHONPATH":
+        line, environment = "", environment | {"PYTHONPATH": str(ROOT)}
+    script = tmp_path / "my_search.py"
+    script.write_text(f"{line}\nimport model\nprint(model.tokenize('猫').tolist()[0][:3])\n".replace(
+        "path/to/zhclip", ROOT.as_posix()), encoding="utf-8")
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert ran.stdout == "[101, 4344, 102]\n", ran.stderr

@@ -56,6 +56,40 @@ def test_every_mode_is_read_as_rgb(mode):
         assert torch.equal(data.preprocess(image, 16), data.preprocess(image.convert("RGB"), 16))
 
 
+def by_hand(image: Image.Image, resize_first: bool) -> torch.Tensor:
+    """[3, 16, 16] as older transformers makes them (convert, resize), or the official code (resize first)."""
+    steps = [lambda x: x.convert("RGB"), lambda x: x.resize((16, 16), Image.Resampling.BICUBIC)]
+    for step in reversed(steps) if resize_first else steps:
+        image = step(image)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    return (tensor - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, grey_levels: int = 0):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 + grey_levels / 255 / min(STD))
+
+
+@pytest.mark.parametrize("mode", ("RGB", "L", "CMYK", "P", "RGBA", "LA", "PA"))
+def test_pixels_of_opaque_pictures_are_those_of_transformers_and_the_official_code(mode):
+    image = noise(40, 30).convert(mode)
+    assert_near(data.preprocess(image, 16), by_hand(image, False))
+    if mode[0] != "P":  # of a palette the official code takes the nearest pixels
+        assert_near(data.preprocess(image, 16), by_hand(image, True), grey_levels=mode == "CMYK")
+
+
+@pytest.mark.parametrize("mode", ("RGBA", "LA"))
+def test_transparency_is_white_and_both_other_ways_are_at_hand(mode):
+    image = noise(40, 30).convert(mode)
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)).point(lambda alpha: max(0, alpha - 128)))
+    ours, first = data.preprocess(image, 16), image.resize((16, 16), Image.Resampling.BICUBIC).convert("RGB")
+    white, black = (data.preprocess(Image.new("RGB", (1, 1), colour), 16) for colour in ("white", "black"))
+    assert torch.equal(ours[:, :6], white[:, :6])  # the upper half is transparent
+    assert torch.equal(by_hand(image, True)[:, :6], black[:, :6])
+    assert (by_hand(image, False)[:, :6] - white[:, :6]).abs().max() > 1  # what lies there: noise
+    assert_near(data.preprocess(image.convert("RGB"), 16), by_hand(image, False))
+    assert_near(data.preprocess(first, 16), by_hand(image, True))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # pairs to batches
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shake, write_folder
+from conftest import ROOT, noise, shake, write_folder
 from PIL import Image
 from stand_ins import lines_of, write_official
 
@@ -117,6 +117,21 @@ def test_the_official_scripts_score_our_predictions_as_we_do(direction, script, 
     score = theirs["scoreJson"]
     assert list(ours.values()) == pytest.approx([score[key] for key in ("r1", "r5", "r10", "mean_recall")])
     assert 0 < ours["R@1"] < ours["R@10"] < 100
+
+
+@pytest.mark.parametrize("mode", ("RGB", "L", "P", "CMYK", "RGBA"))
+def test_pixels_are_the_official_ones(mode):
+    """Of a picture as it is, or, for a palette, CMYK and transparency, one that is resized before it becomes
+    RGB, as docs/weights.md and `tools.measure reproduce` do it."""
+    utils = pytest.importorskip("cn_clip.clip.utils", reason="needs torchvision, which is not installed")
+    image = noise(40, 30).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    theirs, first = utils.image_transform(16)(image), image.resize((16, 16), Image.Resampling.BICUBIC)
+    torch.testing.assert_close(data.preprocess(first.convert("RGB"), 16), theirs, rtol=0, atol=1e-6)
+    difference = (data.preprocess(image, 16) - theirs).abs().max()
+    most = {"RGB": 1e-6, "L": 1e-6, "CMYK": 0.016}  # 0.015 is one grey level
+    assert difference < most[mode] if mode in most else difference > 0.3
 
 
 SCALES = {  # of an operation at magnitude m in direction s, as torchvision takes it

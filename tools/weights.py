@@ -12,6 +12,7 @@ its final name only when it is complete, and nothing is overwritten.
 
 import math
 import os
+import shlex
 import shutil
 
 import torch
@@ -20,7 +21,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
-from weights.download import CACHE, SOURCES, fetch
+from weights.download import CACHE, RELEASED, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
 from weights.sizes import HUGGING_FACE_TEXT, HUGGING_FACE_VISION, describe, guess, read_config
@@ -96,6 +97,12 @@ def hugging_face_tokenizer() -> Tokenizer:
 # the command
 
 
+def done(path: str, said: str = "", whole: bool = True):
+    """Print what was done, or the path, and a command to type next, for a whole model or for one tower."""
+    command = "eval.py retrieval --data scenes-zh --model" if whole else "-m tools.weights info"
+    print(f"{said or path}\nnext: python {command} {shlex.quote(path)}")
+
+
 def info(file: str):
     """Print what a file is, without building a model."""
     path = find(file)
@@ -110,7 +117,7 @@ def info(file: str):
 def convert(source: str, target: str, to: str):
     """Load any file and save it in another layout."""
     LAYOUTS[to](model.load(source)[0], target)
-    print(f"wrote {target}")
+    done(target, f"wrote {target}")
 
 
 def interpolate(first: str, second: str, target: str, share: float):
@@ -126,12 +133,12 @@ def interpolate(first: str, second: str, target: str, share: float):
         for mine, theirs in zip(one.state_dict().values(), other.state_dict().values()):
             mine.copy_(torch.lerp(mine, theirs, share) if mine.is_floating_point() else theirs)
     model.save(one, target)
-    print(f"wrote {target}: {1 - share:.0%} of {first}, {share:.0%} of {second}")
+    done(target, f"wrote {target}: {1 - share:.0%} of {first}, {share:.0%} of {second}")
 
 
 LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}
-COMMANDS = {"download": lambda name, to: print(fetch(name, to)), "info": info, "convert": convert,
-            "interpolate": interpolate}
+COMMANDS = {"download": lambda name, to: done(fetch(name, to), whole=name in RELEASED), "info": info,
+            "convert": convert, "interpolate": interpolate}
 
 
 def main(argv: list[str] | None = None):
@@ -154,8 +161,11 @@ def main(argv: list[str] | None = None):
     part.add_argument("--share", type=float, default=0.5, metavar="X", help="of B (default: %(default)s)")
     arguments = vars(parser.parse_args(argv))  # under the names of the functions' parameters
     target = arguments.get("target", "")
-    if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+    empty = arguments.get("to") == "huggingface" and os.path.isdir(target) and not os.listdir(target)
+    if os.path.exists(target) and not empty:
         raise WeightsError(f"{target}: is there already; remove it or name another")
+    if os.path.isfile(folder := os.path.dirname(target)):
+        raise WeightsError(f"{target}: {folder} is a file; expected OUT in a folder, which need not exist")
     COMMANDS[arguments.pop("command")](**arguments)
 
 

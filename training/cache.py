@@ -79,9 +79,9 @@ def origin(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> dict:
     weights = hashlib.sha256()
     for name, tensor in clip.visual.state_dict().items():
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    # what `augment` and `preprocess` make of one picture: changes when their code does
+    # what `augment` and `preprocess` make of one picture with transparency: changes when their code does
     rng = random.Random(0)
-    picture = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
+    picture = Image.frombytes("RGBA", (60, 50), rng.randbytes(12000))
     views = [preprocess(augment(picture, 32, cfg.augment, rng), 32).numpy().tobytes() for _ in range(20)]
     return json.loads(json.dumps({
         "image_tower": weights.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,

@@ -21,6 +21,7 @@ from common import rank, replace_text, world_size, write_json
 from eval import KS, encode_images, encode_texts, zero_shot
 from loss import in_batch_accuracy
 from sources import scenes
+from sources.augment import as_rgb
 from sources.classes import TEMPLATES, read_templates
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs
@@ -238,7 +239,7 @@ def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]
             x, below = gap + c * (thumb + gap), y + text
             if right:
                 canvas.rectangle((x - 5, below - 5, x + thumb + 4, below + thumb + 4), fill=(40, 170, 80))
-            sheet.paste(picture.convert("RGB").resize((thumb, thumb), Image.Resampling.BICUBIC), (x, below))
+            sheet.paste(as_rgb(picture).resize((thumb, thumb), Image.Resampling.BICUBIC), (x, below))
     sheet.save(path)
 
 

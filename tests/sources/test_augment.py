@@ -1,5 +1,6 @@
 """Training views: the crop, AutoAugment's table and each of its operations against a formula."""
 
+import io
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 import data
 from sources import augment
-from sources.augment import apply_operation
+from sources.augment import apply_operation, as_rgb
 
 
 def test_worked_example():
@@ -47,6 +48,64 @@ def test_every_mode_can_be_augmented(mode):
     for seed in range(30):
         view = augment.augment(image, 16, "auto", random.Random(seed))
         assert view.size == (16, 16) and view.mode == "RGB"
+
+
+def test_transparency_is_white_by_hand():
+    """Orange, (255, 120, 0), over white: all of it, two fifths of it, none of it."""
+    for alpha, expected in ((255, (255, 120, 0)), (102, (255, 201, 153)), (0, (255, 255, 255))):
+        assert as_rgb(Image.new("RGBA", (1, 1), (255, 120, 0, alpha))).getpixel((0, 0)) == expected
+
+
+def from_file(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    image = Image.open(file)
+    image.load()
+    return image
+
+
+def black_on_clear(mode: str) -> Image.Image:
+    """As read from a file: two pixels of which the left one is transparent and the right one has a colour; in
+    a file without transparency both would be black or dark."""
+    if mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+        image.putpixel((1, 0), (10, 10, 10, 255))
+        return from_file(image.convert(mode))
+    if mode in ("P by index", "GIF", "P by bytes"):  # both entries of the palette are black
+        image = Image.new("P", (2, 1))
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        return from_file(image, "GIF" if mode == "GIF" else "PNG",
+                         transparency=b"\0\xff" if mode == "P by bytes" else 0)
+    image = Image.new(mode, (2, 1))  # with one colour that is transparent, tRNS
+    image.putpixel((1, 0), {"1": 1, "L": 10, "RGB": (10, 10, 10)}[mode])
+    return from_file(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ("RGBA", "LA", "P by index", "P by bytes", "GIF", "1", "L", "RGB"))
+def test_every_kind_of_transparency_is_white_unless_the_picture_is_converted_first(mode):
+    image = black_on_clear(mode)
+    assert image.mode == mode or mode[0] in "PG" and image.mode == "P"
+    official = image.convert("RGB")
+    assert official.getpixel((0, 0)) == (0, 0, 0)  # what lies under it
+    seen, right = as_rgb(image), official.getpixel((1, 0))
+    assert seen.mode == "RGB" and list(seen.get_flattened_data()) == [(255, 255, 255), right]
+    assert as_rgb(official) is official and as_rgb(seen) is seen
+
+
+@pytest.mark.parametrize("mode", ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I;16"))
+def test_an_opaque_picture_becomes_what_convert_makes_of_it(mode):
+    image = Image.new("I;16", (20, 20), 77) if mode == "I;16" else noise(20, 20).convert(mode)
+    assert as_rgb(image).tobytes() == image.convert("RGB").tobytes()
+    assert (as_rgb(image) is image) == (mode == "RGB")  # no copy
+
+
+def test_training_views_see_white_too():
+    image = Image.new("RGBA", (30, 30), (0, 0, 0, 0))
+    for kind in ("none", "crop"):
+        view = augment.augment(image, 8, kind, random.Random(0))
+        assert torch.equal(data.squash(view, 8), torch.full((3, 8, 8), 255, dtype=torch.uint8)), kind
 
 
 def boxes_of(monkeypatch, size: tuple[int, int], count: int = 300) -> list[tuple]:

@@ -63,6 +63,12 @@ def test_features_of_something_else_are_refused(clip, first):
     refused("same: captions", pairs=other)
 
 
+def test_features_with_transparency_treated_otherwise_are_refused(clip, first, monkeypatch):
+    monkeypatch.setattr("data.as_rgb", lambda image: image.convert("RGB"))
+    with pytest.raises(DataError, match="same: preprocessing"):
+        kept.kept_features(clip, Known(), 52, first[0])
+
+
 def test_what_a_killed_run_left_is_encoded_again(clip, first):
     folder, (images, _) = first
     os.remove(os.path.join(folder, "features.json"))  # it is written last

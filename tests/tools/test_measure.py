@@ -13,7 +13,9 @@ from hub import FILE, NAME
 from stand_ins import TEXTS, picture
 from checkpoints import VIT, built, official
 
+import eval as evaluation
 import model
+from data import squash
 from weights import download
 from eval import pair_features, retrieval
 from sources import layouts
@@ -89,6 +91,23 @@ def test_tables_of_classification(small_b16, weights, tmp_path, capsys):
     measure.main(["reproduce", "table5", "--model", weights, "--data", f"eurosat={eurosat}",
                   "--device", "cpu"])
     assert "52.0" in capsys.readouterr().out  # CN-CLIP in Table 5
+
+
+@pytest.mark.parametrize("table", ["table2", "table12"])
+def test_the_papers_tables_are_measured_on_official_pixels(table, small_b16, weights, tmp_path, monkeypatch):
+    """Of a picture that is transparent with red below, the official code sees black."""
+    seen, encode_images = [], evaluation.encode_images
+
+    def spy(clip, get_image, count):
+        seen.extend(squash(get_image(row), 32).unique().tolist() for row in range(count))
+        return encode_images(clip, get_image, count)
+    for module in (evaluation, measure.zeroshot):
+        monkeypatch.setattr(module, "encode_images", spy)
+    monkeypatch.setattr("sources.pairs.decode", lambda *_: Image.new("RGBA", (40, 30), (255, 0, 0, 0)))
+    data = f"muge={write_official(tmp_path / 'MUGE', 'valid')}" if table == "table2" else (
+        f"rendered-sst2={write_folders(tmp_path / 'a', 'negative', 'positive')}")
+    measure.main(["reproduce", table, "--model", weights, "--data", data, "--device", "cpu"])
+    assert seen and all(values == [0] for values in seen)
 
 
 @pytest.mark.parametrize("data, part", [

@@ -156,3 +156,11 @@ def test_the_curve_leaves_out_what_has_no_answer(ranks, shares):
     curve = page.recall_curve({"one way": torch.tensor(ranks)})
     heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', curve)[1].split()]
     assert heights[:2] == [300 * (1 - share / 100) for share in shares]
+
+
+def test_a_transparent_picture_is_shown_on_white_and_left_as_it_is():
+    image = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
+    assert near(pictures(page.embedded(image, "other"), "other")[0], "white")
+    image = Image.new("RGB", (300, 200))
+    page.embedded(image, "other")
+    assert image.size == (300, 200)

@@ -1,5 +1,6 @@
 """tools/weights.py: files as other programs read them, and the command."""
 
+import shlex
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import safetensors.torch
 import torch
 import transformers
 from checkpoints import RN, TEXTS, VIT, agree, built, features, refusal, same, saved, theirs
-from conftest import ROOT
+from conftest import ROOT, noise
 from PIL import Image
 
 import data
+import eval as eval_command
 import model
 from tools import weights
 from weights.names import WeightsError
@@ -23,7 +25,9 @@ def test_convert_around_and_back(tmp_path, capsys):
     for source, target, layout in (
             ("a", "b.pt", "official"), ("b.pt", "hf", "huggingface"), ("hf", "c.safetensors", "ours")):
         weights.main(["convert", str(tmp_path / source), str(tmp_path / target), "--to", layout])
-        assert f"wrote {tmp_path / target}" in capsys.readouterr().out
+        wrote, then = capsys.readouterr().out.splitlines()[-2:]
+        assert wrote == f"wrote {tmp_path / target}"
+        assert then == f"next: python eval.py retrieval --data scenes-zh --model {tmp_path / target}"
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
 
 
@@ -52,6 +56,24 @@ def test_the_written_processor_gives_the_same_ids_and_pixels(tmp_path):
     assert torch.equal(given["attention_mask"] == 1, data.tokenize(TEXTS) != 0)
     pixels = torch.stack([data.preprocess(image, 32) for image in images])
     assert torch.equal(given["pixel_values"], pixels)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "tRNS"])
+def test_their_processor_gives_our_pixels_of_every_kind_of_picture(mode, tmp_path):
+    """Of transparent ones too. transformers 5.0 and before dropped transparency as the official code does."""
+    weights.save_hugging_face(built(VIT), str(tmp_path))
+    processor = transformers.ChineseCLIPProcessor.from_pretrained(tmp_path, backend="pil")
+    image = noise(70, 50).convert("P" if mode == "tRNS" else mode)
+    if mode.endswith("A"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    if mode == "tRNS":
+        image.save(tmp_path / "picture.png", transparency=bytes(range(256)))
+        image = Image.open(tmp_path / "picture.png")
+    given = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(given, data.preprocess(image, 32))
+    transparent = mode in ("RGBA", "LA", "tRNS")
+    assert torch.equal(given, data.preprocess(image.convert("RGB"), 32)) != transparent
 
 
 def test_a_resnet_has_no_place_in_transformers(tmp_path):
@@ -115,16 +137,69 @@ def test_a_full_disk_leaves_nothing(layout, tmp_path, monkeypatch):
 def test_download_as_a_command(hub, tmp_path, capsys):
     weights.main(["download", "ViT-B-16", "--to", str(tmp_path)])
     path = tmp_path / "ViT-B-16" / "clip_cn_vit-b-16.pt"
-    assert capsys.readouterr().out.strip() == str(path) and path.is_file()
+    then = f"next: python eval.py retrieval --data scenes-zh --model {path}"
+    assert capsys.readouterr().out.splitlines() == [str(path), then] and path.is_file()
     hub.statuses = [404]
     assert "404" in refusal(weights.main, ["download", "rbt3", "--to", str(tmp_path)])
 
 
+def test_what_is_said_to_be_next_works_with_any_path(tmp_path, capsys, monkeypatch):
+    """A tower is looked into, a model is measured, and the folder's name has a space and a quotation mark."""
+    folder, whole = tmp_path / "it's here", str(tmp_path / "it's here" / "all.safetensors")
+    bert = {"encoder.layer.0.output.dense.bias": torch.ones(3)}
+    monkeypatch.setattr(weights, "fetch", lambda name, to: saved(folder, bert))
+    folder.mkdir()
+    weights.main(["download", "rbt3", "--to", str(folder)])
+    path, then = capsys.readouterr().out.splitlines()
+    assert then.startswith("next: python -m tools.weights info ")
+    weights.main(shlex.split(then)[4:])
+    assert path in capsys.readouterr().out
+    model.save(built(VIT), whole)
+    monkeypatch.setattr(weights, "fetch", lambda name, to: whole)
+    weights.main(["download", "RN50", "--to", str(folder)])
+    program, *words = shlex.split(capsys.readouterr().out.splitlines()[1])[2:]
+    ran = []
+    monkeypatch.setattr(eval_command, "run_command", lambda parser, args, run: ran.append((args, run)))
+    eval_command.main(words)
+    assert program == "eval.py" and ran[0][0].model == whole and ran[0][1] is eval_command.run_retrieval
+
+
+@pytest.mark.parametrize("words, part", [
+    (["convert", "lost.pt", "out.pt", "--to", "ours"], "lost.pt: neither a file"),
+    (["convert", "folder", "out.pt", "--to", "ours"], "folder: neither a file"),
+    (["convert", "text.txt", "out.pt", "--to", "ours"], "text.txt"),
+    (["convert", "a", "folder", "--to", "ours"], "folder: is there already"),
+    (["convert", "a", "folder", "--to", "official"], "folder: is there already"),
+    (["convert", "a", "text.txt/out.pt", "--to", "ours"], "text.txt is a file"),
+    (["convert", "a", "text.txt/out", "--to", "huggingface"], "text.txt is a file"),
+    (["interpolate", "a", "lost", "out.pt"], "lost: neither a file"),
+    (["interpolate", "a", "a", "folder"], "folder: is there already"),
+    (["interpolate", "a", "a", "text.txt/out"], "text.txt is a file"),
+    (["info", "lost"], "lost: neither a file"),
+    (["download", "RN50", "--to", "text.txt"], "text.txt/RN50")])
+def test_a_wrong_path_is_one_line(words, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save(built(VIT), "a")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_text("一只猫", encoding="utf-8")
+    assert part in refusal(weights.main, words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder", "text.txt"]
+
+
+@pytest.mark.parametrize("to", ["ours", "official", "huggingface"])
+def test_a_folder_that_is_not_there_is_made(to, tmp_path):
+    model.save(built(VIT), str(tmp_path / "a"))
+    weights.main(["convert", str(tmp_path / "a"), str(tmp_path / "new" / "er" / "b"), "--to", to])
+    assert same(model.load(str(tmp_path / "new" / "er" / "b"))[0].state_dict(), built(VIT).state_dict())
+
+
 @pytest.mark.parametrize("share", [0, 0.25, 1])
-def test_interpolation(share, tmp_path):
+def test_interpolation(share, tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         model.save(built(RN, seed), str(tmp_path / name))
     weights.main(["interpolate", *(str(tmp_path / name) for name in "abc"), "--share", str(share)])
+    then = f"next: python eval.py retrieval --data scenes-zh --model {tmp_path / 'c'}"
+    assert capsys.readouterr().out.splitlines()[-1] == then
     mixed = model.load(str(tmp_path / "c"))[0]
     one, other = (built(RN, seed).state_dict() for seed in (1, 2))
     for name, value in mixed.state_dict().items():

@@ -164,6 +164,15 @@ def test_the_header_names_the_precision(pairs, tmp_path, monkeypatch):
         opened(tmp_path, pairs)
 
 
+@pytest.mark.parametrize("how", ["none", "crop"])
+def test_a_cache_with_transparency_treated_otherwise_is_refused(how, pairs, tmp_path, monkeypatch):
+    opened(tmp_path, pairs, how=how)
+    for module in ("data", "sources.augment"):
+        monkeypatch.setattr(f"{module}.as_rgb", lambda image: image.convert("RGB"))
+    with pytest.raises(DataError, match="features of another transform"):
+        opened(tmp_path, pairs, how=how)
+
+
 def test_drawn_scenes_have_nothing_to_cache(tmp_path):
     with pytest.raises(DataError, match="no files whose"):
         opened(tmp_path, layouts.open_pairs("scenes-zh", "train"))

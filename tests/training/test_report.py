@@ -70,6 +70,12 @@ def test_contact_sheet_has_a_cell_a_picture_and_a_green_frame_around_the_right_o
     assert green.sum() == 2 * ((128 + 10) ** 2 - 128**2)  # no other green
 
 
+def test_contact_sheet_shows_a_transparent_picture_on_white(tmp_path):
+    clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    report.contact_sheet(str(tmp_path / "sheet.png"), [("一只猫", [(clear, False)])])
+    assert (read(tmp_path / "sheet.png")[42 : 42 + 128, 12 : 12 + 128] == 255).all()
+
+
 def test_chinese_text_is_drawn_in_glyphs_of_its_own(tmp_path):
     masks = {bytes(report.font(20).getmask(char)) for char in "猫船花一上ab1"}
     assert len(masks) == 8

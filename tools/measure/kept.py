@@ -49,7 +49,7 @@ def origin_of(clip, pairs: Pairs, context_length: int) -> dict:
     weights = hashlib.sha256()
     for name, tensor in clip.state_dict().items():
         weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    picture = Image.frombytes("RGB", (60, 50), np.random.default_rng(0).bytes(9000))
+    picture = Image.frombytes("RGBA", (60, 50), np.random.default_rng(0).bytes(12000))  # with transparency
     transformed = preprocess(picture, 32).numpy().tobytes() + tokenize(["一只“Cat”"]).numpy().tobytes()
     return {"model": weights.hexdigest(), "pictures": pairs.fingerprint(),
             "captions": hashlib.sha256(json.dumps(list(pairs.texts)).encode()).hexdigest(),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common import replace_text
 from eval import TIE
+from sources.augment import as_rgb
 from sources.pairs import Pairs
 from tools.measure.metrics import nearest
 
@@ -93,7 +94,7 @@ def embedded(image: Image.Image, kind: str) -> str:
     """A picture inside the page: a "matrix" pixel by pixel, others small, "right" ones with a green frame."""
     file, form = io.BytesIO(), "PNG" if kind == "matrix" else "JPEG"
     if kind != "matrix":
-        image = image.convert("RGB")
+        image = as_rgb(image).copy()
         image.thumbnail((220, 220))
     image.save(file, form)
     encoded = base64.b64encode(file.getvalue()).decode()
