@@ -165,17 +165,17 @@ def test_what_is_said_to_be_next_works_with_any_path(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("words, part", [
-    (["convert", "lost.pt", "out.pt", "--to", "ours"], "lost.pt: neither a file"),
-    (["convert", "folder", "out.pt", "--to", "ours"], "folder: neither a file"),
+    (["convert", "lost.pt", "out.pt", "--to", "ours"], "lost.pt: no such file or folder"),
+    (["convert", "folder", "out.pt", "--to", "ours"], "folder: no such file or folder"),
     (["convert", "text.txt", "out.pt", "--to", "ours"], "text.txt"),
     (["convert", "a", "folder", "--to", "ours"], "folder: is there already"),
     (["convert", "a", "folder", "--to", "official"], "folder: is there already"),
     (["convert", "a", "text.txt/out.pt", "--to", "ours"], "text.txt is a file"),
     (["convert", "a", "text.txt/out", "--to", "huggingface"], "text.txt is a file"),
-    (["interpolate", "a", "lost", "out.pt"], "lost: neither a file"),
+    (["interpolate", "a", "lost", "out.pt"], "lost: no such file or folder"),
     (["interpolate", "a", "a", "folder"], "folder: is there already"),
     (["interpolate", "a", "a", "text.txt/out"], "text.txt is a file"),
-    (["info", "lost"], "lost: neither a file"),
+    (["info", "lost"], "lost: no such file or folder"),
     (["download", "RN50", "--to", "text.txt"], "text.txt/RN50")])
 def test_a_wrong_path_is_one_line(words, part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
