@@ -166,7 +166,7 @@ def test_what_is_said_to_be_next_works_with_any_path(tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("words, part", [
     (["convert", "lost.pt", "out.pt", "--to", "ours"], "lost.pt: no such file or folder"),
-    (["convert", "folder", "out.pt", "--to", "ours"], "folder: no such file or folder"),
+    (["convert", "folder", "out.pt", "--to", "ours"], "folder: no weights in this folder"),
     (["convert", "text.txt", "out.pt", "--to", "ours"], "text.txt"),
     (["convert", "a", "folder", "--to", "ours"], "folder: is there already"),
     (["convert", "a", "folder", "--to", "official"], "folder: is there already"),
