@@ -216,6 +216,9 @@ def check_start(recipe: str, given: dict):
         raise ConfigError(
             f"{as_flag(foreign[0])}: --recipe {recipe} draws its own pairs and starts from nothing; for "
             "your pairs --recipe muge --init ViT-B-16 (fine-tuning) or --recipe scratch (from nothing)")
+    if recipe == "scratch" and foreign[1:] and not given.get("lr"):
+        raise ConfigError(f"{as_flag(foreign[-1])}: --recipe scratch has the rate of random weights, which "
+                          "would destroy those; --recipe direct keeps them, or give --lr")
     lacking = [[as_flag(name) for name in group if not given.get(name)] for group in groups]
     if groups and all(lacking):
         hint = ("for example --data scenes-zh, which is drawn" if lacking[0] == ["--data"] else

@@ -168,8 +168,8 @@ class Log:
         usual = cfg.recipe_lr * min(1, cfg.batch_size / cfg.lr_batch)
         if late and not cfg.teacher and sum(late) / len(late) > 0.97 * math.log(cfg.batch_size):
             change = "lower" if cfg.peak_lr > 2 * usual else "raise" if 2 * cfg.peak_lr < usual else ""
-            rate = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})" if change else "take more steps"
-            return (f"the loss never left that of guessing: {rate}, or see whether captions belong to their "
+            how = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})" if change else "take more steps"
+            return (f"the loss never left that of guessing: {how}, or see whether captions belong to their "
                     "pictures")
         if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
             return ("never better than at step 0: best.safetensors is the start itself; lower --lr, or find "

@@ -67,6 +67,7 @@ def test_the_336_model_goes_on_from_the_224_one(capsys):
     (["--recipe", "pretrain", "--data", "x"], "--recipe scratch trains from nothing"),
     (["--recipe", "direct", *TUNED[2:]], "--data"),
     (["--recipe", "scratch"], "--recipe scratch needs --data"),
+    (["--recipe", "scratch", *TUNED], "--init: --recipe scratch has the rate of random weights"),
     (["--data", "photos"], "--data: --recipe demo draws its own pairs"),
     (["--recipe", "compare", "--init", "a"], "--init: --recipe compare"),
     (["--image-init", "a"], "--image-init: --recipe demo"),
