@@ -161,9 +161,9 @@ def small(program: str, arguments: list[str]) -> list[str]:
 
 def write_stand_ins(folder: Path):
     """The sets and weights that README and docs/ speak of, small."""
-    for name in ("photos", "my-pairs"):
+    for name, splits in ("photos", ("train", "valid")), ("my-pairs", ("train", "valid")), ("album", ("train",)):
         (folder / name).mkdir(parents=True)
-        for split in ("train", "valid"):
+        for split in splits:
             lines = []
             for n in range(24):
                 picture(n).resize((90, 70)).save(folder / name / f"{split}{n}.png")
