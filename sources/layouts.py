@@ -88,7 +88,9 @@ def find(source: str, split: str) -> tuple[str, list[str]]:
 
 def splits_of(source: str) -> list[str]:
     """The splits of a source: train, valid and test, then others of the official layout, as far as they are
-    there. A pattern of shards has no splits: all of it is train."""
+    there, of one source or several. A pattern of shards has no splits: all of it is train."""
+    if find(source, "train")[0] == "joined":
+        return list(dict.fromkeys(split for one in split_outside_braces(source) for split in splits_of(one)))
     if source.endswith(".tar"):
         return ["train"]
     names = sorted(os.listdir(source)) if os.path.isdir(source) else []
@@ -265,6 +267,9 @@ class FolderPairs(Pairs):
     def place(self, row: int) -> str:
         return os.path.join(self.folder, self.names[row])
 
+    def image_id(self, row: int) -> str:
+        return self.names[row]
+
     def fingerprint(self) -> str:
         stamps = [stamp(self.place(row)) for row in range(self.image_count)]
         return hashlib.sha256(json.dumps([self.names, stamps]).encode()).hexdigest()
@@ -322,7 +327,8 @@ class JoinedPairs(Pairs):
 
     caption, pair = of_part("pair_starts", "caption"), of_part("pair_starts", "pair")
     image, picture = of_part("image_starts", "image"), of_part("image_starts", "picture")
-    place, text = of_part("image_starts", "place"), of_part("text_starts", "text")
+    place, image_id = of_part("image_starts", "place"), of_part("image_starts", "image_id")
+    text = of_part("text_starts", "text")
 
     @functools.cached_property
     def texts(self) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import multiprocessing
 import os
 import re
@@ -206,6 +207,15 @@ class TarPairs(Pairs):
     def place(self, row: int, what: str = "image") -> str:
         found = self.rows[row]
         return f"{self.paths[found['shard']]} at byte {found[what]} (pair {row})"
+
+    def image_id(self, row: int) -> str:
+        """The KEY, from the header before the picture; if it is over 400 bytes long, its beginning."""
+        shard, start = int(self.rows[row]["shard"]), int(self.rows[row]["image"])
+        before = read_at(self.paths[shard], self.stamps[shard], max(0, start - 1536), min(start, 1536))
+        # a long name, or one that is not ASCII, has a header and a block of its own before that
+        at = 0 if re.match(rb"(?s).{156}[xL].{100}ustar", before) else -512
+        with tarfile.open(fileobj=io.BytesIO(before[at:]), mode="r:") as header:
+            return sample_of(header.next().name)[0].removeprefix("/")
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.key.encode("utf-8", "surrogateescape")).hexdigest()

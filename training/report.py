@@ -65,16 +65,17 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     warmup = warmup_steps(cfg, total)
     why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
     say(f"warm-up {warmup:,} steps{why}")
-    shared, floor = repeats(stream, B, max(1, min(8, 8192 // B))) if rank() == 0 else (0, 0)
+    shared, floor = repeats(stream, B) if rank() == 0 else (0, 0)
     advice = f" and keep the loss above {floor:.3f}: --targets multi"
     say(f"loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
         "with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
 
 
-def repeats(stream: data.Stream, batch_size: int, batches: int) -> tuple[float, float]:
+def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:
     """-> (the share of pairs whose picture or caption another pair of the batch has, the lowest loss that
-    one-hot targets then allow), each a mean over a run's first batches. n equal captions get the same
-    probabilities, so each gets at most 1/n, which costs ln n."""
+    one-hot targets then allow), each a mean over a run's first batches; 0: as many as make 8,192 pairs, 1 to
+    8. n equal captions get the same probabilities, so each gets at most 1/n, which costs ln n."""
+    batches = batches or max(1, min(8, 8192 // batch_size))
     found = [(0.0, 0.0)]  # adds nothing to the sums, but there are sums if no pair can be read
     for step in range(batches):
         first, keys = data.first_position(step, batch_size, len(stream.pairs)), []

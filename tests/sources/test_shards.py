@@ -64,6 +64,22 @@ def says(action, *parts: str):
 # names
 
 
+@pytest.mark.parametrize("form", (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT))
+def test_a_pair_is_called_as_its_members(tmp_path, form):
+    """The KEY; also one that needs an extended header, unless it is too long for a block."""
+    keys = ["000000007", "a/b", "猫", "x" * 150, f"{'d' * 90}/{'f' * 60}", "last"]
+    if form == tarfile.USTAR_FORMAT:
+        keys.remove("x" * 150)  # which this format cannot hold
+    with tarfile.open(tmp_path / "0.tar", "w", format=form) as shard:
+        for n, key in enumerate(keys):
+            for ending, content in (("png", png(n)), ("txt", b"cat")):
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    pairs = open_pairs(str(tmp_path / "0.tar"), "train")
+    assert [pairs.image_id(row) for row in range(len(keys))] == keys
+
+
 @pytest.mark.parametrize("pattern, expected", (
     ("a.tar", ["a.tar"]),
     ("s/{008..011}.tar", ["s/008.tar", "s/009.tar", "s/010.tar", "s/011.tar"]),

@@ -14,11 +14,19 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, typed, write_tar
-from data import tokenize, word_ids, words
+from data import Stream, tokenize, word_ids, words
+from model import MODELS, ChineseCLIP
 from sources import pairs
 from sources.layouts import open_pairs, splits_of
 from sources.pairs import DataError
 from tools.curate import check
+from training import report
+from training.recipes import Config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(pairs, "CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def run(path, *options) -> tuple[int, dict]:
@@ -128,7 +136,6 @@ def test_a_clean_set_has_neither_errors_nor_notes(tmp_path, capsys):
     assert code == 0 and found(splits) == set()
     assert (splits["train"]["pictures"], splits["train"]["captions"], splits["train"]["pairs"]) == (6, 6, 6)
     assert splits["train"]["tokens"] == {"5": 6} and splits["train"]["short_sides"] == {"40": 6}
-    assert splits["train"]["repeated_captions"] == 0
     out = capsys.readouterr().out
     assert "nothing to complain about" in out and "tokens of a caption, percentiles: 0% 5, " in out
 
@@ -369,6 +376,117 @@ def test_a_header_that_goes_back_does_not_hang(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# the verdict
+
+
+def write_photos(folder: Path, split: str, count: int) -> str:
+    """Pictures and a list of `count` pairs, none like another."""
+    folder.mkdir(exist_ok=True)
+    for n in range(count):
+        (folder / f"{split}{n}.png").write_bytes(picture(n + 1000 * len(split) + 5000 * (split == 'valid')))
+    write_lines(folder / f"{split}.jsonl",
+                [{"image": f"{split}{n}.png", "text": f"{split}的第{n}张"} for n in range(count)])
+    return str(folder)
+
+
+def test_a_set_that_train_py_takes(tmp_path, capsys):
+    folder = write_photos(tmp_path / "my photos", "train", 12)
+    write_photos(tmp_path / "my photos", "valid", 3)
+    assert run(folder, "--batch-size", "4")[0] == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "0.0% of a batch of 4 share picture or caption with another",
+        "train.py would take this set: 12 pairs to train on, 3 pictures and 3 captions to measure on",
+        "next: python train.py --recipe scratch --model RN-mini --epochs 24 --batch-size 4 "
+        f"--data '{folder}' --out out/'my photos'"]
+
+
+def test_a_set_without_valid_is_refused_as_train_py_refuses_it(tmp_path, capsys):
+    folder = write_photos(tmp_path / "my photos", "train", 12)
+    with pytest.raises(DataError, match="no split 'valid' in it"):
+        open_pairs(folder, "valid")
+    code, splits = run(folder)
+    assert code == 1 and found(splits) == set()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "train.py would refuse this set without --valid-data: it has no split valid to measure on",
+        f"next: python -m tools.curate split '{folder}' '{folder}-split' --valid 0.1"]
+    assert run(folder, "--split", "train")[0] == 0  # nothing is said of the others
+    assert "train.py" not in capsys.readouterr().out
+
+
+def test_a_pattern_of_shards_needs_valid_data(tmp_path, capsys):
+    for n in range(2):
+        write_tar(tmp_path / f"train-{n}.tar", [(f"{n}.png", picture(n)), (f"{n}.txt", f"第{n}张".encode())])
+    pattern = str(tmp_path / "train-{0..1}.tar")
+    assert run(pattern, "--batch-size", "2")[0] == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "without --valid-data" in said[-2] and f"--data '{pattern}' --out out/shards --valid-data SET" in said[-1]
+    assert run(tmp_path)[0] == 1  # as a folder it could have a split valid
+
+
+def test_a_set_to_measure_on_is_no_error(tmp_path, capsys):
+    folder = write_photos(tmp_path / "set", "test", 3)
+    assert run(folder)[0] == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "no split train in it: this set is there to measure on",
+        f"next: python eval.py retrieval --model ViT-B-16 --data {folder} --split test"]
+
+
+@pytest.mark.parametrize("split, fault, stops", (
+    ("train", "picture", ""), ("train", "blank", ""), ("train", "list", "train.jsonl line 4: not JSON"),
+    ("valid", "picture", "damaged picture in valid"), ("valid", "blank", ""),
+    ("valid", "list", "valid.jsonl line 4: not JSON")))
+def test_what_stops_a_run_and_what_it_skips(tmp_path, capsys, split, fault, stops):
+    """docs/data.md says it: a structural fault stops a run, a broken pair is skipped in training alone."""
+    folder = tmp_path / "set"
+    for name in ("train", "valid"):
+        write_photos(folder, name, 3)
+    if fault == "picture":
+        (folder / f"{split}1.png").write_bytes(b"no picture")
+    else:
+        line = b"{" if fault == "list" else json.dumps({"image": f"{split}1.png", "text": " "}).encode()
+        with open(folder / f"{split}.jsonl", "ab") as file:
+            file.write(line)
+    assert run(folder)[0] == 1
+    verdict, following = capsys.readouterr().out.splitlines()[-2:]
+    if stops:
+        assert verdict.startswith("train.py would stop at the errors above: ") and stops in verdict
+        assert following == f"next: mend them, then python -m tools.curate check {folder}"
+    else:
+        assert verdict.startswith("train.py would take this set: ")
+        assert ("it would skip broken pairs of train" in verdict) == (split == "train")
+
+
+def test_blank_captions_of_shards_stop_the_measuring(tmp_path, capsys):
+    write_tar(tmp_path / "train-0.tar", [("0.png", picture(0)), ("0.txt", b"cat")])
+    write_tar(tmp_path / "valid-0.tar", [("0.png", picture(1)), ("0.txt", b"dog"),
+                                         ("1.png", picture(2)), ("1.txt", b" ")])
+    assert run(tmp_path)[0] == 1
+    assert "would stop at the errors above" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count, batch, share", ((150, 128, "21.7%"), (150, 16, "0.0%"), (20, 32, "75.0%")))
+def test_repeats_are_those_that_a_run_says(tmp_path, capsys, count, batch, share):
+    """A batch that spans two epochs repeats pairs of a set without repeats."""
+    folder = write_photos(tmp_path / "set", "train", count)
+    write_photos(tmp_path / "set", "valid", 2)
+    train, valid = open_pairs(folder, "train"), open_pairs(folder, "valid")
+    cfg, clip = Config(model="ViT-tiny", batch_size=batch), ChineseCLIP(MODELS["ViT-tiny"])
+    report.print_settings(cfg, clip, Stream(train, 0, 32, "none"), valid, 10, 0, batch)
+    (ran,) = re.findall(r"([\d.]+%) of a batch share picture or caption", capsys.readouterr().out)
+    run(folder, "--no-pictures", "--batch-size", str(batch))
+    line, _, following = capsys.readouterr().out.splitlines()[-3:]
+    advice = "" if share == "0.0%" else " --targets multi"
+    assert line == f"{ran} of a batch of {batch} share picture or caption with another" + (
+        advice and f":{advice}")
+    assert f"--batch-size {batch}{advice} --data" in following and ran == share
+
+
+def test_a_batch_has_two_pairs(tmp_path):
+    with pytest.raises(DataError, match="--batch-size 1: expected 2 or more"):
+        run(write_photos(tmp_path / "set", "train", 2), "--batch-size", "1")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # what only the whole shows
 
 
@@ -456,7 +574,7 @@ def test_all_are_counted_and_some_are_kept(tmp_path, monkeypatch, capsys):
     assert [place["line"] for place in kinds["not JSON"]["places"]] == [7, 8, 9]
     assert [place["line"] for place in kinds["repeated caption"]["places"]] == [58, 59, 60]
     out = capsys.readouterr().out
-    assert out.count("train_texts.jsonl line") == 3 * 2 + 1 * 2  # two places a kind, "as" of the repeats
+    assert out.count("train_texts.jsonl line") == 3 * 2 + 1 * 2 + 1  # two places a kind, "as" of repeats, the verdict
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):

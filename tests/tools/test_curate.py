@@ -1,6 +1,7 @@
 """Filter, pack and unpack: what is written can be read again, and every rule takes its pairs."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import model
-from conftest import ROOT, typed
+from conftest import ROOT, says, typed
 from sources import pairs as pairs_module
 from sources.layouts import find, open_pairs
 from sources.pairs import DataError
@@ -165,8 +166,163 @@ def test_shards_are_cut_and_numbered(tmp_path, monkeypatch):
     monkeypatch.setattr(rewrite, "SHARD", 3)
     curate.main(["pack", write_set(tmp_path / "set"), str(tmp_path / "out"), "--workers", "0"])
     names = sorted(os.listdir(tmp_path / "out"))
-    assert names == ["report.json", "train-000000.tar", "train-000001.tar", "train-000002.tar",
+    assert names == ["names-train.csv", "names-valid.csv", "report.json", "train-000000.tar", "train-000001.tar", "train-000002.tar",
                      "valid_imgs.tsv", "valid_texts.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# split
+
+
+def write_pairs(folder, pairs: list[tuple[str, bytes, str]]) -> str:
+    """A folder with train.jsonl of (name, picture, caption)."""
+    for name, picture, _ in pairs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture)
+    lines = [json.dumps({"image": name, "text": text}, ensure_ascii=False) for name, _, text in pairs]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def related() -> list[tuple[str, bytes, str]]:
+    """40 pairs; 0 to 3 are a chain: 0 and 1 share a caption, 1 and 2 the bytes of a picture, 2 and 3 a file."""
+    pairs = [(f"{n}.jpg", photo(n), f"第{n}张照片") for n in range(40)]
+    pairs[1], pairs[2] = ("1.jpg", photo(1), "第0张照片"), ("2.jpg", photo(1), "第2张照片")
+    pairs[3] = ("2.jpg", photo(1), "第3张照片")
+    return pairs
+
+
+def sides(out) -> dict[str, list[tuple[bytes, str]]]:
+    return {split: content(str(out), split) for split in ("train", "valid")}
+
+
+def test_split_keeps_together_what_belongs_together(tmp_path):
+    source = write_pairs(tmp_path / "set", related())
+    seen = set()
+    for share in (0.05, 0.1, 0.3, 0.5, 0.9):
+        out = tmp_path / str(share)
+        curate.main(["split", source, str(out), "--valid", str(share), "--workers", "0"])
+        train, valid = sides(out).values()
+        assert sorted(train + valid) == content(source, "train")
+        assert not {text for _, text in train} & {text for _, text in valid}
+        assert not {picture for picture, _ in train} & {picture for picture, _ in valid}
+        assert 40 * share <= len(valid) <= 40 * share + 3  # the chain of four may be the last
+        seen.add(sum(text in [f"第{n}张照片" for n in (0, 2, 3)] for _, text in valid))
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert [report[split]["kept"] for split in ("train", "valid")] == [len(train), len(valid)]
+    assert seen == {0, 4}
+
+
+def test_the_same_pairs_are_split_in_the_same_way(tmp_path):
+    """In any order of the list and in any layout; and these numbers hold on any machine."""
+    source, again = write_pairs(tmp_path / "a", related()), write_pairs(tmp_path / "b", related()[::-1])
+    curate.main(["unpack", source, str(tmp_path / "tsv"), "--to", "official", "--workers", "0"])
+    curate.main(["pack", source, str(tmp_path / "tar"), "--workers", "0"])
+    found = []
+    for name, path in (("1", source), ("2", again), ("3", str(tmp_path / "tsv")), ("4", str(tmp_path / "tar"))):
+        curate.main(["split", path, str(tmp_path / name), "--workers", "0"])
+        found.append(sides(tmp_path / name))
+        assert find(str(tmp_path / name), "train")[0] == find(path, "train")[0]
+    assert all(one == found[0] for one in found) and len(found[0]["valid"]) == 4
+    assert find(str(tmp_path / "4"), "valid")[0] == "official"  # as for all shards
+    assert not (tmp_path / "1.partial").exists()
+
+
+def test_split_leaves_out_broken_pairs_and_copies_other_splits(tmp_path, capsys):
+    source = write_set(tmp_path / "set")
+    (tmp_path / "set" / "valid.jsonl").rename(tmp_path / "set" / "test.jsonl")
+    curate.main(["split", source, str(tmp_path / "out"), "--valid", "0.3", "--workers", "0"])
+    out = sides(tmp_path / "out")
+    assert len(out["train"]) + len(out["valid"]) == 7 and len(out["valid"]) in (3, 4)
+    assert content(str(tmp_path / "out"), "test") == content(source, "test")
+    said = capsys.readouterr().out
+    assert "1  picture cannot be decoded" in said and "of these become valid" in said
+    assert said.splitlines()[-1].startswith("next: python train.py --recipe scratch --model RN-mini ")
+
+
+def test_what_cannot_be_split(tmp_path):
+    source, out = write_set(tmp_path / "set"), str(tmp_path / "out")
+    same = write_pairs(tmp_path / "same", [(f"{n}.jpg", photo(n), "一样的话" if n else "别的话") for n in range(20)])
+    shot = write_pairs(tmp_path / "shot", [(f"{n}.jpg", photo(0), f"第{n}句") for n in range(20)])
+    both = write_pairs(tmp_path / "both", [(f"{n}.jpg", photo(n), f"第{n}句") for n in range(20)])
+    for path, share, parts in (
+            (source, "0.1", (source, "valid", "no split valid yet")), (both, "0", ("--valid 0.0", "over 0")),
+            (both, "1", ("--valid 1.0",)), (both, "nan", ("--valid nan",)),
+            (same, "0.2", (same, "here 19 of 20, 19 by picture or caption of", "一样的话", "--valid")),
+            (shot, "0.2", (shot, "here 20 of 20, 20 by picture", "0.jpg")),
+            ("scenes-zh", "0.1", ("scenes-zh", "drawn")), (f"{source},{both}", "0.1", ("no split valid yet",))):
+        says(lambda: curate.main(["split", path, out, "--valid", share, "--workers", "0"]), *parts)
+        assert not os.path.exists(out) and not os.path.exists(f"{out}.partial")
+    curate.main(["split", f"{both},{same}", out, "--workers", "0"])  # two sets, of which none has a split valid
+    # the two pairs with the first picture; all others share pictures with those that share a caption
+    assert {text for _, text in sides(out)["valid"]} == {"第0句", "别的话"} and find(out, "train")[0] == "folder"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# names
+
+
+def names_in(folder) -> list[str]:
+    """The pictures, by their paths in a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                  if path.is_file() and path.suffix not in (".jsonl", ".json"))
+
+
+def test_names_are_kept_in_a_folder(tmp_path):
+    names = ["2024/cat.jpg", "2024/Cat.jpg", "狗 1.JPEG", "noend", "v1.2", "wrong.png"]
+    pairs = [(name, photo(n), f"这是第{n}张照片") for n, name in enumerate(names)]
+    source = write_pairs(tmp_path / "set", pairs)
+    (tmp_path / "set" / "valid.jsonl").write_text(
+        json.dumps({"image": "2024/cat.jpg", "text": "同一张"}), encoding="utf-8")
+    if len(names_in(tmp_path / "set")) < len(names):
+        pytest.skip("this disk takes cat.jpg and Cat.jpg for one")
+    expected = ["2024/Cat-1.jpg", "2024/cat.jpg", "noend.jpg", "v1.2.jpg", "wrong.png", "狗 1.JPEG"]
+    for command in (["filter"], ["unpack"]):
+        out = tmp_path / command[0]
+        curate.main([*command, source, str(out), "--workers", "0"])
+        assert names_in(out) == sorted(expected)  # valid names a picture of train, which is there once
+        assert content(str(out), "train") == content(source, "train")
+        assert open_pairs(str(out), "valid").image_id(0) == "2024/cat.jpg"
+    curate.main(["unpack", source, str(tmp_path / "small"), "--resize", "30", "--workers", "0"])
+    assert names_in(tmp_path / "small") == sorted(name.replace("wrong.png", "wrong.jpg") for name in expected)
+
+
+@pytest.mark.parametrize("image_id, name", (
+    ("7", "train/7.jpg"), ("../../up", "_/up.jpg"), ("/etc/passwd", "train/etc/passwd.jpg"), ("a\\b", "train/a/b.jpg"),
+    ('a:b*c?"<>|', "train/a_b_c_____.jpg"), ("con", "train/_con.jpg"), ("x/NUL.png", "train/x/_NUL.png"),
+    ("end. .", "train/end_.jpg"), ("a.jpg/b", "train/a_jpg/b.jpg"), ("..", "_.jpg"), ("长" * 85, f"train/{'长' * 80}.jpg"),
+    ("com1x", "train/com1x.jpg"), (".jpg", "train/.jpg"), ("\x07", "train/_.jpg")))
+def test_an_id_becomes_a_safe_name(tmp_path, image_id, name):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train_imgs.tsv").write_bytes(image_id.encode() + b"\t" + base64.b64encode(photo(0)) + b"\n")
+    (folder / "train_texts.jsonl").write_text(
+        json.dumps({"text_id": 1, "text": "一张照片", "image_ids": [image_id]}), encoding="utf-8")
+    curate.main(["unpack", str(folder), str(tmp_path / "deep" / "out"), "--workers", "0"])
+    assert names_in(tmp_path / "deep" / "out") == [name]
+    assert content(str(tmp_path / "deep" / "out"), "train") == [(photo(0), "一张照片")]
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_numbered_pictures_have_a_map_beside(tmp_path):
+    """From a folder to shards and TSV; back from shards by their keys."""
+    source = write_pairs(tmp_path / "set", [
+        ("2024/猫.jpg", photo(0), "猫"), ("2024/猫.jpg", photo(0), "又是猫"), ('"b", c.jpg', photo(1), "狗")])
+    names = [["picture", "source"], ["000000000", "2024/猫.jpg"], ["000000001", "2024/猫.jpg"],
+             ["000000002", '"b", c.jpg']]
+    curate.main(["pack", source, str(tmp_path / "tar"), "--workers", "0"])
+    curate.main(["unpack", source, str(tmp_path / "tsv"), "--to", "official", "--workers", "0"])
+    for out, expected in (("tar", names), ("tsv", [names[0], ["0", names[1][1]], ["1", names[3][1]]])):
+        with open(tmp_path / out / "names-train.csv", encoding="utf-8", newline="") as file:
+            assert list(csv.reader(file)) == expected
+    pairs = open_pairs(str(tmp_path / "tsv"), "train")
+    assert [pairs.image_id(row) for row in range(2)] == ["0", "1"]
+    assert pairs.positives.tolist() == [[0, 0], [1, 0], [2, 1]]
+    curate.main(["unpack", str(tmp_path / "tar"), str(tmp_path / "back"), "--workers", "0"])
+    assert names_in(tmp_path / "back") == [f"train/{key}.jpg" for key, _ in names[1:]]
+    curate.main(["filter", str(tmp_path / "tsv"), str(tmp_path / "same"), "--min-chars", "1", "--workers", "0"])
+    assert open_pairs(str(tmp_path / "same"), "train").image_id(1) == "1"
+    assert not list((tmp_path / "same").glob("names-*"))  # ids stay
 
 
 @pytest.mark.parametrize("bits, first", ((3, 0), (4, 1)))

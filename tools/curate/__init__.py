@@ -1,1 +1,1 @@
-"""python -m tools.curate: check, filter, pack and unpack a data set."""
+"""python -m tools.curate: check, filter, split, pack and unpack a data set."""

@@ -16,6 +16,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import tarfile
 import warnings
@@ -25,12 +26,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import write_json
-from data import word_ids, words
-from sources.layouts import TEXT_KEYS, find, from_base64, image_ids_of, picture_path, splits_of, tsv_id
+from data import Stream, word_ids, words
+from sources.layouts import (
+    TEXT_KEYS, find, from_base64, image_ids_of, open_pairs, picture_path, splits_of, tsv_id)
 from sources.pairs import (
     BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture,
     require)
 from sources.shards import caption_in, is_file, members, sample_of
+from training.report import repeats
 from weights.download import size_of
 
 CAP = 1000  # places that are kept of each kind; all of them are counted
@@ -377,8 +380,6 @@ class Whole(Findings):
 
 def summary(whole: Whole) -> dict:
     """All that is known about a split, to print and for --json."""
-    captions = whole.rows["captions"][:, 0]
-    counts = np.unique(captions, return_counts=True)[1]
     kinds = {kind: {
         "error": kind in ERRORS, "count": whole.counts[kind],
         "places": [{"file": file, "line" if isinstance(at, int) else "member": at or None, "what": what}
@@ -386,16 +387,14 @@ def summary(whole: Whole) -> dict:
         for kind in (*ERRORS, *NOTES) if whole.counts[kind]}
     return {
         "files": [shown(file) for file in whole.files],
-        "pictures": len(whole.rows["pictures"]), "captions": len(captions), "pairs": whole.pairs,
-        "repeated_captions": counts[counts > 1].sum().item() / max(1, len(captions)),
+        **{name: len(whole.rows[name]) for name in ("pictures", "captions")}, "pairs": whole.pairs,
         "tokens": dict(sorted(whole.tokens.items())), "short_sides": dict(sorted(whole.sides.items())),
         "kinds": kinds}
 
 
 def print_report(name: str, found: dict, show: int):
     print(f"\n{name}: {', '.join(found['files'][:2])}" + ", ..." * (len(found["files"]) > 2))
-    print(f"   {found['pictures']:,} pictures, {found['captions']:,} captions, {found['pairs']:,} pairs; "
-          f"{found['repeated_captions']:.1%} of the captions come more than once")
+    print("   {pictures:,} pictures, {captions:,} captions, {pairs:,} pairs".format(**found))
     for title, counts in (("tokens of a caption", found["tokens"]),
                           ("pixels of a picture's shorter side", found["short_sides"])):
         if counts:
@@ -411,22 +410,71 @@ def print_report(name: str, found: dict, show: int):
         print("   nothing to complain about")
 
 
+def verdict(args: argparse.Namespace, found: dict) -> bool:
+    """Prints what a batch repeats, what train.py would do with the set and what to type next -> False if it
+    would not take it. The splits are opened as a run opens them: most errors stop it in one layout only."""
+    pairs, stop, flags = {}, "", f" --batch-size {args.batch_size}"
+    fatal = {"train": {"no pairs"}, "valid": {"damaged picture", "broken base64", "not text"}}
+    try:  # training skips a broken pair, but recall is measured on all of them
+        for split in [split for split in fatal if split in found]:
+            pairs[split] = open_pairs(args.path, split)
+            texts = len(pairs[split].texts) if split == "valid" else 0
+            if kinds := fatal[split] & found[split]["kinds"].keys():
+                raise DataError(f"{min(kinds)} in {split}")
+    except (DataError, OSError) as error:
+        stop = str(error)
+    print()
+    if "train" in pairs:
+        shared, floor = repeats(Stream(pairs["train"], 0, 0, "none"), args.batch_size)
+        advice = " --targets multi" * (floor > 0.01)  # as print_settings advises in a run
+        flags += advice
+        print(f"{shared:.1%} of a batch of {args.batch_size:,} share picture or caption with another"
+              + f":{advice}" * bool(advice))
+    if args.split:
+        return True
+    if stop:
+        print(f"train.py would stop at the errors above: {stop}\n"
+              f"next: mend them, then python -m tools.curate check {shlex.quote(args.path)}")
+        return False
+    if "train" not in found:
+        print("no split train in it: this set is there to measure on")
+    elif "valid" not in found:
+        print("train.py would refuse this set without --valid-data: it has no split valid to measure on")
+    else:
+        print(f"train.py would take this set: {len(pairs['train']):,} pairs to train on, "
+              f"{pairs['valid'].image_count:,} pictures and {texts:,} captions to measure on"
+              + "; it would skip broken pairs of train" * bool({*ERRORS} & found["train"]["kinds"].keys()))
+    print(next_command(args.path, flags))
+    return "train" not in found or "valid" in found or args.path.endswith(".tar")
+
+
+def next_command(path: str, flags: str = " --batch-size 128") -> str:
+    """What to type next on a set without errors, with these flags of train.py."""
+    splits, is_pattern, name = splits_of(path), path.endswith(".tar"), shlex.quote(path)
+    if "train" not in splits:
+        return f"next: python eval.py retrieval --model ViT-B-16 --data {name} --split {splits[0]}"
+    if "valid" not in splits and not is_pattern:
+        other = shlex.quote(f"{os.path.normpath(path)}-split")
+        return f"next: python -m tools.curate split {name} {other} --valid 0.1"
+    own = "shards --valid-data SET" if is_pattern else shlex.quote(os.path.basename(os.path.abspath(path)))
+    recipe = "python train.py --recipe scratch --model RN-mini --epochs 24"
+    return f"next: {recipe}{flags} --data {name} --out out/{own}"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the command
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("path", metavar="PATH", help="folder of a data set or of shards, or shards as "
-                        '"name-{00000..00099}.tar" or "name-*.tar"')
-    parser.add_argument("--split", default="", help="check this split only, not all that are there")
-    parser.add_argument("--no-pictures", action="store_true", help="do not decode pictures: much faster")
-    parser.add_argument("--context-length", type=int, default=52, metavar="T",
-                        help="tokens of a caption that training reads")
-    parser.add_argument("--show", type=int, default=5, metavar="N", help="places to print of each kind")
-    parser.add_argument("--json", default="", metavar="FILE",
-                        help=f"write the report there, with up to {CAP:,} places of each kind")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
-                        help="processes that read; 0: only this one")
+    add = parser.add_argument
+    add("path", metavar="PATH", help='folder of a set or of shards, or shards as "name-{00000..00099}.tar"')
+    add("--split", default="", help="check this split only, not all that are there")
+    add("--no-pictures", action="store_true", help="do not decode pictures: much faster")
+    add("--context-length", type=int, default=52, metavar="T", help="tokens of a caption that training reads")
+    add("--batch-size", type=int, default=128, metavar="N", help="pairs of a training step, to count repeats")
+    add("--show", type=int, default=5, metavar="N", help="places to print of each kind")
+    add("--json", default="", metavar="FILE", help=f"write a report there, with {CAP:,} places of each kind")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that read; 0: this one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -437,6 +485,8 @@ def run(args: argparse.Namespace) -> int:
     if not wholes:
         raise DataError(f"{args.path}: no split {args.split or 'at all'} in it; expected SPLIT_imgs.tsv with "
                         "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
+    if args.batch_size < 2:
+        raise DataError(f"--batch-size {args.batch_size}: expected 2 or more")
     total = sum(size_of(file) for whole in wholes.values() for file in whole.files)
     todo = (piece for name, whole in wholes.items()
             for piece in pieces_of(name, whole.layout, whole.files, args))
@@ -455,4 +505,5 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, {"path": args.path, "splits": found})
     for name in found:
         print_report(name, found[name], args.show)
-    return int(any(row["error"] for split in found.values() for row in split["kinds"].values()))
+    errors = any(row["error"] for split in found.values() for row in split["kinds"].values())
+    return int(not verdict(args, found) or errors)

@@ -1,15 +1,19 @@
 """
 Writing a data set to a new folder: in another layout (pictures and a list, TSV + JSONL, or tar shards), with
-smaller pictures, or without the pairs that break a rule of python -m tools.curate filter (paper, sec. 2.2).
+smaller pictures, without the pairs that break a rule of filter (paper, sec. 2.2), or with a part of train as
+its split valid. Pictures keep their names where the layout has names.
 """
 
 import argparse
 import base64
 import collections
+import csv
 import functools
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import tarfile
 
@@ -20,12 +24,16 @@ from tqdm import tqdm
 from common import write_json
 from eval import encode_images, encode_texts
 from sources.augment import as_rgb
-from sources.layouts import find, open_pairs, splits_of
+from sources.layouts import OfficialPairs, find, open_pairs, splits_of
 from sources.pairs import DataError, Pairs, SourceChanged, decode
+from sources.shards import PICTURES
 from tools.curate.check import digest, in_processes
 
 CHUNK = 256  # pictures that a process looks at before it reports
 SHARD = 10_000  # pairs in a shard, img2dataset's default
+UNSAFE = re.compile(  # in a path: Windows' devices, what it forbids, dots and spaces at an end, folders x.jpg
+    r'(?<![^/])(?=(con|prn|aux|nul|(com|lpt)\d)(\.|/|$))|[<>:"|?*\0-\x1f\x7f\ud800-\udfff]|[ .]+(?=/|$)'
+    rf"|\.(?=({'|'.join(PICTURES)})/)", re.IGNORECASE)
 
 # ------------------------------------------------------------------------------------------------------------
 # looking at pictures
@@ -88,8 +96,8 @@ def read_words(path: str) -> tuple[str, ...]:
             f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
 
 
-def take(source: str, split: str, rules: argparse.Namespace | None, workers: int) -> tuple[list[int], dict]:
-    """-> (numbers of the pairs that stay; a report: how many pairs each rule took, percentiles of scores).
+def take(source: str, split: str, rules: argparse.Namespace | None, workers: int):
+    """-> (numbers of the pairs that stay; digests of all pictures; how many pairs each rule took, and more).
     The rules, the options of `filter`, apply in the order of `broken_rule`; then duplicates go, then low
     scores. Without rules only what is broken goes."""
     pairs, taken, kept = opened(source, split), collections.Counter(), []
@@ -123,7 +131,7 @@ def take(source: str, split: str, rules: argparse.Namespace | None, workers: int
         report["scores"] = {f"{q}%": round(float(np.percentile(scores, q)), 4) for q in range(0, 101, 10)}
         taken[f"score under {rules.min_score}"] = int((scores < rules.min_score).sum())
         kept = [i for i, score in zip(kept, scores) if score >= rules.min_score]
-    return kept, report | {"taken": dict(taken), "kept": len(kept)}
+    return kept, looked[:, 1], report | {"taken": dict(taken), "kept": len(kept)}
 
 
 def broken_rule(pairs: Pairs, i: int, side: int, rules: argparse.Namespace | None) -> str:
@@ -148,46 +156,100 @@ def broken_rule(pairs: Pairs, i: int, side: int, rules: argparse.Namespace | Non
     return ""
 
 
+def divide(source: str, pairs: Pairs, kept: list[int], digests: np.ndarray, share: float) -> dict[str, list]:
+    """-> {"train", "valid": numbers of pairs}. Pairs that share a picture, by its bytes, or a caption are a
+    group and stay together. Groups become valid in an order that depends on the pairs alone, until it has
+    this share of them; one that would make it twice that is passed over. DataError under half the share."""
+    keys, parent = [(digest(pairs.caption(i)), int(digests[pairs.image_number(i)])) for i in kept], {}
+
+    def group(key: int) -> int:
+        while parent.get(key, key) != key:  # few steps, for digests are random
+            key = parent[key]
+        return key
+
+    for pair in keys:
+        low, high = sorted(map(group, pair))
+        parent[high] = low
+    groups = [group(caption) for caption, _ in keys]
+    sizes, wanted, size, valid = collections.Counter(groups), share * len(kept), 0, set()
+    for one in sorted(sizes, key=lambda key: digest(str(key))):  # large groups have small keys, so hash again
+        if size < wanted and size + sizes[one] <= min(2 * wanted, len(kept) - 1):
+            size += sizes[one]
+            valid.add(one)
+    if size < wanted / 2:
+        key, count = collections.Counter(itertools.chain(*keys)).most_common(1)[0]
+        i = next(i for i, pair in zip(kept, keys) if key in pair)
+        raise DataError(
+            f"{source}: no {share:g} of it can be split off: pairs that share a picture or a caption stay "
+            f"together, here {max(sizes.values()):,} of {len(kept):,}, {count:,} by picture or caption of "
+            f"{pairs.place(pairs.image_number(i))}, {pairs.caption(i)[:40]!r}; drop some, or change --valid")
+    return {name: [i for i, one in zip(kept, groups) if (one in valid) == (name == "valid")]
+            for name in ("train", "valid")}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # writing a split
 
 
+def file_name(pairs: Pairs, row: int, split: str, content: bytes, taken: dict[str, str]) -> str:
+    """The path of a picture in the new folder: its path in the old one, or SPLIT/ID, safe and unique on any
+    system. Its ending fits the bytes `content` if these are new, or if it is none of a picture's. `taken`
+    holds the place of the picture for each path, in small letters, and gets this one's."""
+    place, name, end = pairs.place(row), str(pairs.image_id(row)), ending(content)
+    name = os.path.normpath(name if os.path.isfile(place) else f"{split}/{name[:80]}")
+    name = UNSAFE.sub("_", name.replace("\\", "/").lstrip("/"))
+    stem, _, old = name.rpartition(".")
+    if old.lower() not in PICTURES:
+        stem, old = name, end
+    elif end == "jpg" and old.lower() not in ("jpg", "jpeg") and content != pairs.picture(row):
+        old = end
+    path = f"{stem}.{old}"
+    while taken.setdefault(path.casefold(), place) != place:
+        row, path = row + 1, f"{stem}-{row}.{old}"
+    return path
+
+
 def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}_imgs.tsv and {split}_texts.jsonl. A picture is written once, however many captions it has."""
+    """{split}_imgs.tsv and {split}_texts.jsonl. A picture is written once, however many captions it has.
+    One without an id gets a number, as the official scripts want it. -> as for `write_shards`"""
     relation = pairs.positives[kept].tolist()
     # a whole split keeps the pictures that no caption names, too: queries search among them
     images = range(pairs.image_count) if len(kept) == len(pairs) else sorted({row for _, row in relation})
+    name = pairs.image_id if isinstance(pairs, OfficialPairs) else int
     with open(os.path.join(folder, f"{split}_imgs.tsv"), "wb") as file:
         for row in tqdm(images, f"writing {split}", disable=None):
-            file.write(f"{pairs.image_id(row)}\t".encode() + base64.b64encode(picture(row)) + b"\n")
+            file.write(f"{name(row)}\t".encode() + base64.b64encode(picture(row)) + b"\n")
     answers = collections.defaultdict(list)
     for text, image in relation:
-        answers[text].append(pairs.image_id(image))
+        answers[text].append(name(image))
     with open(os.path.join(folder, f"{split}_texts.jsonl"), "w", encoding="utf-8") as file:
         for text, image_ids in answers.items():
             line = {"text_id": pairs.text_id(text), "text": pairs.text(text), "image_ids": image_ids}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return ((row, pairs.image_id(row)) for row in images) if name is int else None
 
 
-def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}/000000000.jpg ... and {split}.jsonl with a line for each pair; lines with the same text_id have
-    the same caption."""
-    os.mkdir(os.path.join(folder, split))
+def write_folder(folder: str, split: str, pairs: Pairs, kept: list[int], picture, taken: dict[str, str]):
+    """Pictures by their names, and {split}.jsonl with a line for each pair; lines with the same text_id have
+    the same caption. taken: as for `file_name`, of all splits."""
     names = {}
     with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as file:
         for i in tqdm(kept, f"writing {split}", disable=None):
             row = pairs.image_number(i)
             if row not in names:
                 content = picture(row)
-                names[row] = f"{split}/{row:09}.{ending(content)}"
-                with open(os.path.join(folder, names[row]), "wb") as image:
+                names[row] = file_name(pairs, row, split, content, taken)
+                path = os.path.join(folder, names[row])
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as image:
                     image.write(content)
             line = {"image": names[row], "text": pairs.caption(i), "text_id": int(pairs.positives[i, 0])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
-    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each one."""
+    """{split}-000000.tar ..., SHARD pairs each. A picture with several captions is written with each one.
+    -> (KEY, what the source calls the picture) of each pair"""
     for start in tqdm(range(0, len(kept), SHARD), f"writing {split}", disable=None):
         with tarfile.open(os.path.join(folder, f"{split}-{start // SHARD:06}.tar"), "w") as shard:
             for number, i in enumerate(kept[start: start + SHARD], start):
@@ -196,6 +258,7 @@ def write_shards(folder: str, split: str, pairs: Pairs, kept: list[int], picture
                     member = tarfile.TarInfo(f"{number:09}.{name}")
                     member.size = len(part)
                     shard.addfile(member, io.BytesIO(part))
+    return ((f"{number:09}", pairs.image_id(pairs.image_number(i))) for number, i in enumerate(kept))
 
 
 WRITERS = {"shards": write_shards, "folder": write_folder, "official": write_official}
@@ -226,10 +289,10 @@ def resized(pairs: Pairs, side: int, row: int) -> bytes:
 
 
 def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Namespace | None = None,
-            resize: int = 0):
+            resize: int = 0, valid: float = 0):
     """Writes every split of a source to a new folder: from the split `rules.split` what the rules leave, from
-    the others all that is not broken. If the layout is shards, splits to measure on become TSV + JSONL,
-    because a caption of a shard has one picture only."""
+    the others all that is not broken; this share of train becomes the split valid. If the layout is shards,
+    splits to measure on become TSV + JSONL, because a caption of a shard has one picture only."""
     out = os.path.normpath(out)
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
@@ -240,6 +303,9 @@ def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Na
         raise DataError(f"{source}: these scenes are drawn on demand, so there are no files to rewrite")
     if rules and rules.split not in splits:
         raise DataError(f"{source}: no split {rules.split!r} in it; it has {', '.join(splits)}")
+    if valid and ("valid" in splits or "train" not in splits):
+        raise DataError(f"{source}: has {', '.join(splits)}; expected a split train, and no split valid yet")
+    writers = WRITERS | {"folder": functools.partial(write_folder, taken={})}
     partial, reports = f"{out}.partial", {}
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -253,18 +319,27 @@ def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Na
                 print(f"{split} is left out: {error}")  # MUGE's test split has no answers
                 continue
 
-            kept, report = take(source, split, rules if rules and split == rules.split else None, workers)
+            chosen = rules if rules and split == rules.split else None
+            kept, digests, report = take(source, split, chosen, workers)
             print(f"{split}: {report['pairs']:,} pairs")
             for rule, count in [*report["taken"].items(), ("stay", len(kept))]:
                 print(f"   {count:>9,}  {rule}")
-            if "scores" in report:
-                scores = ", ".join(f"{q} {score:.2f}" for q, score in report["scores"].items())
+            if scores := ", ".join(f"{q} {score:.2f}" for q, score in report.get("scores", {}).items()):
                 print(f"   scores, percentiles: {scores}")
             if not kept:
                 raise DataError(f"{source}: no pair of {split} stays; the rules above took them")
-            write = WRITERS["official" if split != "train" and layout == "shards" else layout]
-            write(partial, split, pairs, kept, functools.partial(resized, pairs, resize))
-            reports[split] = report
+            parts = {split: kept}
+            if valid and split == "train":
+                parts = divide(source, pairs, kept, digests, valid)
+                print(f"   {len(parts['valid']):>9,}  of these become valid")
+            for name, part in parts.items():
+                write = writers["official" if name != "train" and layout == "shards" else layout]
+                names = write(partial, name, pairs, part, functools.partial(resized, pairs, resize))
+                if names:
+                    with open(os.path.join(partial, f"names-{name}.csv"), "w", encoding="utf-8",
+                              errors="backslashreplace", newline="") as file:
+                        csv.writer(file).writerows(itertools.chain([("picture", "source")], names))
+                reports[name] = report | {"kept": len(part)}
         write_json(os.path.join(partial, "report.json"), reports)
         os.rename(partial, out)
     finally:  # nothing half-written is left

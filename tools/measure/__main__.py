@@ -13,7 +13,7 @@ import model
 from common import Flags, one_line_errors, rank, replace_text, write_json
 from eval import command_flags, file_name, places, retrieval, run_command
 from sources.classes import open_classes, templates_for
-from sources.layouts import FolderPairs, open_pairs
+from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, open_image
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
@@ -54,10 +54,9 @@ def run_retrieval(args, clip) -> dict:
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
     """The ids of the captions ("text") and of the pictures ("image"): those of the official layout, which the
-    official scripts expect as numbers if they are such; file names of a folder; otherwise rows from 0.
+    official scripts expect as numbers if they are such; file names of a folder, keys of shards; else rows.
     DataError, before anything is encoded, if the set is too small for --top-k or an id occurs twice."""
-    images = pairs.names if isinstance(pairs, FolderPairs) else [
-        str(pairs.image_id(row)) for row in range(pairs.image_count)]
+    images = [str(pairs.image_id(row)) for row in range(pairs.image_count)]
     ids = {"text": [pairs.text_id(row) for row in range(len(pairs.texts))],
            "image": [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]}
     if (choices := len(ids[args.direction.split("-")[2]])) < args.top_k:
