@@ -33,9 +33,11 @@ from sources.pairs import (
     BROKEN, LIMIT, LIST_KEYS, DataError, as_text, decode, lines_of, parse_json, read_csv, read_picture,
     require)
 from sources.shards import caption_in, is_file, members, sample_of
+from training.recipes import SMALL_FROM_NOTHING
 from training.report import repeats
 from weights.download import size_of
 
+BATCH = SMALL_FROM_NOTHING["batch_size"]  # of the run that a newcomer starts
 CAP = 1000  # places that are kept of each kind; all of them are counted
 TSV_PIECE, TEXT_PIECE = 2**22, 2**20  # bytes
 LIST_PIECE = 2**14  # bytes, about as many lines as ROWS
@@ -413,7 +415,7 @@ def print_report(name: str, found: dict, show: int):
 def verdict(args: argparse.Namespace, found: dict) -> bool:
     """Prints what a batch repeats, what train.py would do with the set and what to type next -> False if it
     would not take it. The splits are opened as a run opens them: most errors stop it in one layout only."""
-    pairs, stop, flags = {}, "", f" --batch-size {args.batch_size}"
+    pairs, stop, flags = {}, "", "" if args.batch_size == BATCH else f" --batch-size {args.batch_size}"
     fatal = {"train": {"no pairs"}, "valid": {"damaged picture", "broken base64", "not text"}}
     try:  # training skips a broken pair, but recall is measured on all of them
         for split in [split for split in fatal if split in found]:
@@ -448,7 +450,7 @@ def verdict(args: argparse.Namespace, found: dict) -> bool:
     return "train" not in found or "valid" in found or args.path.endswith(".tar")
 
 
-def next_command(path: str, flags: str = " --batch-size 128") -> str:
+def next_command(path: str, flags: str = "") -> str:
     """What to type next on a set without errors, with these flags of train.py."""
     splits, is_pattern, name = splits_of(path), path.endswith(".tar"), shlex.quote(path)
     if "train" not in splits:
@@ -457,8 +459,7 @@ def next_command(path: str, flags: str = " --batch-size 128") -> str:
         other = shlex.quote(f"{os.path.normpath(path)}-split")
         return f"next: python -m tools.curate split {name} {other} --valid 0.1"
     own = "shards --valid-data SET" if is_pattern else shlex.quote(os.path.basename(os.path.abspath(path)))
-    recipe = "python train.py --recipe scratch --model RN-mini --epochs 24"
-    return f"next: {recipe}{flags} --data {name} --out out/{own}"
+    return f"next: python train.py --recipe scratch --model RN-mini{flags} --data {name} --out out/{own}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -471,7 +472,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--split", default="", help="check this split only, not all that are there")
     add("--no-pictures", action="store_true", help="do not decode pictures: much faster")
     add("--context-length", type=int, default=52, metavar="T", help="tokens of a caption that training reads")
-    add("--batch-size", type=int, default=128, metavar="N", help="pairs of a training step, to count repeats")
+    add("--batch-size", type=int, default=BATCH, metavar="N", help="pairs of a training step, to count repeats")
     add("--show", type=int, default=5, metavar="N", help="places to print of each kind")
     add("--json", default="", metavar="FILE", help=f"write a report there, with {CAP:,} places of each kind")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that read; 0: this one")

@@ -276,7 +276,8 @@ def resized(pairs: Pairs, side: int, row: int) -> bytes:
     picture = pairs.picture(row)
     if side < 1 or min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
-    image = ImageOps.exif_transpose(decode(picture, "", side))
+    image = decode(picture, "", side)
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format, by which `as_rgb` goes
     scale = side / min(image.size)
     size = tuple(max(side, round(length * scale)) for length in image.size)
     file = io.BytesIO()
