@@ -239,3 +239,18 @@ def visible(folder: str) -> list[str]:
     """Sorted names in a folder, without those that desktops leave there."""
     return sorted(name for name in os.listdir(folder)
                   if name[0] != "." and name not in ("Thumbs.db", "desktop.ini"))
+
+
+def by_class(names: list[str], labels: torch.Tensor, hits: torch.Tensor) -> list[dict]:
+    """Each class that has pictures, the worst first: its name, their number, and the percentage of `hits` [N]
+    (bool) among them. labels [N]: the classes of the pictures."""
+    rows = [{"class": names[c], "images": int((labels == c).sum()),
+             "accuracy": 100 * hits[labels == c].float().mean().item()} for c in labels.unique().tolist()]
+    return sorted(rows, key=lambda row: row["accuracy"])
+
+
+def class_lines(rows: list[dict]) -> list[str]:
+    """Rows of `by_class` as lines of text: all of them, or the 10 worst if there are more than 20."""
+    shown = rows if len(rows) <= 20 else rows[:10]
+    lines = ["{accuracy:6.1f} % of {images:,} images of {class}".format(**row) for row in shown]
+    return [f"by class, the worst first ({len(shown)} of {len(rows)}):", *lines] if rows else []

@@ -271,6 +271,17 @@ def test_classes_that_are_wrong(tmp_path):
     refused("labels only", "no pictures")
 
 
+def test_how_each_class_fares():
+    labels = torch.tensor([2, 0, 0, 2, 2, 0])
+    hits = torch.tensor([True, True, False, True, True, True])
+    rows = classes.by_class(["猫", "船", "花"], labels, hits)  # no picture of a boat
+    assert [(row["class"], row["images"]) for row in rows] == [("猫", 3), ("花", 3)]
+    assert [row["accuracy"] for row in rows] == pytest.approx([200 / 3, 100])
+    assert classes.class_lines(rows) == [
+        "by class, the worst first (2 of 2):", "  66.7 % of 3 images of 猫", " 100.0 % of 3 images of 花"]
+    assert classes.class_lines([]) == []
+
+
 def test_templates_need_a_place_for_the_name(tmp_path):
     path = tmp_path / "templates.txt"
     path.write_text("\ufeff# a note\n一张{}的照片\n\n  {}  \n", encoding="utf-8")

@@ -3,6 +3,7 @@ paper's figures beside the measured ones, and the files that are written."""
 
 import json
 import os
+import shlex
 
 import pytest
 import torch
@@ -92,8 +93,8 @@ def test_tables_of_classification(small_b16, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("data, part", [
-    ([], "MUGE; .* --data NAME=PATH, got nothing"),
-    (["flickr=x"], "flickr=x"), (["muge"], "NAME=PATH"), (["muge="], "NAME=PATH")])
+    ([], "MUGE; .* --data MUGE=path/to/it, got nothing"),
+    (["flickr=x"], "flickr=x"), (["muge"], "MUGE=path"), (["muge="], "MUGE=path")])
 def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, part):
     with pytest.raises(DataError, match=part):
         measure.main(["reproduce", "table2", "--model", "ViT-B-16", "--device", "cpu", "--data", *data])
@@ -293,6 +294,58 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
     code, last_words = typed("python -m tools.measure", *arguments, "--model", weights)
     assert code == 1 and last_words.startswith("error: ") and said in last_words
     assert last_words.count("\n") == 1 and "Traceback" not in last_words
+
+
+@pytest.mark.parametrize("arguments, said", (
+    (("zeroshot", "--labels", "cifar-1000"), "cifar-1000: no such file"), (("prompts", "--labels", "x"), "x: no such"),
+    (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
+    (("reproduce", "table12"), "dtd=nowhere: no such folder"),
+    (("retrieval",), "no list of captions"), (("calibrate",), "no list of captions")))
+def test_data_come_before_the_model(tmp_path, arguments, said):
+    """A fault in the data is reported although the model is not there either."""
+    data = "dtd=nowhere" if arguments[0] == "reproduce" else str(tmp_path)
+    if "--templates" in arguments:
+        write_folders(tmp_path, "水果", count=1)
+    with pytest.raises(DataError) as caught:
+        measure.main([*arguments, "--data", data, "--model", "nowhere.pt", "--device", "cpu"])
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a folder of one's own
+
+
+def write_goods(folder) -> str:
+    """Six pictures of two classes, in a folder whose path a shell must have quoted."""
+    for c, name in enumerate(("水果", "蔬菜")):
+        (folder / name).mkdir(parents=True)
+        for n in range(3):
+            picture(10 * c + n).save(folder / name / f"{n}.png")
+    return str(folder)
+
+
+def test_the_last_line_is_the_next_command_which_runs(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, pairs = write_goods(tmp_path / "my goods"), write_official(tmp_path / "MUGE", "valid")
+    for program, data in ((("zeroshot", "--data", data), data), (("retrieval", "--data", pairs), pairs)):
+        measure.main([*program, "--model", weights, "--device", "cpu", "--out", "result.json"])
+        said, _, then = capsys.readouterr().out.splitlines()[-1].partition("type: ")
+        assert said == "To see the failures, " and shlex.split(then)[:3] == ["python", "-m", "tools.measure"]
+        measure.main(shlex.split(then)[3:])
+        assert capsys.readouterr().out.splitlines()[-1] == "Open page.html in a browser"
+        assert data in (tmp_path / "page.html").read_text(encoding="utf-8")
+        os.remove("page.html")
+
+
+def test_accuracy_class_by_class(weights, tmp_path, capsys):
+    data, out = write_goods(tmp_path / "goods"), tmp_path / "out.json"
+    measure.main(["zeroshot", "--model", weights, "--data", data, "--device", "cpu", "--out", str(out)])
+    result, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
+    rows = result["by_class"]
+    assert {(row["class"], row["images"]) for row in rows} == {("水果", 3), ("蔬菜", 3)}
+    assert sum(row["accuracy"] for row in rows) / 2 == pytest.approx(result["accuracy"])
+    assert rows[0]["accuracy"] <= rows[1]["accuracy"] and "by class, the worst first (2 of 2):" in printed
+    assert all(f"{row['accuracy']:6.1f} % of 3 images of {row['class']}\n" in printed for row in rows)
 
 
 @pytest.mark.parametrize("task", measure.RUN)

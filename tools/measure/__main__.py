@@ -8,11 +8,13 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 import collections
 import json
 import os
+import shlex
+import sys
 
 import model
 from common import Flags, one_line_errors, rank, replace_text, write_json
-from eval import command_flags, file_name, places, retrieval, run_command
-from sources.classes import open_classes, templates_for
+from eval import FAILURES, command_flags, places, retrieval, run_command
+from sources.classes import class_lines, open_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
 from tools.measure import page, published, zeroshot
@@ -25,18 +27,18 @@ from weights.download import RELEASED
 # retrieval
 
 
-def run_retrieval(args, clip) -> dict:
+def run_retrieval(args, load) -> tuple[dict, str]:
     pairs = open_pairs(args.data, args.split, answers=not args.predictions)
     title = f"{args.data} {args.split}"
     print(f"{title}: {pairs.image_count:,} images, {len(pairs.texts):,} texts")
     table, *where = published.figures_for(args.published, args.model, args.data, published.RETRIEVAL)
     ids = ids_to_predict(args, pairs) if args.predictions else {}
-    features = kept_features(clip, pairs, args.context_length, args.features)
+    features = kept_features(clip := load(), pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
         write_predictions(args, pairs, ids, dict(zip(("image", "text"), features)))
     if not len(pairs.positives):
         print(f"{title}: no answers in it, so nothing to measure")
-        return {}
+        return {"positives": 0}, ""
     result = retrieval(clip, pairs, features=features)
     lines = recall_table({args.split: result})
     print(lines)
@@ -49,7 +51,7 @@ def run_retrieval(args, clip) -> dict:
         measured = published.retrieval_columns(result, table)
         result["published"] = published.compare(measured, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result
+    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
@@ -85,15 +87,15 @@ def write_predictions(args, pairs: Pairs, ids: dict[str, list], features: dict):
     print(f"{args.predictions}: the {args.top_k} nearest of {len(lines):,} queries, {args.direction}")
 
 
-def run_calibrate(args, clip) -> dict:
+def run_calibrate(args, load) -> tuple[dict, str]:
     pairs = open_pairs(args.data, args.split)
     test = open_pairs(args.data, args.test) if args.test else None  # before anything is encoded
-    images, texts = kept_features(clip, pairs, args.context_length, args.features)
+    images, texts = kept_features(clip := load(), pairs, args.context_length, args.features)
     result = calibrate(texts, images, pairs.positives, args.precision, args.prior)
     if result["threshold"] is None:
         print(f"no cosine gives a precision of {100 * args.precision:g} % here; ask for less, or judge pairs "
               "that are more often right (--prior)")
-        return result
+        return result, ""
     print(f"from {result['threshold']:.3f} on {100 * result['precision']:.1f} % of the pairs are right "
           f"({100 * args.precision:g} wanted); it keeps {100 * result['recall']:.1f} % of the right ones")
     if test:
@@ -101,14 +103,14 @@ def run_calibrate(args, clip) -> dict:
         result["test"] = at_threshold(texts, images, test.positives, result["threshold"], result["prior"])
         print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
             args.test, **result["test"]))
-    return result
+    return result, ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # classification, and the paper's tables
 
 
-def run_zeroshot(args, clip) -> dict:
+def run_zeroshot(args, load) -> tuple[dict, str]:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     data = args.labels or os.path.abspath(args.data)
     table, *where = published.figures_for(args.published, args.model, data, ("table12",))
@@ -116,11 +118,11 @@ def run_zeroshot(args, clip) -> dict:
         raise DataError(f"--submission: ELEVATER numbers the classes of {data} differently; expected "
                         f"label.txt in {args.data}, with ELEVATER's English class name on each line")
     rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
-    result, cosines = zeroshot.own_zero_shot(clip, classes, get_image, labels, templates)
+    result, cosines = zeroshot.own_zero_shot(clip := load(), classes, get_image, labels, templates)
     value = result[classes.metric]
     line = "{0:.1f} % {metric} of {images:,} images in {classes} classes with {templates} templates".format(
         value, **result)
-    print(line)
+    print(line, *class_lines(result["by_class"]), sep="\n")
     if args.page and rank() == 0:
         page.write_zeroshot(
             args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
@@ -130,7 +132,7 @@ def run_zeroshot(args, clip) -> dict:
     if table:
         result["published"] = published.compare({where[0]: value}, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result
+    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def open_classification(data: str, labels: str, templates: str = ""):
@@ -139,22 +141,22 @@ def open_classification(data: str, labels: str, templates: str = ""):
     return classes, lambda row: open_image(paths[row]), numbers, templates_for(classes, templates)
 
 
-def run_prompts(args, clip) -> dict:
+def run_prompts(args, load) -> tuple[dict, str]:
     if args.negation:
-        found = zeroshot.negation(clip)
+        found = zeroshot.negation(load())
         print("is it there? percent right, of drawn scenes; 50 is guessing     there  absent    mean roc-auc")
         for wording, right in found.items():
             print(f"{wording:16} {zeroshot.ABSENT[wording]:40}"
                   + "".join(f"{value:8.1f}" for value in right.values()))
-        return {"negation": found}
+        return {"negation": found}, ""
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
-    found = zeroshot.prompts(clip, classes, get_image, labels, templates)
+    found = zeroshot.prompts(load(), classes, get_image, labels, templates)
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
     for template, value in found.items():
         print(f"{value:6.1f}  {template}")
-    return {"metric": classes.metric, "prompts": found}
+    return {"metric": classes.metric, "prompts": found}, ""
 
 
 def row_of(clip) -> str:
@@ -162,24 +164,28 @@ def row_of(clip) -> str:
     return next((name for name in RELEASED if model.MODELS[name] == clip.config), "")
 
 
-def run_reproduce(args, clip) -> dict:
+def run_reproduce(args, load) -> tuple[dict, str]:
     """One of the paper's tables, for the data sets given by NAME=PATH."""
-    table, ours, rows, paper = args.table, row_of(clip), [], published.read_paper()[args.table]
+    table, rows, paper = args.table, [], published.read_paper()[args.table]
+    args.data = published.data_folders(table, args.data)
     setup, context_length = ("finetune", 128) if table == "table10" else (args.setup, 52)  # ICR: app. A.4
-    for data, folder in args.data.items():
-        print(f"{data}: {folder}")
+    opened = {data: open_pairs(folder, paper.get("split", "test")) if table in published.RETRIEVAL
+              else open_classification(folder, data) for data, folder in args.data.items()}
+    ours = row_of(clip := load())
+    for data, what in opened.items():
+        print(f"{data}: {args.data[data]}")
         if table in published.RETRIEVAL:
-            result = retrieval(clip, open_pairs(folder, paper.get("split", "test")), context_length)
+            result = retrieval(clip, what, context_length)
             measured = published.retrieval_columns(result, table)
         else:
-            result, _ = zeroshot.own_zero_shot(clip, *open_classification(folder, data))
+            result, _ = zeroshot.own_zero_shot(clip, *what)
             measured = {data: result[result["metric"]]}
         rows += published.compare(measured, table, data, setup, ours)
     if table == "table12" and len(args.data) == len(published.places_of(table)):
         average = {"average": sum(row["measured"] for row in rows) / len(rows)}
         rows += published.compare(average, table, "average", setup, ours)
     print(f"{paper['title']}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
-    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}
+    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}, ""
 
 
 RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts,
@@ -190,7 +196,7 @@ def main(argv: list[str] | None = None):
     """eval.py's two commands with more flags, and three more."""
     parser = Flags("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
-    file = dict(default="", type=file_name, metavar="FILE")
+    file = dict(default="", metavar="FILE")
 
     def command(name: str, data: str, text: str) -> Flags:
         return commands.add_parser(name, parents=[command_flags(data)], conflict_handler="resolve", help=text)
@@ -223,12 +229,11 @@ def main(argv: list[str] | None = None):
     add("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets: muge=path/to/MUGE")
     add("--setup", default="zero-shot", choices=published.SETUPS, help="rows (default: zero-shot)")
     args = parser.parse_args(argv)
+    args.typed = shlex.join(sys.argv[1:] if argv is None else argv)
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error("--precision and --prior are shares: expected 0 to 1")
-    if args.task == "reproduce":  # before anything is downloaded
-        args.data = published.data_folders(args.table, args.data)
     run_command(parser, args, RUN[args.task])
 
 
