@@ -368,7 +368,9 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
 
     def commands(out) -> list[tuple]:
         mine, theirs = measure.main, rarer.main
-        return [(mine, [*RETRIEVAL, weights, "--data", many, "--out", f"{out}/er.json"]),
+        return [(theirs, ["classify", *ZEROSHOT[1:], weights, "--data", f"{classes}/test", "--labels",
+                          f"{classes}/label_cn.txt", "--out", f"{out}/c.csv"]),
+                (mine, [*RETRIEVAL, weights, "--data", many, "--out", f"{out}/er.json"]),
                 (mine, [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/ez.json"]),
                 (theirs, [*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features",
                           f"{out}/f"]),
@@ -384,7 +386,7 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(in_one_of_two, (port, commands(tmp_path / "two")), nprocs=2)
-    for name in ("p", "r.html", "z.html"):
+    for name in ("p", "r.html", "z.html", "c.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     for name in ("er.json", "ez.json", "r.json", "z.json", "c.json"):
         one, two = (json.loads((tmp_path / out / name).read_text("utf-8")) for out in ("one", "two"))

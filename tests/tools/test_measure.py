@@ -1,6 +1,7 @@
 """The commands as a user types them: a released name from a local server, data in the official layout, the
 paper's figures beside the measured ones, and the files that are written."""
 
+import csv
 import json
 import os
 import shlex
@@ -14,13 +15,15 @@ from hub import FILE, NAME
 from stand_ins import TEXTS, picture
 from checkpoints import VIT, built, official
 
+import eval as core
 import model
 from weights import download
 from eval import pair_features, retrieval
 from sources import layouts
-from sources.pairs import DataError
+from sources.classes import TEMPLATES, read_templates
+from sources.pairs import DataError, open_image
 from tools.measure import __main__ as measure
-from tools.measure import metrics
+from tools.measure import metrics, zeroshot
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +301,9 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
 
 @pytest.mark.parametrize("arguments, said", (
     (("zeroshot", "--labels", "cifar-1000"), "cifar-1000: no such file"), (("prompts", "--labels", "x"), "x: no such"),
+    (("classify", "--labels", "cifar-1000", "--out", "x.csv"), "cifar-1000: no such file"),
+    (("classify", "--out", "x.csv"), "label_cn.txt: no such file"),
+    (("classify", "--labels", "mnist", "--out", "x.csv"), "no pictures in it"),
     (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
     (("reproduce", "table12"), "dtd=nowhere: no such folder"),
     (("retrieval",), "no list of captions"), (("calibrate",), "no list of captions")))
@@ -346,6 +352,38 @@ def test_accuracy_class_by_class(weights, tmp_path, capsys):
     assert sum(row["accuracy"] for row in rows) / 2 == pytest.approx(result["accuracy"])
     assert rows[0]["accuracy"] <= rows[1]["accuracy"] and "by class, the worst first (2 of 2):" in printed
     assert all(f"{row['accuracy']:6.1f} % of 3 images of {row['class']}\n" in printed for row in rows)
+
+
+def test_pictures_without_classes_are_classified_into_a_table(clip, weights, tmp_path, capsys):
+    """What zeroshot takes a picture for is in its line; a broken one has none and is named once; what does not
+    end as pictures do, and what is hidden, is left alone."""
+    data = write_goods(tmp_path / "goods")
+    picture(3).convert("RGB").save(tmp_path / "goods" / 'a, "b".JPG', "JPEG")
+    (tmp_path / "goods" / "水果" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "goods" / "notes.txt").write_text("?", encoding="utf-8")
+    (tmp_path / "goods" / ".hidden.png").write_bytes(b"")
+    names = tmp_path / "names.txt"
+    names.write_text("水果\n蔬菜\n", encoding="utf-8")
+    measure.main(["classify", "--model", weights, "--data", data, "--labels", str(names), "--device", "cpu",
+                  "--out", str(tmp_path / "found.csv")])
+    said = capsys.readouterr()
+    assert (tmp_path / "found.csv").read_bytes().startswith("\ufefffile,class,score\n".encode())
+    with open(tmp_path / "found.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == sorted(
+        ['a, "b".JPG', os.path.join("水果", "broken.png"),
+         *(os.path.join(c, f"{n}.png") for c in ("水果", "蔬菜") for n in range(3))])
+    assert said.err.count("broken.png") == 1 and "cannot be decoded" in said.err
+    assert f"{tmp_path / 'found.csv'}: 8 pictures, 1 of which cannot be decoded\nOpen " in said.out
+    sentences = core.sentence_features(clip, ["水果", "蔬菜"], read_templates(TEMPLATES))
+    for row in rows:
+        if row["file"].endswith("broken.png"):
+            assert row["class"] == row["score"] == ""
+            continue
+        feature = core.encode_images(clip, lambda _: open_image(os.path.join(data, row["file"])), 1)
+        shares = zeroshot.probabilities(feature @ core.ensemble(sentences).T, clip.logit_scale.exp().item())[0]
+        assert row["class"] == ("水果", "蔬菜")[shares.argmax()]
+        assert float(row["score"]) == pytest.approx(shares.max().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("task", measure.RUN)

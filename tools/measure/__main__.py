@@ -6,17 +6,25 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 """
 
 import collections
+import csv
+import glob
+import io
 import json
 import os
 import shlex
 import sys
 
+import torch
+from PIL import Image
+
 import model
-from common import Flags, one_line_errors, rank, replace_text, write_json
-from eval import FAILURES, command_flags, places, retrieval, run_command
-from sources.classes import class_lines, open_classes, templates_for
+from common import Flags, one_line_errors, rank, replace_text, sum_over_ranks, write_json
+from eval import (
+    FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
+from sources.classes import class_lines, open_classes, read_classes, templates_for
 from sources.layouts import FolderPairs, open_pairs
 from sources.pairs import DataError, Pairs, open_image
+from sources.shards import PICTURES
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
@@ -141,6 +149,39 @@ def open_classification(data: str, labels: str, templates: str = ""):
     return classes, lambda row: open_image(paths[row]), numbers, templates_for(classes, templates)
 
 
+def run_classify(args, load) -> tuple[dict, str]:
+    """Writes a CSV: each picture below --data, its most likely class, and the probability of that class among
+    all. Pictures that cannot be decoded have an empty class, and stderr names them."""
+    classes = read_classes(args.labels or os.path.join(args.data, "label_cn.txt"))
+    templates = templates_for(classes, args.templates)
+    files = sorted(name for name in glob.glob("**", root_dir=args.data, recursive=True)
+                   if os.path.splitext(name)[1][1:].lower() in PICTURES)
+    if not files:
+        raise DataError(f"{args.data}: no pictures in it; expected files that end in {', '.join(PICTURES)}")
+    broken = torch.zeros(len(files), dtype=torch.long)  # 1 for each picture that cannot be decoded
+
+    def image_or_dot(row: int) -> Image.Image:
+        try:
+            return open_image(os.path.join(args.data, files[row]))
+        except DataError as error:
+            print(error, file=sys.stderr)
+            broken[row] = 1
+            return Image.new("RGB", (1, 1))
+
+    images = encode_images(clip := load(), image_or_dot, len(files))  # [N, E]
+    cosines = images @ ensemble(sentence_features(clip, classes.chinese, templates)).T  # [N, C]
+    scores, best = zeroshot.probabilities(cosines, clip.logit_scale.exp().item()).max(dim=1)  # [N], [N]
+    rows = [("file", "class", "score")]
+    for name, bad, c, score in zip(files, sum_over_ranks(broken).tolist(), best.tolist(), scores.tolist()):
+        name = os.fsencode(name).decode(errors="replace")  # which may be in GBK
+        rows.append((name, "", "") if bad else (name, classes.chinese[c], f"{score:.4f}"))
+    csv.writer(table := io.StringIO(), lineterminator="\n").writerows(rows)
+    if rank() == 0:
+        replace_text(args.out, "\ufeff" + table.getvalue())  # by this mark Excel knows UTF-8
+    print(f"{args.out}: {len(files):,} pictures, {int(broken.sum())} of which cannot be decoded")
+    return {}, f"Open {args.out} in a spreadsheet and sort it by score: the doubtful ones come first"
+
+
 def run_prompts(args, load) -> tuple[dict, str]:
     if args.negation:
         found = zeroshot.negation(load())
@@ -188,12 +229,12 @@ def run_reproduce(args, load) -> tuple[dict, str]:
     return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}, ""
 
 
-RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts,
+RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "classify": run_classify, "prompts": run_prompts,
        "calibrate": run_calibrate, "reproduce": run_reproduce}
 
 
 def main(argv: list[str] | None = None):
-    """eval.py's two commands with more flags, and three more."""
+    """eval.py's two commands with more flags, and four more."""
     parser = Flags("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
     file = dict(default="", metavar="FILE")
@@ -213,6 +254,9 @@ def main(argv: list[str] | None = None):
         p.add_argument("--page", **file, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
                        "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
+    add = command("classify", "classes", "the class of each picture below a folder, as a table").add_argument
+    add("--data", required=True, help="a folder of pictures, in sub-folders too")
+    add("--out", required=True, metavar="FILE.csv", help="the table: file, class, score (0 to 1)")
     add = command("prompts", "classes", "every template alone and all together").add_argument
     add("--data", default="", help="a folder as for zeroshot; --negation needs none")
     add("--negation", action="store_true", help="instead, on drawn scenes: is 'no X' understood?")
