@@ -14,9 +14,9 @@ class, E joint width. All features have unit length, so a product of two is thei
 process computes a share, and all get the whole result. tools/measure has the rarer measures.
 """
 
-import argparse
 import contextlib
 import os
+import shlex
 import sys
 
 import torch
@@ -27,13 +27,14 @@ from common import (
     Flags, join_processes, leave_processes, one_line_errors, rank, sum_over_ranks, wait_for_all, world_size,
     write_json)
 from data import squash, to_pixels, tokenize
-from sources.classes import open_classes, templates_for
+from sources.classes import by_class, class_lines, open_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, ahead, open_image
 
 KS = (1, 5, 10)
 TILE = 1024  # The scores of 1024 x 1024 pairs take 4 MB, which fits into the cache of a core.
 TIE = 1e-6  # Cosines closer than this count as equal: sums in float32 differ by 1e-7 with their order.
+FAILURES = "To see the failures, type: python -m tools.measure {} --page page.html"
 
 # ------------------------------------------------------------------------------------------------------------
 # features
@@ -177,40 +178,40 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 def zero_shot(clip, names: list[str], get_image, labels: torch.Tensor, templates: list[str]) -> dict:
     """The accuracy, in percent, on the pictures get_image(0) ... get_image(N - 1) with labels [N]: with all
-    templates and with the first alone. Beside it stand the sizes and what guessing gives."""
+    templates, with the first alone, and by class. Beside it stand the sizes and what guessing gives."""
     image_features = encode_images(clip, get_image, len(labels))  # [N, E]
     sentences = sentence_features(clip, names, templates)  # [C, S, E]
-    return {"accuracy": accuracy(image_features @ ensemble(sentences).T, labels),
+    scores = image_features @ ensemble(sentences).T  # [N, C]
+    return {"accuracy": accuracy(scores, labels),
             "accuracy_single_template": accuracy(image_features @ sentences[:, 0].T, labels),
             "metric": "accuracy", "classes": len(names), "images": len(labels), "templates": len(templates),
-            "chance": 100 / len(names)}
+            "chance": 100 / len(names), "by_class": by_class(names, labels, hits(scores, labels))}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # commands
 
 
-def run_retrieval(args, clip) -> dict:
+def run_retrieval(args, load) -> tuple[dict, str]:
     pairs = open_pairs(args.data, args.split)
     print(f"{args.data} {args.split}: {pairs.image_count:,} images, {len(pairs.texts):,} texts")
-    result = retrieval(clip, pairs, args.context_length)
+    result = retrieval(load(), pairs, args.context_length)
     for way in ("text_to_image", "image_to_text"):
         print(f"{way.replace('_', ' ')}: " + ", ".join(f"{k} {v:.1f}" for k, v in result[way].items()))
-    return result
+    return result, FAILURES.format(args.typed)
 
 
-def run_zeroshot(args, clip) -> dict:
+def run_zeroshot(args, load) -> tuple[dict, str]:
     classes, paths, labels = open_classes(args.data, args.labels)
-    other = f"`python -m tools.measure zeroshot` with the same flags measures {classes.metric}"
-    if labels.ndim == 2:
-        raise DataError(f"{args.data}: there is no accuracy for pictures of several classes; {other}")
     templates = templates_for(classes, args.templates)
-    result = zero_shot(clip, classes.chinese, lambda row: open_image(paths[row]), labels, templates)
+    if labels.ndim == 2:
+        raise DataError(f"{args.data}: there is no accuracy for pictures of several classes, but "
+                        f"`python -m tools.measure {args.typed}` measures {classes.metric}")
+    result = zero_shot(load(), classes.chinese, lambda row: open_image(paths[row]), labels, templates)
     print("{accuracy:.1f} % of {images:,} images in {classes} classes with {templates} templates, "
           "{accuracy_single_template:.1f} % with the first alone, {chance:.1f} % by chance".format(**result))
-    if classes.metric != "accuracy":
-        print(f"The measure of {args.labels} is not accuracy: {other}")
-    return result
+    print(*class_lines(result["by_class"]), sep="\n")
+    return result, f"This set's own measure is {classes.metric}. {FAILURES.format(args.typed)}"
 
 
 def command_flags(data: str) -> Flags:
@@ -220,38 +221,36 @@ def command_flags(data: str) -> Flags:
     add("--model", required=True, help="a weights file, or one of " + ", ".join(model.available_models()))
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights (default: float32)")
-    add("--out", default="", type=file_name, metavar="FILE", help="also write the result to this JSON file")
+    add("--out", default="", metavar="FILE", help="also write the result to this JSON file")
     if data == "pairs":
         add("--data", required=True, help="what train.py --data takes, such as a folder of pairs")
         add("--split", default="valid", help="train, valid (default) or test")
         add("--context-length", type=int, default=52, help="tokens of a caption (default: 52)")
     elif data == "classes":
-        add("--data", required=True, help="folder with test/000 ..., test/NAME ..., or test.txt")
-        add("--labels", default="", help="a name in labels/, or a file (default: label_cn.txt in --data)")
+        add("--data", required=True, help="a folder with a folder of pictures for each class, or test.txt")
+        add("--labels", default="", help="names: a file or one of labels/ (default: label_cn.txt in --data)")
         add("--templates", default="", metavar="FILE", help="sentences to use, with {} for the class name")
     return flags
 
 
-def file_name(path: str) -> str:
-    """The type of a flag that names a file to write: a folder is refused before anything is computed."""
-    if os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path} is a folder; expected the name of a file")
-    return path
-
-
 def run_command(parser, args, run):
-    """Load the model, call run(args, model), and write its result to --out."""
+    """Call run(args, load) -> (result, what to do next), and write the result to --out. A run opens its data
+    before it calls load(), which fetches the model: a fault in the data need not wait for that."""
+    for flag in ("out", "page", "predictions", "submission"):  # before anything is computed
+        if os.path.isdir(path := getattr(args, flag, "")):
+            parser.error(f"--{flag}: {path} is a folder; expected the name of a file")
     if not 2 <= getattr(args, "context_length", 2) <= 512:
         parser.error(f"--context-length {args.context_length}: expected 2 to 512")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     device = join_processes(args.device)
     with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
-        clip, _ = model.load(args.model, device, dtype=args.dtype)
-        result = run(args, clip)
-        if args.out and rank() == 0:
+        result, then = run(args, lambda: model.load(args.model, device, dtype=args.dtype)[0])
+        if result and args.out and rank() == 0:
             write_json(args.out, vars(args) | {"device": device.type} | result)
             print(f"The result is in {args.out}")
+        if then:
+            print(then)
     leave_processes()
 
 
@@ -261,6 +260,7 @@ def main(argv: list[str] | None = None):
     commands.add_parser("retrieval", parents=[command_flags("pairs")], help="Recall@K in both directions")
     commands.add_parser("zeroshot", parents=[command_flags("classes")], help="accuracy by names of classes")
     args = parser.parse_args(argv)
+    args.typed = shlex.join(sys.argv[1:] if argv is None else argv)
     run_command(parser, args, {"retrieval": run_retrieval, "zeroshot": run_zeroshot}[args.task])
 
 

@@ -1,10 +1,10 @@
 """
 Pictures with classes, and the names of the classes: the data of zero-shot classification (paper, sec. 3.2).
 
-The names come from labels/NAME.txt (one of the 20 data sets of Table 11), from another file of that kind, or
-from the data set's own label_cn.txt. Class numbers follow the data set's own label.txt (English) or
-label_cn.txt, where line 1 names class 0; names of labels/ are put into that order. Pictures lie in one of
-three ways:
+The names come from labels/NAME.txt (one of the 20 data sets of Table 11) or another file of that kind, from
+a plain list such as the data set's own label_cn.txt, or from folders with Chinese names. In a plain list line
+1 names class 0; names of labels/ are put into the order of the data set's own label.txt (English) or
+label_cn.txt. Pictures lie in one of three ways:
 
     test.txt                   path<TAB>class number from 0 for each picture; for VOC-2007 several with spaces
     test/000/ test/001/ ...    the official layout: a folder for each class, numbered from 0
@@ -14,6 +14,7 @@ Every class must have pictures and every folder a class, or the result could not
 """
 
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,12 @@ METRICS = ("accuracy", "mean-per-class", "roc-auc", "map-11")
 
 
 class Classes(NamedTuple):
-    english: list[list[str]]  # [C], all spellings by which a folder or a line of label.txt may call the class
+    english: list[list[str]]  # [C], spellings by which a folder or a line of label.txt may call the class
     chinese: list[str]  # [C], the name that stands in the sentences
     metric: str = "accuracy"  # one of METRICS
     templates: tuple[str, ...] = ()  # of this data set, to be used before the general ones
     alone: bool = False  # True if the general templates, which are made for objects, do not fit
-    numbered: bool = True  # False if number n may be another class, because ELEVATER's order differs
+    numbered: bool = True  # False if a number n in the data set need not mean class n
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -41,13 +42,17 @@ class Classes(NamedTuple):
 
 
 def read_classes(name_or_path: str) -> Classes:
-    """labels/NAME.txt or a file like it. A line is a class, `English<TAB>Chinese`, where the English name may
-    have other spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template: TEXT with
-    {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for anything else."""
+    """From a plain list of names, labels/NAME.txt or a file like it. There a line is `English<TAB>Chinese`,
+    with other English spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template:
+    TEXT with {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for others."""
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
-        raise DataError(f"{name_or_path}: no such file and no data set of labels/, which has {known}")
+        raise DataError(f"{name_or_path}: no such file and no data set of labels/, which has {known}; give "
+                        "--labels one of these, or a file with a class name on each line")
+    if not any(re.search("^(metric|templates?|order): |\t", line.strip()) for _, line in text_lines(path)):
+        names = read_names(path)
+        return Classes([[] for _ in names], names)
     metric, templates, english, chinese, marks, taken = "", [], [], [], set(), set()
     for number, line in text_lines(path):
         key, _, value = line.partition(": ")
@@ -70,7 +75,7 @@ def read_classes(name_or_path: str) -> Classes:
                             f"with {{}}, `templates: alone`, `order: not as in ELEVATER`, or `metric: ` and "
                             f"one of {', '.join(METRICS)}")
     if not metric or not english:
-        raise DataError(f"{path}: no {'line `metric: NAME`' if english else 'class'} in it")
+        raise DataError(f"{path}: no {'line such as `metric: accuracy`' if english else 'class'} in it")
     if "templates" in marks and not templates:
         raise DataError(f"{path}: `templates: alone`, but no line `template: ` with {{}} in it")
     if metric == "roc-auc" and len(english) != 2:
@@ -79,7 +84,7 @@ def read_classes(name_or_path: str) -> Classes:
 
 
 def read_names(path: str) -> list[str]:
-    """The lines of label.txt or label_cn.txt, a class name each."""
+    """The lines of label.txt, label_cn.txt or another plain list, a class name each."""
     names = [line.strip() for line in read_text(path).rstrip().split("\n")]
     if "" in names:
         raise DataError(f"{path} line {names.index('') + 1}: empty; expected a class name on every line")
@@ -88,19 +93,18 @@ def read_names(path: str) -> list[str]:
 
 def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
     """The classes in the order of the folder's label.txt, or else of its label_cn.txt; unchanged if it has
-    neither. DataError for the first line that does not name one of them."""
+    neither, or they are a plain list. DataError for the first line that does not name one of them."""
     files = (os.path.join(folder, name) for name in ("label.txt", "label_cn.txt"))
     path = next(filter(os.path.isfile, files), "")
-    if not path:
+    if not path or not any(classes.english):
         return classes
     names, number_of = read_names(path), numbers_of(classes)
     order = [number_of.get(bare_name(name)) for name in names]
-    wrong = [row for row, c in enumerate(order) if c is None or c in order[:row]]
+    row = next((row for row, c in enumerate(order) if c is None or c in order[:row]), len(names))
     absent = [english[0] for c, english in enumerate(classes.english) if c not in order]
-    if wrong or absent:
-        row = wrong[0] if wrong else len(names)
+    if row < len(names) or absent:
         few = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "all have one"
-        got = repr(names[row]) if wrong else "the end"
+        got = repr(names[row]) if row < len(names) else "the end"
         raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got}; "
                         "give English names in label.txt, or leave out --labels for those of label_cn.txt")
     return classes._replace(english=[classes.english[c] for c in order],
@@ -130,7 +134,7 @@ def read_templates(path: str) -> list[str]:
     """A template from each line, with {} where the class name goes. Lines that start with # are notes."""
     templates = [line for _, line in text_lines(path)] if os.path.isfile(path) else []
     if not templates or not all("{}" in template for template in templates):
-        raise DataError(f"{path}: expected lines with {{}} for the class name, got "
+        raise DataError(f"{path}: expected a file of lines with {{}} for the class, such as 一张{{}}的图片, got "
                         + (", ".join(line for line in templates if "{}" not in line) or "none"))
     return templates
 
@@ -147,7 +151,8 @@ def read_text(path: str) -> str:
         try:
             return file.read()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+            raise DataError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8, for example by "
+                            f"iconv -f GBK -t UTF-8 {path!r} > utf8.txt") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,34 +160,41 @@ def read_text(path: str) -> str:
 
 
 def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], torch.Tensor]:
-    """The classes of a data set, named by `labels` (a name of labels/, or a file) or else by its label_cn.txt
+    """The classes of a data set, named by `labels` (a file, or one of labels/), its label_cn.txt or folders
     -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C])."""
     if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder; expected label_cn.txt and test/000, test/001 ...")
-    own = os.path.join(folder, "label_cn.txt")
-    if not labels and not os.path.isfile(own):
-        raise DataError(f"{own}: not there; expected a class name on each line, line 1 for folder test/000, "
-                        "or --labels with a data set of labels/ or a file")
-    if labels:
-        classes = in_its_own_order(read_classes(labels), folder, labels)
-    else:
-        classes = Classes([[name] for name in read_names(own)], read_names(own))
-    list_path = os.path.join(folder, "test.txt")
+        raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")
+    own, list_path, test = (os.path.join(folder, name) for name in ("label_cn.txt", "test.txt", "test"))
+    root = test if os.path.isdir(test) else folder
+    classes = read_classes(labels or own) if labels or os.path.isfile(own) else named_by_folders(root, own)
+    classes = in_its_own_order(classes, folder, labels) if labels else classes
     if os.path.isfile(list_path):
         paths, shown = read_list(list_path, folder, classes)
     elif classes.metric == "map-11":
         raise DataError(f"{list_path}: not there; expected lines path<TAB>class numbers with spaces between, "
                         "because a picture may show several classes")
     else:
-        paths, shown = read_folders(folder, classes)
+        paths, shown = read_folders(folder, root, classes)
     shows = torch.zeros(len(paths), len(classes.chinese), dtype=torch.long)  # [N, C]
     for row, numbers in enumerate(shown):
         shows[row, numbers] = 1
     if empty := (shows.sum(dim=0) == 0).nonzero().flatten().tolist():
-        few = ", ".join(f"{c:03d} {classes.chinese[c]}" for c in empty[:5])
-        raise DataError(f"{folder}: no pictures of {len(empty)} of {len(classes.chinese)} classes, which are "
-                        f"{few}{' ...' if len(empty) > 5 else ''}; add them, or shorten the labels")
+        called = [[classes.chinese[c], *classes.english[c], *[f"{c:03d}"] * classes.numbered] for c in empty]
+        few = ", ".join(map(" or ".join, called[:5])) + (" ..." if len(empty) > 5 else "")
+        raise DataError(f"{root}: no pictures of {len(empty)} of {len(classes.chinese)} classes, looked for "
+                        f"{few}; add them, or leave these classes out")
     return classes, paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
+
+
+def named_by_folders(root: str, own: str) -> Classes:
+    """The classes by the Chinese names of their folders, in sorted order. DataError for another name."""
+    names = [name for name in visible(root) if os.path.isdir(os.path.join(root, name))]
+    other = [name for name in names if not re.search("[\u3400-\u9fff]", name)]
+    if other or not names:
+        raise DataError(f"{os.path.join(root, *other[:1])}: no Chinese name, which the model needs; call the "
+                        f"folders by Chinese names of the classes, such as 水果, or write these into {own}, "
+                        "line 1 for folder 000, or give --labels, a file or one of labels/")
+    return Classes([[] for _ in names], names, numbered=False)
 
 
 def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:
@@ -204,10 +216,9 @@ def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list
     return paths, shown
 
 
-def read_folders(folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:
-    """Folders -> picture paths [N], folder by folder, and a list with the class number of each."""
-    test, count, number_of = os.path.join(folder, "test"), len(classes.chinese), numbers_of(classes)
-    root = test if os.path.isdir(test) else folder
+def read_folders(folder: str, root: str, classes: Classes) -> tuple[list[str], list[list[int]]]:
+    """Folders in `root` -> picture paths [N], folder by folder, and a list with the class number of each."""
+    count, number_of = len(classes.chinese), numbers_of(classes)
     paths, shown = [], []
     for name in visible(root):
         place = os.path.join(root, name)
@@ -216,7 +227,7 @@ def read_folders(folder: str, classes: Classes) -> tuple[list[str], list[list[in
         number = number_of.get(bare_name(name), int(name) if name.isdecimal() else count)
         if number >= count or not os.path.isdir(place):
             raise DataError(f"{place}: no class has that name; expected folders 000 to {count - 1:03d}, or "
-                            f"English names such as {classes.english[0][0]}")
+                            f"names such as {(classes.english[0] or classes.chinese)[0]}")
         if bare_name(name) not in number_of and not classes.numbered:
             raise DataError(f"{place}: its number {TWO_ORDERS.format(os.path.join(folder, 'label.txt'))}")
         paths += [os.path.join(place, picture) for picture in visible(place)]
@@ -228,3 +239,18 @@ def visible(folder: str) -> list[str]:
     """Sorted names in a folder, without those that desktops leave there."""
     return sorted(name for name in os.listdir(folder)
                   if name[0] != "." and name not in ("Thumbs.db", "desktop.ini"))
+
+
+def by_class(names: list[str], labels: torch.Tensor, hits: torch.Tensor) -> list[dict]:
+    """Each class that has pictures, the worst first: its name, their number, and the percentage of `hits` [N]
+    (bool) among them. labels [N]: the classes of the pictures."""
+    rows = [{"class": names[c], "images": int((labels == c).sum()),
+             "accuracy": 100 * hits[labels == c].float().mean().item()} for c in labels.unique().tolist()]
+    return sorted(rows, key=lambda row: row["accuracy"])
+
+
+def class_lines(rows: list[dict]) -> list[str]:
+    """Rows of `by_class` as lines of text: all of them, or the 10 worst if there are more than 20."""
+    shown = rows if len(rows) <= 20 else rows[:10]
+    lines = ["{accuracy:6.1f} % of {images:,} images of {class}".format(**row) for row in shown]
+    return [f"by class, the worst first ({len(shown)} of {len(rows)}):", *lines] if rows else []

@@ -324,7 +324,9 @@ def test_zeroshot_says_which_command_has_the_measure_of_the_data_set(
     out = tmp_path / "out"
     command(monkeypatch, *ZEROSHOT, weights, "--data", data, "--labels", name, "--out", out)
     printed = capsys.readouterr().out
-    assert f"`python -m tools.measure zeroshot` with the same flags measures {metric}" in printed
+    assert printed.splitlines()[-1] == (
+        f"This set's own measure is {metric}. To see the failures, type: python -m tools.measure zeroshot --device "
+        f"cpu --model {weights} --data {data} --labels {name} --out {out} --page page.html")
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["metric"] == "accuracy" and metric not in result
     rarer.main([*ZEROSHOT, weights, "--data", data, "--labels", name, "--out", str(out)])
@@ -336,7 +338,7 @@ def test_pictures_of_several_classes_have_no_accuracy(weights, tmp_path, monkeyp
     lines = [f"JPEGImages/{c}.png\t{c} {(c + 1) % 20}" for c in range(20)]
     (tmp_path / "set" / "test.txt").write_text("\n".join(lines), encoding="utf-8")
     arguments = (*ZEROSHOT, weights, "--data", data, "--labels", "voc-2007")
-    with pytest.raises(DataError, match="`python -m tools.measure zeroshot` .* map-11") as caught:
+    with pytest.raises(DataError, match="`python -m tools.measure zeroshot .*--labels voc-2007` .* map-11") as caught:
         command(monkeypatch, *arguments)
     assert "\n" not in str(caught.value)
     code, said = typed("eval.py", *arguments)
@@ -366,7 +368,9 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
 
     def commands(out) -> list[tuple]:
         mine, theirs = measure.main, rarer.main
-        return [(mine, [*RETRIEVAL, weights, "--data", many, "--out", f"{out}/er.json"]),
+        return [(theirs, ["classify", *ZEROSHOT[1:], weights, "--data", f"{classes}/test", "--labels",
+                          f"{classes}/label_cn.txt", "--out", f"{out}/c.csv"]),
+                (mine, [*RETRIEVAL, weights, "--data", many, "--out", f"{out}/er.json"]),
                 (mine, [*ZEROSHOT, weights, "--data", classes, "--out", f"{out}/ez.json"]),
                 (theirs, [*RETRIEVAL, weights, "--data", folder, "--out", f"{out}/r.json", "--features",
                           f"{out}/f"]),
@@ -382,11 +386,11 @@ def test_two_processes_measure_what_one_does(weights, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(in_one_of_two, (port, commands(tmp_path / "two")), nprocs=2)
-    for name in ("p", "r.html", "z.html"):
+    for name in ("p", "r.html", "z.html", "c.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     for name in ("er.json", "ez.json", "r.json", "z.json", "c.json"):
         one, two = (json.loads((tmp_path / out / name).read_text("utf-8")) for out in ("one", "two"))
-        for key in ("out", "features", "page"):
+        for key in ("out", "features", "page", "typed"):
             one.pop(key, None), two.pop(key, None)
         assert one == two, name
 
@@ -397,7 +401,7 @@ def test_a_folder_is_no_file_to_write(flag, weights, tmp_path, capsys):
     main = measure.main if flag == "--out" else rarer.main
     with pytest.raises(SystemExit) as caught:
         main([*RETRIEVAL, weights, "--data", str(tmp_path / "nothing"), flag, str(tmp_path)])
-    assert caught.value.code == 2 and f"argument {flag}: {tmp_path} is a folder" in capsys.readouterr().err
+    assert caught.value.code == 2 and f"{flag}: {tmp_path} is a folder" in capsys.readouterr().err
 
 
 def test_weights_in_half_the_bits(clip, weights, tmp_path):
@@ -419,6 +423,47 @@ def test_weights_in_half_the_bits(clip, weights, tmp_path):
 def test_a_dtype_that_is_none_is_refused(weights, dtype):
     with pytest.raises(ValueError, match="expected float32, bfloat16, float16"):
         model.load(weights, dtype=dtype)
+
+
+def test_the_last_line_of_retrieval_is_the_next_command(weights, tmp_path, monkeypatch, capsys):
+    folder = write_pairs(tmp_path / "my pairs")
+    command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--context-length", 20)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "To see the failures, type: python -m tools.measure retrieval --device cpu --split test --model "
+        f"{weights} --data '{folder}' --context-length 20 --page page.html")
+
+
+def test_accuracy_of_each_class_the_worst_first(clip, weights, tmp_path, monkeypatch, capsys):
+    """All of them up to 20, or else the 10 worst; both commands print and write the same."""
+    for count in (20, 21):
+        names = [f"第{c}种" for c in range(count)]
+        data, out = write_classes(tmp_path / str(count), names), tmp_path / "out.json"
+        command(monkeypatch, *ZEROSHOT, weights, "--data", data, "--out", out)
+        rows, printed = json.loads(out.read_text(encoding="utf-8"))["by_class"], capsys.readouterr().out
+        images = measure.encode_images(clip, lambda row: picture(10 * (row // 2) + row % 2), 2 * count)
+        sentences = measure.sentence_features(clip, names, read_templates(TEMPLATES))
+        scores = images @ measure.ensemble(sentences).T
+        for row in rows:
+            c = names.index(row["class"])
+            expected = measure.accuracy(scores[2 * c : 2 * c + 2], torch.tensor([c, c]))
+            assert row == {"class": names[c], "images": 2, "accuracy": expected}
+        assert [row["accuracy"] for row in rows] == sorted(row["accuracy"] for row in rows) and len(rows) == count
+        shown = rows if count == 20 else rows[:10]
+        lines = [f"{row['accuracy']:6.1f} % of 2 images of {row['class']}" for row in shown]
+        text = "\n".join([f"by class, the worst first ({len(shown)} of {count}):", *lines, ""])
+        assert text in printed and printed.count("images of") == len(shown)
+        rarer.main([*ZEROSHOT, weights, "--data", data])
+        assert text in capsys.readouterr().out
+
+
+def test_data_are_opened_before_the_model_is_loaded(tmp_path, monkeypatch):
+    """Neither is there, and the data are what is missing: nobody should wait for a download to hear of it."""
+    for task in (RETRIEVAL, ZEROSHOT):
+        with pytest.raises(DataError, match="no pictures|nowhere"):
+            command(monkeypatch, *task, "ViT-B-16.pt", "--data", tmp_path / "nowhere")
+    data = write_classes(tmp_path / "set")
+    with pytest.raises(DataError, match="cifar-11: no such file"):
+        command(monkeypatch, *ZEROSHOT, "ViT-B-16.pt", "--data", data, "--labels", "cifar-11")
 
 
 def test_a_broken_picture_is_named(weights, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from stand_ins import picture, write_classes, write_folders
 
@@ -78,15 +79,63 @@ def test_folders_that_do_not_fit_the_labels(tmp_path):
 
     refused(0, ("test/000", "test/001", "test/003"), os.path.join("test", "003"), "000 to 002")
     refused(1, ("test/apple pie", "test/fox", "test/boat"), os.path.join("test", "fox"), "apple pie")
-    refused(2, ("test/000", "test/001"), "1 of 3 classes", "002 船")
+    refused(2, ("test/000", "test/001"), "test: no pictures of 1 of 3 classes, looked for 船 or boat or 002; ")
     refused(3, ("test/1", "test/2", "test/3"), os.path.join("test", "3"), "000 to 002")  # from 1
-    refused(4, ("test/0", "test/000", "test/1"), "1 of 3 classes", "002 船")
+    refused(4, ("test/0", "test/000", "test/1"), "1 of 3 classes", "船 or boat or 002")
     write_folders(tmp_path / "set5", "test/000", "test/001")
     write_folders(tmp_path / "set5", "test/002", count=0)
-    says(lambda: classes.open_classes(str(tmp_path / "set5"), labels), "002 船")
+    says(lambda: classes.open_classes(str(tmp_path / "set5"), labels), "船 or boat or 002")
     (tmp_path / "set7").mkdir()
     says(lambda: classes.open_classes(str(tmp_path / "set7"), labels), "no pictures")
     says(lambda: classes.open_classes(str(tmp_path / "nowhere"), labels), "nowhere")
+
+
+@pytest.mark.parametrize("below", ("", "test/"))
+@pytest.mark.parametrize("names", (("水果", "蔬菜"), ("iPhone手机", "U盘", "𠮷野家饭")))
+def test_folders_with_chinese_names_need_no_labels(tmp_path, below, names):
+    data = write_folders(tmp_path / "goods", *(below + name for name in names))
+    (tmp_path / "goods" / "readme.md").write_text("?", encoding="utf-8")
+    found, paths, labels = classes.open_classes(data)
+    assert sorted(found.chinese) == sorted(names) and found.metric == "accuracy"
+    for path, label in zip(paths, labels.tolist()):
+        assert os.path.basename(os.path.dirname(path)) == found.chinese[label]
+    assert len(paths) == 2 * len(names)
+
+
+@pytest.mark.parametrize("folders, place", [
+    (("000", "001"), "goods/000"), (("水果", "apple_pie"), "goods/apple_pie"), (("test/001",), "goods/test/001"), ((), "goods")])
+def test_folders_without_chinese_names_need_labels(tmp_path, folders, place):
+    """The message says where names may stand: on the folders, in label_cn.txt, or in --labels."""
+    (tmp_path / "goods").mkdir()
+    write_folders(tmp_path / "goods", *folders)
+    own = tmp_path / "goods" / "label_cn.txt"
+    says(lambda: classes.open_classes(str(tmp_path / "goods")), f"{tmp_path / place}: no Chinese name", "水果",
+         f"{own}, line 1 for folder 000", "--labels")
+
+
+def test_a_class_without_pictures_is_called_by_its_name(tmp_path):
+    data = write_folders(tmp_path / "goods", "水果", "蔬菜")
+    write_folders(tmp_path / "goods", "花", count=0)
+    says(lambda: classes.open_classes(data), "goods: no pictures of 1 of 3 classes, looked for 花; add")
+    (tmp_path / "goods" / "label_cn.txt").write_text("水果\n香蕉\n蔬菜\n花", encoding="utf-8")
+    says(lambda: classes.open_classes(data), "2 of 4 classes, looked for 香蕉 or 001, 花 or 003; add")
+    (tmp_path / "goods" / "label_cn.txt").write_text("水果\n蔬菜", encoding="utf-8")
+    says(lambda: classes.open_classes(data), "花: no class has that name; expected folders 000 to 001, or names such as 水果")
+
+
+@pytest.mark.parametrize("other", ({}, {"label.txt": "cat\nboat\nflower\n"}, {"label_cn.txt": "一\n二\n三\n"}))
+def test_a_plain_list_is_the_same_as_labels_and_as_label_cn(tmp_path, other):
+    text = "\ufeff猫\r\n船\t\r\nLED 灯\r\n\r\n"
+    data = write_folders(tmp_path / "set", "test/000", "test/001", "test/002")
+    (tmp_path / "set" / "label_cn.txt").write_text(text, encoding="utf-8")
+    expected = classes.open_classes(data)
+    assert expected[0].chinese == ["猫", "船", "LED 灯"]
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8")
+    for name, content in other.items():
+        (tmp_path / "set" / name).write_text(content, encoding="utf-8")
+    for labels in (str(tmp_path / "names.txt"), *[str(tmp_path / "set" / "label_cn.txt")] * ("label_cn.txt" not in other)):
+        found = classes.open_classes(data, labels)
+        assert found[:2] == expected[:2] and torch.equal(found[2], expected[2])
 
 
 @pytest.mark.parametrize("files", [
@@ -126,7 +175,9 @@ def test_an_own_file_of_other_classes_is_refused(tmp_path, name, text, parts):
 def test_an_own_file_that_is_not_in_utf_8(tmp_path):
     data = write_folders(tmp_path / "set", "test/000")
     (tmp_path / "set" / "label_cn.txt").write_bytes("苹果派\n".encode("gb18030"))
-    says(lambda: classes.open_classes(data), "label_cn.txt", "UTF-8")
+    path = tmp_path / "set" / "label_cn.txt"
+    for labels in ("", str(path)):
+        says(lambda: classes.open_classes(data, labels), f"{path}: not UTF-8", f"iconv -f GBK -t UTF-8 '{path}'")
 
 
 @pytest.mark.parametrize("name, order, places", [
@@ -170,6 +221,8 @@ def test_a_list_of_pictures_with_one_class_or_several(tmp_path):
                        ("JPEGImages/9.png\t1", "9.png")):
         (tmp_path / "set" / "test.txt").write_text(line, encoding="utf-8")
         says(lambda: classes.open_classes(data, str(labels)), "test.txt", part)
+    (tmp_path / "set" / "test.txt").write_bytes("JPEGImages/水果.png\t1".encode("gbk"))
+    says(lambda: classes.open_classes(data, str(labels)), "test.txt: not UTF-8", "iconv")
     (tmp_path / "set" / "test.txt").write_text("", encoding="utf-8")
     says(lambda: classes.open_classes(data, str(labels)), "no pictures of 3 of 3")
 
@@ -204,7 +257,7 @@ def test_classes_that_are_wrong(tmp_path):
         says(lambda: classes.open_classes(folder), *parts)
 
     folder = str(tmp_path / "nothing")
-    refused("label_cn.txt")
+    refused("no such folder")
     folder = write_classes(tmp_path / "set")
     os.makedirs(tmp_path / "set" / "test" / "003")
     refused(os.path.join("test", "003"), "000 to 002")
@@ -218,10 +271,23 @@ def test_classes_that_are_wrong(tmp_path):
     refused("labels only", "no pictures")
 
 
+def test_how_each_class_fares():
+    labels = torch.tensor([2, 0, 0, 2, 2, 0])
+    hits = torch.tensor([True, True, False, True, True, True])
+    rows = classes.by_class(["猫", "船", "花"], labels, hits)  # no picture of a boat
+    assert [(row["class"], row["images"]) for row in rows] == [("猫", 3), ("花", 3)]
+    assert [row["accuracy"] for row in rows] == pytest.approx([200 / 3, 100])
+    assert classes.class_lines(rows) == [
+        "by class, the worst first (2 of 2):", "  66.7 % of 3 images of 猫", " 100.0 % of 3 images of 花"]
+    assert classes.class_lines([]) == []
+
+
 def test_templates_need_a_place_for_the_name(tmp_path):
     path = tmp_path / "templates.txt"
     path.write_text("\ufeff# a note\n一张{}的照片\n\n  {}  \n", encoding="utf-8")
     assert classes.read_templates(str(path)) == ["一张{}的照片", "{}"]
+    path.write_bytes("一张{}的照片\n".encode("gbk"))
+    says(lambda: classes.read_templates(str(path)), f"{path}: not UTF-8", "iconv -f GBK -t UTF-8")
     path.write_text("{}\n一张照片\n", encoding="utf-8")
     with pytest.raises(DataError, match="一张照片"):
         classes.read_templates(str(path))

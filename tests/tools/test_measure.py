@@ -1,8 +1,10 @@
 """The commands as a user types them: a released name from a local server, data in the official layout, the
 paper's figures beside the measured ones, and the files that are written."""
 
+import csv
 import json
 import os
+import shlex
 
 import pytest
 import torch
@@ -13,15 +15,16 @@ from hub import FILE, NAME
 from stand_ins import TEXTS, picture
 from checkpoints import VIT, built, official
 
-import eval as evaluation
+import eval as core
 import model
 from data import squash
 from weights import download
 from eval import pair_features, retrieval
 from sources import layouts
-from sources.pairs import DataError
+from sources.classes import TEMPLATES, read_templates
+from sources.pairs import DataError, open_image
 from tools.measure import __main__ as measure
-from tools.measure import metrics
+from tools.measure import metrics, zeroshot
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +99,12 @@ def test_tables_of_classification(small_b16, weights, tmp_path, capsys):
 @pytest.mark.parametrize("table", ["table2", "table12"])
 def test_the_papers_tables_are_measured_on_official_pixels(table, small_b16, weights, tmp_path, monkeypatch):
     """Of a picture that is transparent with red below, the official code sees black."""
-    seen, encode_images = [], evaluation.encode_images
+    seen, encode_images = [], core.encode_images
 
     def spy(clip, get_image, count):
         seen.extend(squash(get_image(row), 32).unique().tolist() for row in range(count))
         return encode_images(clip, get_image, count)
-    for module in (evaluation, measure.zeroshot):
+    for module in (core, measure.zeroshot):
         monkeypatch.setattr(module, "encode_images", spy)
     monkeypatch.setattr("sources.pairs.decode", lambda *_: Image.new("RGBA", (40, 30), (255, 0, 0, 0)))
     data = f"muge={write_official(tmp_path / 'MUGE', 'valid')}" if table == "table2" else (
@@ -111,8 +114,8 @@ def test_the_papers_tables_are_measured_on_official_pixels(table, small_b16, wei
 
 
 @pytest.mark.parametrize("data, part", [
-    ([], "MUGE; .* --data NAME=PATH, got nothing"),
-    (["flickr=x"], "flickr=x"), (["muge"], "NAME=PATH"), (["muge="], "NAME=PATH")])
+    ([], "MUGE; .* --data MUGE=path/to/it, got nothing"),
+    (["flickr=x"], "flickr=x"), (["muge"], "MUGE=path"), (["muge="], "MUGE=path")])
 def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, part):
     with pytest.raises(DataError, match=part):
         measure.main(["reproduce", "table2", "--model", "ViT-B-16", "--device", "cpu", "--data", *data])
@@ -312,6 +315,93 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
     code, last_words = typed("python -m tools.measure", *arguments, "--model", weights)
     assert code == 1 and last_words.startswith("error: ") and said in last_words
     assert last_words.count("\n") == 1 and "Traceback" not in last_words
+
+
+@pytest.mark.parametrize("arguments, said", (
+    (("zeroshot", "--labels", "cifar-1000"), "cifar-1000: no such file"), (("prompts", "--labels", "x"), "x: no such"),
+    (("classify", "--labels", "cifar-1000", "--out", "x.csv"), "cifar-1000: no such file"),
+    (("classify", "--out", "x.csv"), "label_cn.txt: no such file"),
+    (("classify", "--labels", "mnist", "--out", "x.csv"), "no pictures in it"),
+    (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
+    (("reproduce", "table12"), "dtd=nowhere: no such folder"),
+    (("retrieval",), "no list of captions"), (("calibrate",), "no list of captions")))
+def test_data_come_before_the_model(tmp_path, arguments, said):
+    """A fault in the data is reported although the model is not there either."""
+    data = "dtd=nowhere" if arguments[0] == "reproduce" else str(tmp_path)
+    if "--templates" in arguments:
+        write_folders(tmp_path, "水果", count=1)
+    with pytest.raises(DataError) as caught:
+        measure.main([*arguments, "--data", data, "--model", "nowhere.pt", "--device", "cpu"])
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a folder of one's own
+
+
+def write_goods(folder) -> str:
+    """Six pictures of two classes, in a folder whose path a shell must have quoted."""
+    for c, name in enumerate(("水果", "蔬菜")):
+        (folder / name).mkdir(parents=True)
+        for n in range(3):
+            picture(10 * c + n).save(folder / name / f"{n}.png")
+    return str(folder)
+
+
+def test_the_last_line_is_the_next_command_which_runs(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, pairs = write_goods(tmp_path / "my goods"), write_official(tmp_path / "MUGE", "valid")
+    for program, data in ((("zeroshot", "--data", data), data), (("retrieval", "--data", pairs), pairs)):
+        measure.main([*program, "--model", weights, "--device", "cpu", "--out", "result.json"])
+        said, _, then = capsys.readouterr().out.splitlines()[-1].partition("type: ")
+        assert said == "To see the failures, " and shlex.split(then)[:3] == ["python", "-m", "tools.measure"]
+        measure.main(shlex.split(then)[3:])
+        assert capsys.readouterr().out.splitlines()[-1] == "Open page.html in a browser"
+        assert data in (tmp_path / "page.html").read_text(encoding="utf-8")
+        os.remove("page.html")
+
+
+def test_accuracy_class_by_class(weights, tmp_path, capsys):
+    data, out = write_goods(tmp_path / "goods"), tmp_path / "out.json"
+    measure.main(["zeroshot", "--model", weights, "--data", data, "--device", "cpu", "--out", str(out)])
+    result, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
+    rows = result["by_class"]
+    assert {(row["class"], row["images"]) for row in rows} == {("水果", 3), ("蔬菜", 3)}
+    assert sum(row["accuracy"] for row in rows) / 2 == pytest.approx(result["accuracy"])
+    assert rows[0]["accuracy"] <= rows[1]["accuracy"] and "by class, the worst first (2 of 2):" in printed
+    assert all(f"{row['accuracy']:6.1f} % of 3 images of {row['class']}\n" in printed for row in rows)
+
+
+def test_pictures_without_classes_are_classified_into_a_table(clip, weights, tmp_path, capsys):
+    """What zeroshot takes a picture for is in its line; a broken one has none and is named once; what does not
+    end as pictures do, and what is hidden, is left alone."""
+    data = write_goods(tmp_path / "goods")
+    picture(3).convert("RGB").save(tmp_path / "goods" / 'a, "b".JPG', "JPEG")
+    (tmp_path / "goods" / "水果" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "goods" / "notes.txt").write_text("?", encoding="utf-8")
+    (tmp_path / "goods" / ".hidden.png").write_bytes(b"")
+    names = tmp_path / "names.txt"
+    names.write_text("水果\n蔬菜\n", encoding="utf-8")
+    measure.main(["classify", "--model", weights, "--data", data, "--labels", str(names), "--device", "cpu",
+                  "--out", str(tmp_path / "found.csv")])
+    said = capsys.readouterr()
+    assert (tmp_path / "found.csv").read_bytes().startswith("\ufefffile,class,score\n".encode())
+    with open(tmp_path / "found.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == sorted(
+        ['a, "b".JPG', os.path.join("水果", "broken.png"),
+         *(os.path.join(c, f"{n}.png") for c in ("水果", "蔬菜") for n in range(3))])
+    assert said.err.count("broken.png") == 1 and "cannot be decoded" in said.err
+    assert f"{tmp_path / 'found.csv'}: 8 pictures, 1 of which cannot be decoded\nOpen " in said.out
+    sentences = core.sentence_features(clip, ["水果", "蔬菜"], read_templates(TEMPLATES))
+    for row in rows:
+        if row["file"].endswith("broken.png"):
+            assert row["class"] == row["score"] == ""
+            continue
+        feature = core.encode_images(clip, lambda _: open_image(os.path.join(data, row["file"])), 1)
+        shares = zeroshot.probabilities(feature @ core.ensemble(sentences).T, clip.logit_scale.exp().item())[0]
+        assert row["class"] == ("水果", "蔬菜")[shares.argmax()]
+        assert float(row["score"]) == pytest.approx(shares.max().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("task", measure.RUN)

@@ -69,7 +69,7 @@ def whole(path) -> str:
     return text
 
 
-def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsys):
+def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path):
     """Captions 2 and 5 find each other's picture; all others their own."""
     images = torch.eye(7)
     texts = images[[0, 1, 5, 3, 4, 2, 6]]
@@ -86,7 +86,6 @@ def test_retrieval_shows_the_worst_captions_beside_their_picture(tmp_path, capsy
     assert near(first[0], COLOURS[order[1]])  # the one it was taken for
     lines = re.findall(r'points="([^"]+)"', text)
     assert len(lines) == 2 and lines[0].split()[0] == "0,85.7" and lines[0].split()[-1].endswith(",0.0")
-    assert str(tmp_path / "a.html") in capsys.readouterr().out
 
 
 def test_classification_shows_what_was_taken_for_what(tmp_path):

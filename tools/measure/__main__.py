@@ -6,15 +6,25 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 """
 
 import collections
+import csv
+import glob
+import io
 import json
 import os
+import shlex
+import sys
+
+import torch
+from PIL import Image
 
 import model
-from common import Flags, one_line_errors, rank, replace_text, write_json
-from eval import command_flags, file_name, places, retrieval, run_command
-from sources.classes import open_classes, templates_for
+from common import Flags, one_line_errors, rank, replace_text, sum_over_ranks, write_json
+from eval import (
+    FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
+from sources.classes import class_lines, open_classes, read_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, open_image
+from sources.shards import PICTURES
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
@@ -25,18 +35,18 @@ from weights.download import RELEASED
 # retrieval
 
 
-def run_retrieval(args, clip) -> dict:
+def run_retrieval(args, load) -> tuple[dict, str]:
     pairs = open_pairs(args.data, args.split, answers=not args.predictions)
     title = f"{args.data} {args.split}"
     print(f"{title}: {pairs.image_count:,} images, {len(pairs.texts):,} texts")
     table, *where = published.figures_for(args.published, args.model, args.data, published.RETRIEVAL)
     ids = ids_to_predict(args, pairs) if args.predictions else {}
-    features = kept_features(clip, pairs, args.context_length, args.features)
+    features = kept_features(clip := load(), pairs, args.context_length, args.features)
     if args.predictions and rank() == 0:
         write_predictions(args, pairs, ids, dict(zip(("image", "text"), features)))
     if not len(pairs.positives):
         print(f"{title}: no answers in it, so nothing to measure")
-        return {}
+        return {"positives": 0}, ""
     result = retrieval(clip, pairs, features=features)
     lines = recall_table({args.split: result})
     print(lines)
@@ -49,7 +59,7 @@ def run_retrieval(args, clip) -> dict:
         measured = published.retrieval_columns(result, table)
         result["published"] = published.compare(measured, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result
+    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
@@ -84,15 +94,15 @@ def write_predictions(args, pairs: Pairs, ids: dict[str, list], features: dict):
     print(f"{args.predictions}: the {args.top_k} nearest of {len(lines):,} queries, {args.direction}")
 
 
-def run_calibrate(args, clip) -> dict:
+def run_calibrate(args, load) -> tuple[dict, str]:
     pairs = open_pairs(args.data, args.split)
     test = open_pairs(args.data, args.test) if args.test else None  # before anything is encoded
-    images, texts = kept_features(clip, pairs, args.context_length, args.features)
+    images, texts = kept_features(clip := load(), pairs, args.context_length, args.features)
     result = calibrate(texts, images, pairs.positives, args.precision, args.prior)
     if result["threshold"] is None:
         print(f"no cosine gives a precision of {100 * args.precision:g} % here; ask for less, or judge pairs "
               "that are more often right (--prior)")
-        return result
+        return result, ""
     print(f"from {result['threshold']:.3f} on {100 * result['precision']:.1f} % of the pairs are right "
           f"({100 * args.precision:g} wanted); it keeps {100 * result['recall']:.1f} % of the right ones")
     if test:
@@ -100,14 +110,14 @@ def run_calibrate(args, clip) -> dict:
         result["test"] = at_threshold(texts, images, test.positives, result["threshold"], result["prior"])
         print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
             args.test, **result["test"]))
-    return result
+    return result, ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # classification, and the paper's tables
 
 
-def run_zeroshot(args, clip) -> dict:
+def run_zeroshot(args, load) -> tuple[dict, str]:
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
     data = args.labels or os.path.abspath(args.data)
     table, *where = published.figures_for(args.published, args.model, data, ("table12",))
@@ -115,11 +125,11 @@ def run_zeroshot(args, clip) -> dict:
         raise DataError(f"--submission: ELEVATER numbers the classes of {data} differently; expected "
                         f"label.txt in {args.data}, with ELEVATER's English class name on each line")
     rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
-    result, cosines = zeroshot.own_zero_shot(clip, classes, get_image, labels, templates)
+    result, cosines = zeroshot.own_zero_shot(clip := load(), classes, get_image, labels, templates)
     value = result[classes.metric]
     line = "{0:.1f} % {metric} of {images:,} images in {classes} classes with {templates} templates".format(
         value, **result)
-    print(line)
+    print(line, *class_lines(result["by_class"]), sep="\n")
     if args.page and rank() == 0:
         page.write_zeroshot(
             args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
@@ -129,7 +139,7 @@ def run_zeroshot(args, clip) -> dict:
     if table:
         result["published"] = published.compare({where[0]: value}, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result
+    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def open_classification(data: str, labels: str, templates: str = ""):
@@ -138,22 +148,55 @@ def open_classification(data: str, labels: str, templates: str = ""):
     return classes, lambda row: open_image(paths[row]), numbers, templates_for(classes, templates)
 
 
-def run_prompts(args, clip) -> dict:
+def run_classify(args, load) -> tuple[dict, str]:
+    """Writes a CSV: each picture below --data, its most likely class, and the probability of that class among
+    all. Pictures that cannot be decoded have an empty class, and stderr names them."""
+    classes = read_classes(args.labels or os.path.join(args.data, "label_cn.txt"))
+    templates = templates_for(classes, args.templates)
+    files = sorted(name for name in glob.glob("**", root_dir=args.data, recursive=True)
+                   if os.path.splitext(name)[1][1:].lower() in PICTURES)
+    if not files:
+        raise DataError(f"{args.data}: no pictures in it; expected files that end in {', '.join(PICTURES)}")
+    broken = torch.zeros(len(files), dtype=torch.long)  # 1 for each picture that cannot be decoded
+
+    def image_or_dot(row: int) -> Image.Image:
+        try:
+            return open_image(os.path.join(args.data, files[row]))
+        except DataError as error:
+            print(error, file=sys.stderr)
+            broken[row] = 1
+            return Image.new("RGB", (1, 1))
+
+    images = encode_images(clip := load(), image_or_dot, len(files))  # [N, E]
+    cosines = images @ ensemble(sentence_features(clip, classes.chinese, templates)).T  # [N, C]
+    scores, best = zeroshot.probabilities(cosines, clip.logit_scale.exp().item()).max(dim=1)  # [N], [N]
+    rows = [("file", "class", "score")]
+    for name, bad, c, score in zip(files, sum_over_ranks(broken).tolist(), best.tolist(), scores.tolist()):
+        name = os.fsencode(name).decode(errors="replace")  # which may be in GBK
+        rows.append((name, "", "") if bad else (name, classes.chinese[c], f"{score:.4f}"))
+    csv.writer(table := io.StringIO(), lineterminator="\n").writerows(rows)
+    if rank() == 0:
+        replace_text(args.out, "\ufeff" + table.getvalue())  # by this mark Excel knows UTF-8
+    print(f"{args.out}: {len(files):,} pictures, {int(broken.sum())} of which cannot be decoded")
+    return {}, f"Open {args.out} in a spreadsheet and sort it by score: the doubtful ones come first"
+
+
+def run_prompts(args, load) -> tuple[dict, str]:
     if args.negation:
-        found = zeroshot.negation(clip)
+        found = zeroshot.negation(load())
         print("is it there? percent right, of drawn scenes; 50 is guessing     there  absent    mean roc-auc")
         for wording, right in found.items():
             print(f"{wording:16} {zeroshot.ABSENT[wording]:40}"
                   + "".join(f"{value:8.1f}" for value in right.values()))
-        return {"negation": found}
+        return {"negation": found}, ""
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
     classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
-    found = zeroshot.prompts(clip, classes, get_image, labels, templates)
+    found = zeroshot.prompts(load(), classes, get_image, labels, templates)
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
     for template, value in found.items():
         print(f"{value:6.1f}  {template}")
-    return {"metric": classes.metric, "prompts": found}
+    return {"metric": classes.metric, "prompts": found}, ""
 
 
 def row_of(clip) -> str:
@@ -161,22 +204,27 @@ def row_of(clip) -> str:
     return next((name for name in RELEASED if model.MODELS[name] == clip.config), "")
 
 
-def run_reproduce(args, clip) -> dict:
+def run_reproduce(args, load) -> tuple[dict, str]:
     """One of the paper's tables, for the data sets given by NAME=PATH. Pictures are read as by the official
     code, which shrinks before it converts: transparency is black, and a palette loses its smooth edges."""
+    table, rows, paper = args.table, [], published.read_paper()[args.table]
+    args.data = published.data_folders(table, args.data)
+    setup, context_length = ("finetune", 128) if table == "table10" else (args.setup, 52)  # ICR: app. A.4
+    opened = {data: open_pairs(folder, paper.get("split", "test")) if table in published.RETRIEVAL
+              else open_classification(folder, data) for data, folder in args.data.items()}
+    ours = row_of(clip := load())
+
     def official(get_image, size=(clip.config.visual.resolution,) * 2):
         return lambda row: get_image(row).resize(size).convert("RGB")  # Pillow's default is bicubic
-    table, ours, rows, paper = args.table, row_of(clip), [], published.read_paper()[args.table]
-    setup, context_length = ("finetune", 128) if table == "table10" else (args.setup, 52)  # ICR: app. A.4
-    for data, folder in args.data.items():
-        print(f"{data}: {folder}")
+
+    for data, what in opened.items():
+        print(f"{data}: {args.data[data]}")
         if table in published.RETRIEVAL:
-            pairs = open_pairs(folder, paper.get("split", "test"))
-            pairs.image = official(pairs.image)
-            result = retrieval(clip, pairs, context_length)
+            what.image = official(what.image)
+            result = retrieval(clip, what, context_length)
             measured = published.retrieval_columns(result, table)
         else:
-            classes, get_image, *rest = open_classification(folder, data)
+            classes, get_image, *rest = what
             result, _ = zeroshot.own_zero_shot(clip, classes, official(get_image), *rest)
             measured = {data: result[result["metric"]]}
         rows += published.compare(measured, table, data, setup, ours)
@@ -184,18 +232,18 @@ def run_reproduce(args, clip) -> dict:
         average = {"average": sum(row["measured"] for row in rows) / len(rows)}
         rows += published.compare(average, table, "average", setup, ours)
     print(f"{paper['title']}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
-    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}
+    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}, ""
 
 
-RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "prompts": run_prompts,
+RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "classify": run_classify, "prompts": run_prompts,
        "calibrate": run_calibrate, "reproduce": run_reproduce}
 
 
 def main(argv: list[str] | None = None):
-    """eval.py's two commands with more flags, and three more."""
+    """eval.py's two commands with more flags, and four more."""
     parser = Flags("python -m tools.measure", description=__doc__.strip().split("\n\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="COMMAND")
-    file = dict(default="", type=file_name, metavar="FILE")
+    file = dict(default="", metavar="FILE")
 
     def command(name: str, data: str, text: str) -> Flags:
         return commands.add_parser(name, parents=[command_flags(data)], conflict_handler="resolve", help=text)
@@ -212,6 +260,9 @@ def main(argv: list[str] | None = None):
         p.add_argument("--page", **file, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
                        "figures, such as 'MUGE finetune'; a released model on such data is compared anyway")
+    add = command("classify", "classes", "the class of each picture below a folder, as a table").add_argument
+    add("--data", required=True, help="a folder of pictures, in sub-folders too")
+    add("--out", required=True, metavar="FILE.csv", help="the table: file, class, score (0 to 1)")
     add = command("prompts", "classes", "every template alone and all together").add_argument
     add("--data", default="", help="a folder as for zeroshot; --negation needs none")
     add("--negation", action="store_true", help="instead, on drawn scenes: is 'no X' understood?")
@@ -228,12 +279,11 @@ def main(argv: list[str] | None = None):
     add("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets: muge=path/to/MUGE")
     add("--setup", default="zero-shot", choices=published.SETUPS, help="rows (default: zero-shot)")
     args = parser.parse_args(argv)
+    args.typed = shlex.join(sys.argv[1:] if argv is None else argv)
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error("--precision and --prior are shares: expected 0 to 1")
-    if args.task == "reproduce":  # before anything is downloaded
-        args.data = published.data_folders(args.table, args.data)
     run_command(parser, args, RUN[args.task])
 
 

@@ -107,4 +107,3 @@ def write(path: str, title: str, result: str, parts: list[str]):
         f'<!DOCTYPE html><html lang="zh"><meta charset="utf-8"><title>{title}</title>',
         f"<style>{STYLE}</style>", f"<h1>{title}</h1>", f"<pre>{html.escape(result)}</pre>",
         *parts, "</html>"]))
-    print(f"to look at: {path}")

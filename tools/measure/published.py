@@ -54,9 +54,9 @@ def data_folders(table: str, items: list[str]) -> dict[str, str]:
     places = places_of(table)
     folders = {bare_name(item.partition("=")[0]): item.partition("=")[2] for item in items}
     if not folders or not folders.keys() <= places.keys() or "" in folders.values():
-        names = ", ".join(data for _, data in places.values())
-        raise DataError(f"{table} is measured on {names}; expected one of these or more as --data "
-                        f"NAME=PATH, got {' '.join(items) or 'nothing'}")
+        names = [data for _, data in places.values()]
+        raise DataError(f"{table} is measured on {', '.join(names)}; expected one of these or more, such as "
+                        f"--data {names[0]}=path/to/it, got {' '.join(items) or 'nothing'}")
     return {places[name][1]: folder for name, folder in folders.items()}
 
 

@@ -10,9 +10,9 @@ import os
 
 import torch
 
-from eval import accuracy, encode_images, ensemble, sentence_features
+from eval import accuracy, encode_images, ensemble, hits, sentence_features
 from sources import scenes
-from sources.classes import Classes, read_text
+from sources.classes import Classes, by_class, read_text
 from sources.pairs import DataError
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
 
@@ -23,12 +23,13 @@ ELEVATER = {"country-211": "country211", "eurosat": "eurosat_clip", "resisc-45":
 
 
 def own_zero_shot(clip, classes: Classes, get_image, labels, templates) -> tuple[dict, torch.Tensor]:
-    """The data set's own measure with all templates, beside the sizes, and the cosines [N, C]."""
+    """The data set's own measure with all templates, sizes, accuracy by class; and the cosines [N, C]."""
     sentences = sentence_features(clip, classes.chinese, templates)  # [C, S, E]
     cosines = encode_images(clip, get_image, len(labels)) @ ensemble(sentences).T  # [N, C]
     value = own_measure(classes.metric, cosines, labels, clip.logit_scale.exp().item())
+    rows = by_class(classes.chinese, labels, hits(cosines, labels)) if labels.ndim == 1 else []
     return {classes.metric: value, "metric": classes.metric, "classes": len(classes.chinese),
-            "images": len(labels), "templates": len(templates)}, cosines
+            "images": len(labels), "templates": len(templates), "by_class": rows}, cosines
 
 
 def own_measure(metric: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float) -> float:
