@@ -217,9 +217,9 @@ def batches(
     stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
     rank: int = 0, world_size: int = 1, chunk: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """A loader that iterates once over the batches of these steps; worker processes prepare them ahead. Rank
-    r gets rows r * B / world_size to (r + 1) * B / world_size, so that features gathered from all ranks are
-    in the batch's order. This share comes in chunks of at most `chunk` pairs (0: in one)."""
+    """A loader over the batches of these steps, which worker processes prepare ahead. Rank r gets rows
+    r * B / world_size to (r + 1) * B / world_size, the order in which `gather` joins the features of all
+    ranks, in chunks of at most `chunk` pairs (0: in one)."""
     share = batch_size // world_size
     size = chunk or share
 
@@ -229,10 +229,9 @@ def batches(
             for first in range(start, start + share, size):
                 yield range(first, min(first + size, start + share))
 
-    together = functools.partial(collate, context_length=context_length)
     return torch.utils.data.DataLoader(
-        stream, batch_sampler=positions(), collate_fn=together, num_workers=workers,
-        pin_memory=torch.cuda.is_available())
+        stream, batch_sampler=positions(), num_workers=workers, pin_memory=torch.cuda.is_available(),
+        collate_fn=functools.partial(collate, context_length=context_length))
 
 
 def on_device(pictures: torch.Tensor, device: torch.device) -> torch.FloatTensor:

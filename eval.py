@@ -34,7 +34,7 @@ from sources.pairs import DataError, Pairs, ahead, open_image
 KS = (1, 5, 10)
 TILE = 1024  # The scores of 1024 x 1024 pairs take 4 MB, which fits into the cache of a core.
 TIE = 1e-6  # Cosines closer than this count as equal: sums in float32 differ by 1e-7 with their order.
-FAILURES = "To see the failures, type: python -m tools.measure {} --page page.html"
+FAILURES = "next, to see the failures: python -m tools.measure {} --page page.html"
 
 # ------------------------------------------------------------------------------------------------------------
 # features
@@ -211,7 +211,8 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
     print("{accuracy:.1f} % of {images:,} images in {classes} classes with {templates} templates, "
           "{accuracy_single_template:.1f} % with the first alone, {chance:.1f} % by chance".format(**result))
     print(*class_lines(result["by_class"]), sep="\n")
-    return result, f"This set's own measure is {classes.metric}. {FAILURES.format(args.typed)}"
+    other = f"this set's own measure is {classes.metric}; " if classes.metric != "accuracy" else ""
+    return result, other + FAILURES.format(args.typed)
 
 
 def command_flags(data: str) -> Flags:

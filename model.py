@@ -87,8 +87,7 @@ class ChineseCLIP(nn.Module):
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, 3, S, S] from `preprocess` -> [B, E], not normalised."""
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
-            raise ValueError(f"pixels {getattr(pixels, 'shape', type(pixels))}: expected [B, 3, S, S], which "
-                             "is preprocess(image)[None] for one picture")
+            raise ValueError(f"{getattr(pixels, 'shape', pixels)!s:.50}: expected preprocess(image)[None]")
         return self.visual(pixels.to(self.dtype))
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:

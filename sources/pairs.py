@@ -223,10 +223,10 @@ def parse_json(line: bytes, where: str) -> dict:
         raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8, for example by "
                         "`iconv -f GBK -t UTF-8`", "not UTF-8") from None
     except (ValueError, RecursionError) as error:
-        what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         array = ", without [ and ] around all and commas between" if line.lstrip().startswith(b"[") else ""
-        raise DataError(f"{where}: not JSON ({what}); write one JSON object per line{array}",
-                        "not JSON") from None
+        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', error)}{at}); write one JSON object per "
+                        f"line{array}", "not JSON") from None
     if not isinstance(item, dict):
         raise DataError(f"{where}: a {type(item).__name__}; expected a JSON object per line, {{...}}",
                         "not JSON")

@@ -325,7 +325,7 @@ def test_zeroshot_says_which_command_has_the_measure_of_the_data_set(
     command(monkeypatch, *ZEROSHOT, weights, "--data", data, "--labels", name, "--out", out)
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == (
-        f"This set's own measure is {metric}. To see the failures, type: python -m tools.measure zeroshot --device "
+        f"this set's own measure is {metric}; next, to see the failures: python -m tools.measure zeroshot --device "
         f"cpu --model {weights} --data {data} --labels {name} --out {out} --page page.html")
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["metric"] == "accuracy" and metric not in result
@@ -429,7 +429,7 @@ def test_the_last_line_of_retrieval_is_the_next_command(weights, tmp_path, monke
     folder = write_pairs(tmp_path / "my pairs")
     command(monkeypatch, *RETRIEVAL, weights, "--data", folder, "--context-length", 20)
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "To see the failures, type: python -m tools.measure retrieval --device cpu --split test --model "
+        "next, to see the failures: python -m tools.measure retrieval --device cpu --split test --model "
         f"{weights} --data '{folder}' --context-length 20 --page page.html")
 
 

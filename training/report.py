@@ -53,7 +53,7 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
         f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
     if B > pairs:
         say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
-            f"times; --batch-size {2 ** (pairs.bit_length() - 1)} avoids that, and --targets multi tells them "
+            f"times; --batch-size {2 ** (pairs.bit_length() - 1)} avoids that, or --targets multi tells them "
             "from negatives")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
@@ -169,9 +169,9 @@ class Log:
         usual = cfg.recipe_lr * min(1, cfg.batch_size / cfg.lr_batch)
         if late and not cfg.teacher and sum(late) / len(late) > 0.97 * math.log(cfg.batch_size):
             change = "lower" if cfg.peak_lr > 2 * usual else "raise" if 2 * cfg.peak_lr < usual else ""
-            how = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})" if change else "take more steps"
-            return (f"the loss never left that of guessing: {how}, or see whether captions belong to their "
-                    "pictures")
+            rate = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})"
+            return (f"the loss never left that of guessing: {rate if change else 'take more steps'}, or see "
+                    "whether captions belong to their pictures")
         if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
             return ("never better than at step 0: best.safetensors is the start itself; lower --lr, or find "
                     "more pairs")

@@ -353,10 +353,10 @@ def test_the_last_line_is_the_next_command_which_runs(weights, tmp_path, capsys,
     data, pairs = write_goods(tmp_path / "my goods"), write_official(tmp_path / "MUGE", "valid")
     for program, data in ((("zeroshot", "--data", data), data), (("retrieval", "--data", pairs), pairs)):
         measure.main([*program, "--model", weights, "--device", "cpu", "--out", "result.json"])
-        said, _, then = capsys.readouterr().out.splitlines()[-1].partition("type: ")
-        assert said == "To see the failures, " and shlex.split(then)[:3] == ["python", "-m", "tools.measure"]
+        said, _, then = capsys.readouterr().out.splitlines()[-1].partition(": ")
+        assert said == "next, to see the failures" and shlex.split(then)[:3] == ["python", "-m", "tools.measure"]
         measure.main(shlex.split(then)[3:])
-        assert capsys.readouterr().out.splitlines()[-1] == "Open page.html in a browser"
+        assert capsys.readouterr().out.splitlines()[-1] == "next: open page.html in a browser"
         assert data in (tmp_path / "page.html").read_text(encoding="utf-8")
         os.remove("page.html")
 
@@ -392,7 +392,7 @@ def test_pictures_without_classes_are_classified_into_a_table(clip, weights, tmp
         ['a, "b".JPG', os.path.join("水果", "broken.png"),
          *(os.path.join(c, f"{n}.png") for c in ("水果", "蔬菜") for n in range(3))])
     assert said.err.count("broken.png") == 1 and "cannot be decoded" in said.err
-    assert f"{tmp_path / 'found.csv'}: 8 pictures, 1 of which cannot be decoded\nOpen " in said.out
+    assert f"{tmp_path / 'found.csv'}: 8 pictures, 1 of which cannot be decoded\nnext: open " in said.out
     sentences = core.sentence_features(clip, ["水果", "蔬菜"], read_templates(TEMPLATES))
     for row in rows:
         if row["file"].endswith("broken.png"):

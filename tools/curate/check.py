@@ -472,7 +472,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--split", default="", help="check this split only, not all that are there")
     add("--no-pictures", action="store_true", help="do not decode pictures: much faster")
     add("--context-length", type=int, default=52, metavar="T", help="tokens of a caption that training reads")
-    add("--batch-size", type=int, default=BATCH, metavar="N", help="pairs of a training step, to count repeats")
+    add("--batch-size", type=int, default=BATCH, metavar="N", help="pairs of a step, to count repeats")
     add("--show", type=int, default=5, metavar="N", help="places to print of each kind")
     add("--json", default="", metavar="FILE", help=f"write a report there, with {CAP:,} places of each kind")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that read; 0: this one")

@@ -59,7 +59,7 @@ def run_retrieval(args, load) -> tuple[dict, str]:
         measured = published.retrieval_columns(result, table)
         result["published"] = published.compare(measured, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
+    return result, f"next: open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
@@ -110,7 +110,8 @@ def run_calibrate(args, load) -> tuple[dict, str]:
         result["test"] = at_threshold(texts, images, test.positives, result["threshold"], result["prior"])
         print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
             args.test, **result["test"]))
-    return result, ""
+    keep = shlex.join(["python", "-m", "tools.curate", "filter", args.data, "NEW", "--model", args.model])
+    return result, f"next, a set without what is below: {keep} --min-score {result['threshold']:.3f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
     if table:
         result["published"] = published.compare({where[0]: value}, table, *where, row_of(clip))
         print(published.comparison_table(result["published"]))
-    return result, f"Open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
+    return result, f"next: open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
 def open_classification(data: str, labels: str, templates: str = ""):
@@ -178,7 +179,7 @@ def run_classify(args, load) -> tuple[dict, str]:
     if rank() == 0:
         replace_text(args.out, "\ufeff" + table.getvalue())  # by this mark Excel knows UTF-8
     print(f"{args.out}: {len(files):,} pictures, {int(broken.sum())} of which cannot be decoded")
-    return {}, f"Open {args.out} in a spreadsheet and sort it by score: the doubtful ones come first"
+    return {}, f"next: open {args.out} in a spreadsheet and sort it by score, the doubtful ones first"
 
 
 def run_prompts(args, load) -> tuple[dict, str]:
@@ -196,7 +197,8 @@ def run_prompts(args, load) -> tuple[dict, str]:
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
     for template, value in found.items():
         print(f"{value:6.1f}  {template}")
-    return {"metric": classes.metric, "prompts": found}, ""
+    then = "next: write the best into a file, one on each line, and measure zeroshot with --templates FILE"
+    return {"metric": classes.metric, "prompts": found}, then
 
 
 def row_of(clip) -> str:
