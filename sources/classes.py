@@ -48,8 +48,7 @@ def read_classes(name_or_path: str) -> Classes:
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
-        raise DataError(f"{name_or_path}: no such file and no data set of labels/, which has {known}; give "
-                        "--labels one of these, or a file with a class name on each line")
+        raise DataError(f"{name_or_path}: neither a file with a class name on each line nor one of {known}")
     if not any(re.search("^(metric|templates?|order): |\t", line.strip()) for _, line in text_lines(path)):
         names = read_names(path)
         return Classes([[] for _ in names], names)

@@ -396,7 +396,7 @@ def test_a_set_that_train_py_takes(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == [
         "0.0% of a batch of 4 share picture or caption with another",
         "train.py would take this set: 12 pairs to train on, 3 pictures and 3 captions to measure on",
-        "next: python train.py --recipe scratch --model RN-mini --epochs 24 --batch-size 4 "
+        "next: python train.py --recipe scratch --model RN-mini --batch-size 4 "
         f"--data '{folder}' --out out/'my photos'"]
 
 
@@ -521,7 +521,7 @@ def test_splits_are_those_of_the_files(tmp_path):
     assert run(tmp_path)[1].keys() == {"train", "valid", "few"}
     with pytest.raises(DataError, match="valid_imgs.tsv: not there"):
         open_pairs(str(tmp_path), "valid")
-    with pytest.raises(DataError, match="no split at all"):
+    with pytest.raises(DataError, match="drawn on demand"):
         check.run(argparse.Namespace(path="scenes-zh", split=""))
 
 
@@ -542,13 +542,13 @@ def test_no_pictures_and_one_split(tmp_path):
 
 
 def test_nothing_to_check(tmp_path):
-    with pytest.raises(DataError, match="no split at all"):
+    with pytest.raises(DataError, match="no pairs in it; expected a folder with train_imgs.tsv"):
         run(tmp_path)
     write_clean(tmp_path)
-    with pytest.raises(DataError, match="no split valid"):
+    with pytest.raises(DataError, match="no split 'valid' in it, only train"):
         run(tmp_path, "--split", "valid")
     code, said = typed("python -m tools.curate", "check", str(tmp_path / "nowhere"))
-    assert code == 1 and "error: " in said and "no split at all" in said
+    assert code == 1 and "error: " in said and "nowhere: no such folder" in said
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):

@@ -484,8 +484,8 @@ def run(args: argparse.Namespace) -> int:
     names = [args.split] if args.split else splits_of(args.path)
     wholes = {name: whole for name in names if (whole := Whole(name, *find(args.path, name))).files}
     if not wholes:
-        raise DataError(f"{args.path}: no split {args.split or 'at all'} in it; expected SPLIT_imgs.tsv with "
-                        "SPLIT_texts.jsonl, SPLIT.jsonl, SPLIT.csv, or shards *.tar")
+        open_pairs(args.path, args.split or "train")  # raises a DataError that says what is missing
+        raise DataError(f"{args.path}: these scenes are drawn on demand, so there are no files to check")
     if args.batch_size < 2:
         raise DataError(f"--batch-size {args.batch_size}: expected 2 or more")
     total = sum(size_of(file) for whole in wholes.values() for file in whole.files)
