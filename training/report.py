@@ -234,7 +234,7 @@ def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]
         y = gap + r * (thumb + gap + text)
         found = font(20, query)
         if not found:
-            print(f"   row {r + 1} of {path}: {query}")
+            print(f"   row {r + 1} of {path}, which no font here can write: {query}")
         canvas.text((gap, y), query[:42] if found else f"{r + 1}", font=found or font(20), fill="black")
         for c, (picture, right) in enumerate(images):
             x, below = gap + c * (thumb + gap), y + text

@@ -110,7 +110,8 @@ def test_a_caption_that_no_font_can_draw_is_named_by_its_row(tmp_path, monkeypat
     monkeypatch.setattr(report, "SYSTEM_FONTS", ("no such font",))
     rare = "\u9f98\u9f98"  # not among the characters of the scenes
     report.contact_sheet(str(tmp_path / "sheet.png"), [(text, [(Image.new("RGB", (9, 9)), True)]) for text in ("一只猫", rare)])
-    assert capsys.readouterr().out == f"   row 2 of {tmp_path / 'sheet.png'}: {rare}\n"
+    assert capsys.readouterr().out == (
+        f"   row 2 of {tmp_path / 'sheet.png'}, which no font here can write: {rare}\n")
 
 
 def test_ones_own_validation_pairs_are_looked_at_too(pairs, tmp_path, capsys):
