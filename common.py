@@ -140,7 +140,7 @@ class Flags(argparse.ArgumentParser):
     """A parser that answers a wrong flag with one line, not with a page of usage."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; `{self.prog} --help` lists the flags\n")
+        self.exit(2, f"error: {message}; add --help to see the flags\n")
 
 
 class UserError(ValueError):

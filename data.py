@@ -116,7 +116,7 @@ def preprocess(image: Image.Image, resolution: int = 224) -> torch.FloatTensor:
     """PIL image of any mode and size -> normalised pixels [3, S, S]. It is squashed, not cropped, as in every
     Chinese CLIP. Transparency becomes white; preprocess(image.convert("RGB")) shows what lies under it."""
     if not isinstance(image, Image.Image):
-        raise TypeError(f"{image!r:.99}: expected a picture of PIL, from Image.open(file)")
+        raise TypeError(f"a {type(image).__name__}; expected a picture of PIL, as from Image.open(file)")
     return to_pixels(squash(image, resolution))
 
 
@@ -195,7 +195,7 @@ class Stream(torch.utils.data.Dataset):
             except DataError as error:
                 problems.append(str(error))
                 index = others.randrange(len(self.pairs))
-        raise DataError(f"100 broken pairs for one position, the last: {problems[-1]}")
+        raise DataError(f"100 broken pairs in a row; tools.curate check lists them, such as {problems[-1]}")
 
 
 def collate(samples: list[Sample], context_length: int) -> Batch:

@@ -86,8 +86,8 @@ class ChineseCLIP(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [B, 3, S, S] from `preprocess` -> [B, E], not normalised."""
-        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
-            raise ValueError(f"{getattr(pixels, 'shape', pixels)!s:.50}: expected preprocess(image)[None]")
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
+            raise TypeError(f"{getattr(pixels, 'shape', pixels)!s:.50}: expected preprocess(image)[None]")
         return self.visual(pixels.to(self.dtype))
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:

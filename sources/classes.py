@@ -111,9 +111,10 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
 
 
 def numbers_of(classes: Classes) -> dict[str, int]:
-    """Class numbers by every bare name of the class, English or Chinese."""
-    return {bare_name(name): c for c, (english, chinese) in enumerate(zip(classes.english, classes.chinese))
-            for name in (*english, chinese)}
+    """Class numbers by every name of the class, English or Chinese, as it is and as a bare name."""
+    spelled = {name: c for c, (english, chinese) in enumerate(zip(classes.english, classes.chinese))
+               for name in (*english, chinese)}
+    return {bare_name(name): c for name, c in spelled.items()} | spelled
 
 
 def bare_name(name: str) -> str:
@@ -165,6 +166,8 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
         raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")
     own, list_path, test = (os.path.join(folder, name) for name in ("label_cn.txt", "test.txt", "test"))
     root = test if os.path.isdir(test) else folder
+    if os.path.isfile(list_path) and not labels and not os.path.isfile(own):
+        raise DataError(f"{own}: not there; expected the names of the numbers in {list_path}, line 1 for 0")
     classes = read_classes(labels or own) if labels or os.path.isfile(own) else named_by_folders(root, own)
     classes = in_its_own_order(classes, folder, labels) if labels else classes
     if os.path.isfile(list_path):
@@ -181,7 +184,7 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
         called = [[classes.chinese[c], *classes.english[c], *[f"{c:03d}"] * classes.numbered] for c in empty]
         few = ", ".join(map(" or ".join, called[:5])) + (" ..." if len(empty) > 5 else "")
         raise DataError(f"{root}: no pictures of {len(empty)} of {len(classes.chinese)} classes, looked for "
-                        f"{few}; add them, or leave these classes out")
+                        f"{few}; add them, or leave these classes out (the same name twice is two)")
     return classes, paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
 
 
@@ -223,11 +226,11 @@ def read_folders(folder: str, root: str, classes: Classes) -> tuple[list[str], l
         place = os.path.join(root, name)
         if root == folder and not os.path.isdir(place):
             continue  # such as label.txt
-        number = number_of.get(bare_name(name), int(name) if name.isdecimal() else count)
+        number = number_of.get(name, number_of.get(bare_name(name), int(name) if name.isdecimal() else count))
         if number >= count or not os.path.isdir(place):
             raise DataError(f"{place}: no class has that name; expected folders 000 to {count - 1:03d}, or "
                             f"names such as {(classes.english[0] or classes.chinese)[0]}")
-        if bare_name(name) not in number_of and not classes.numbered:
+        if not classes.numbered and name not in number_of and bare_name(name) not in number_of:
             raise DataError(f"{place}: its number {TWO_ORDERS.format(os.path.join(folder, 'label.txt'))}")
         paths += [os.path.join(place, picture) for picture in visible(place)]
         shown += [[number]] * (len(paths) - len(shown))

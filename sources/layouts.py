@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 
 import numpy as np
 import torch
@@ -61,11 +62,11 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     if os.path.isfile(source):
         raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
     if there := ", ".join(splits_of(source)):
-        cure = (f"; `python -m tools.curate split {source} NEW` makes a set that has one, --valid-data names "
-                "another set") if split == "valid" else ""
+        cure = (f"; `python -m tools.curate split {shlex.quote(source)} NEW` makes a set that has one, and "
+                "train.py takes another set as --valid-data") if split == "valid" else ""
         raise DataError(f"{source}: no split {split!r} in it, only {there}{cure}")
     hint = "no pairs in it" if os.path.isdir(source) else "no such folder"
-    hint += "; quoted, ~ is not the home folder" if source[0] == "~" else ""
+    hint += "; quoted, ~ is not the home folder" if source.startswith("~") else ""
     hint += "; folders are separated by /" if "\\" in source else ""
     raise DataError(f"{source}: {hint}; expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, "
                     f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
@@ -148,8 +149,10 @@ class OfficialPairs(Pairs):
         line = read_at(self.tsv, self.stamps[self.tsv], int(self.index["offsets"][row]))
         return from_base64(line.split(b"\t")[1], self.place(row))
 
-    def image_id(self, row: int) -> str:
-        return self.index["ids"][row].decode("utf-8", "replace")
+    def image_id(self, row: int) -> int | str:
+        """As a number if it is one, which is how the official lists and scripts have it."""
+        name = self.index["ids"][row].decode("utf-8", "replace")
+        return int(name) if name.isdecimal() and str(int(name)) == name else name
 
     def place(self, row: int) -> str:
         return f"{self.tsv} line {self.index['lines'][row]} (image id {self.image_id(row)})"
@@ -212,7 +215,8 @@ def from_base64(encoded: bytes, where: str) -> bytes:
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except binascii.Error as error:
         raise DataError(
-            f"{where}: broken base64 ({error}); write the picture again", "broken base64") from None
+            f"{where}: broken base64 ({error}), which begins with {encoded[:12].decode(errors='replace')!r}; "
+            "write the picture again", "broken base64") from None
 
 
 def image_ids_of(line: dict, where: str) -> list[str]:
@@ -254,11 +258,15 @@ class FolderPairs(Pairs):
         if not positives:
             raise DataError(f"{path}: empty; expected lines that each have a picture and its text")
         self.names, self.image_count = list(row_of), len(row_of)
-        _, self.texts, self.where = map(list, zip(*captions.values()))
+        _, self.captions, self.where = map(list, zip(*captions.values()))
         self.positives = torch.tensor(positives)
 
-    def text(self, row: int) -> str:
+    @property
+    def texts(self) -> list[str]:
         check_unchanged(self.path, self.stamp)
+        return self.captions
+
+    def text(self, row: int) -> str:
         return as_text(self.texts[row], self.where[row])
 
     def picture(self, row: int) -> bytes:
@@ -281,7 +289,7 @@ def picture_path(folder: str, name, where: str) -> str:
         raise DataError(f"{where}: the picture is {name!r}, not text; write its path in {folder}", "not text")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        hint = "write / between folders" if "\\" in name else "put it there or drop the line"
+        hint = "name it by its path there, with /" if "\\" in name else "put it there or drop the line"
         raise DataError(f"{where}: there is no picture {name} in {folder}; {hint}", "unreadable file")
     return path
 

@@ -196,6 +196,8 @@ def read_csv(path: str):
         rows = csv.DictReader(iter(lambda: file.readline(LIMIT), ""))
         while True:
             try:
+                if re.search("[\udc80-\udcff]", "".join(rows.fieldnames or ())):
+                    raise DataError(f"{path} line 1: not UTF-8; save the file as UTF-8", "not UTF-8")
                 require(dict.fromkeys(rows.fieldnames or ()), LIST_KEYS, f"{path} line 1")
                 row = next(rows)
                 where = f"{path} line {rows.line_num}"
@@ -254,22 +256,21 @@ def stamp(path: str) -> tuple[int, int]:
 
 
 def check_unchanged(path: str, expected: tuple[int, int]):
-    """SourceChanged if the file's stamp is not the expected one."""
-    if stamp(path) != expected:
-        raise SourceChanged(f"{path}: changed under the run, which goes by what it was; put it back and "
-                            "repeat the command, or begin anew with another --out")
+    """SourceChanged if the file's stamp is not the expected one, or the file is gone."""
+    now = stamp(path) if os.path.isfile(path) else None
+    if now != expected:
+        raise SourceChanged(f"{path}: {'changed' if now else 'gone'} during the run; put it back and repeat "
+                            "the command, or begin anew with another --out")
 
 
 def read_at(path: str, expected: tuple[int, int], offset: int, size: int = -1) -> bytes:
     """`size` bytes of a file from `offset` on, or the line there. SourceChanged if its stamp is not the
     expected one: offsets into it mean nothing then."""
     try:
+        check_unchanged(path, expected)
         with open(path, "rb") as file:
-            check_unchanged(path, expected)
             file.seek(offset)
             return file.readline(LIMIT) if size < 0 else file.read(size)
-    except FileNotFoundError:
-        raise SourceChanged(f"{path}: gone; put it back") from None
     except OSError as error:  # a bad sector or a network that stumbles: only this place is lost
         raise DataError(f"{path} at byte {offset}: cannot be read ({error.strerror})") from None
 

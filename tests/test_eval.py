@@ -462,7 +462,7 @@ def test_data_are_opened_before_the_model_is_loaded(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="no pictures|nowhere"):
             command(monkeypatch, *task, "ViT-B-16.pt", "--data", tmp_path / "nowhere")
     data = write_classes(tmp_path / "set")
-    with pytest.raises(DataError, match="cifar-11: no such file"):
+    with pytest.raises(DataError, match="cifar-11: neither a file"):
         command(monkeypatch, *ZEROSHOT, "ViT-B-16.pt", "--data", data, "--labels", "cifar-11")
 
 

@@ -7,6 +7,7 @@ to do. Most mistakes are those of users of the official code (its issues on GitH
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
@@ -82,6 +83,8 @@ def room(tmp_path_factory):
     model.save(built(VIT), str(room / "vit.safetensors"))
     model.save(built(RN), str(room / "rn.safetensors"))
     torch.save(official(built(VIT).state_dict()), room / "official.pt")
+    os.makedirs(room / "out" / "muge")
+    shutil.copy(room / "vit.safetensors", room / "out" / "muge" / "best.safetensors")
     (room / "page.pt").write_text("<html>404</html>")
     Image.new("RGB", (8, 8)).save(room / "photo.png")
     return room
@@ -112,11 +115,11 @@ def last_line(words: list[str]) -> tuple[int, str]:
 
 MISTAKES = r"""
 train.py --stepz 3
-    2 error: unrecognized arguments: --stepz 3; `python train.py --help` lists the flags
+    2 error: unrecognized arguments: --stepz 3; add --help to see the flags
 train.py --model ViT-B-17
-    2 error: argument --model: invalid choice: 'ViT-B-17' (choose from ...); `python train.py --help` lists the flags
+    2 error: argument --model: invalid choice: 'ViT-B-17' (choose from ...); add --help to see the flags
 train.py --recipe mug
-    2 error: argument --recipe: invalid choice: 'mug' (choose from ...); `python train.py --help` lists the flags
+    2 error: argument --recipe: invalid choice: 'mug' (choose from ...); add --help to see the flags
 train --recipe scratch --data photos --batch-size 1
     2 error: --batch-size 1: expected 2 or more
 train --recipe scratch --data photos --lr -1
@@ -139,6 +142,8 @@ train --recipe scratch --data album
     1 error: album: no split 'valid' in it, only train; `python -m tools.curate split album NEW` makes a set that has one, --valid-data names another set
 train --recipe scratch --data photos --out photo.png
     2 error: --out: photo.png is a file; name a folder, which need not exist
+train --recipe scratch --data photos --out '~/out'
+    2 error: --out ~/out: expected a plain path with /, as ~ between quotes is not the home folder
 train --recipe scratch --data photos --device cuda
     2 error: --device cuda: torch finds no GPU here
 train --recipe scratch --data colon
@@ -152,7 +157,7 @@ train --recipe scratch --data keys
 train --recipe scratch --data absent
     1 error: absent/train.jsonl line 1: there is no picture train99.png in absent; put it there or drop the line
 train --recipe scratch --data windows
-    1 error: windows/train.jsonl line 1: there is no picture 2024\train0.png in windows; write / between folders
+    1 error: windows/train.jsonl line 1: there is no picture 2024\train0.png in windows; name it by its path there, with /
 train --recipe scratch --data number
     1 error: number/valid.jsonl line 1: the caption is 7, not text; write a string
 train --recipe scratch --data broken
@@ -174,13 +179,13 @@ train --recipe scratch --data stranger
 train --recipe scratch --data twice
     1 error: twice/valid_imgs.tsv line 2: image id 100 again, first seen on line 1; drop one of them
 train --recipe scratch --data base64
-    1 error: base64/valid_imgs.tsv line 1 (image id 100): broken base64 (Only base64 data is allowed); write the picture again
+    1 error: base64/valid_imgs.tsv line 1 (image id 100): broken base64 (Only base64 data is allowed), which begins with '!iVBORw0KGgo'; write the picture again
 train --recipe scratch --data 'shards/train-{000000..000003}.tar'
     2 error: --data shards/train-{000000..000003}.tar: a pattern has no validation split; name one by --valid-data
 train --recipe scratch --data 'shards/train-{000000..000003}.tar' --valid-data photos
     1 error: shards/train-000001.tar: no such shard, of the 4 that were asked for
 train --recipe stage2 --data photos --init rn.safetensors
-    1 error: rn.safetensors: is RN-tiny, not ViT-tiny: 31 missing (...)
+    1 error: rn.safetensors: is RN-tiny, not ViT-tiny (--model RN-tiny): 31 missing (...)
 train --recipe stage2 --data photos --init vit
     1 error: vit: no such file or folder, and none of the published names ...
 train --recipe stage2 --data photos --init page.pt
@@ -189,6 +194,8 @@ train --recipe stage2 --data photos --init vit.safetensors --cache-features 2
     2 error: --cache-features: only a frozen image tower has features to cache; --freeze-image
 train --recipe stage2 --data photos --init photos
     1 error: photos: no weights in this folder; expected exactly one .pt in it, or one of ...
+eval.py retrieval --model out --data photos
+    1 error: out: no weights in this folder; expected one of those below it, such as muge
 eval.py retrieval --model vit.safetensors --data photos --split tst
     1 error: photos: no split 'tst' in it, only train, valid
 eval.py retrieval --model vit.safetensors --data withheld --split test
@@ -196,7 +203,7 @@ eval.py retrieval --model vit.safetensors --data withheld --split test
 eval.py retrieval --model ViT-B/17 --data photos
     1 error: ViT-B/17: no such file or folder, and none of the published names ...
 eval.py retrieval --model vit.safetensors --data photos --out photos
-    2 error: --out: photos is a folder; expected the name of a file; `python eval.py --help` lists the flags
+    2 error: --out: photos is a folder; expected the name of a file; add --help to see the flags
 eval.py zeroshot --model vit.safetensors --data numbered
     1 error: numbered/test/000: no Chinese name, which the model needs; call the folders by Chinese names of the classes, such as 水果, or write these into numbered/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
 eval.py zeroshot --model vit.safetensors --data english
@@ -206,13 +213,13 @@ eval.py zeroshot --model vit.safetensors --data goods --labels fruit
 eval.py zeroshot --model vit.safetensors --data gbk-labels
     1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by iconv -f GBK -t UTF-8 'gbk-labels/label_cn.txt' > utf8.txt
 eval.py zeroshot --model vit.safetensors --data short
-    1 error: short/test: no pictures of 1 of 3 classes, looked for 船 or 001; add them, or leave these classes out
+    1 error: short/test: no pictures of 1 of 3 classes, looked for 船 or 001; add them, or leave these classes out (the same name twice is two)
 tools.weights convert vit.safetensors official.pt --to official
     1 error: official.pt: is there already; remove it or name another
 tools.weights convert rn.safetensors hf --to huggingface
     1 error: hf: transformers has no Chinese CLIP with a ResNet; --to official or ours
 tools.weights download ViT-B-17
-    2 error: argument name: invalid choice: 'ViT-B-17' (choose from ...); `python -m tools.weights download --help` lists the flags
+    2 error: argument name: invalid choice: 'ViT-B-17' (choose from ...); add --help to see the flags
 tools.curate check potos
     1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
 tools.curate filter photos album
@@ -234,7 +241,7 @@ tools.measure reproduce table2 --model vit.safetensors --data photos
 train.py --recipe scratch --model ViT-tiny --data photos --init vit.safetensors
     2 error: --init: --recipe scratch has the rate of random weights, which would destroy those; --recipe direct keeps them, or give --lr
 train --recipe stage2 --data photos --init vit.safetensors --augment flip
-    2 error: argument --augment: invalid choice: 'flip' (choose from 'none', 'crop', 'auto'); `python train.py --help` lists the flags
+    2 error: argument --augment: invalid choice: 'flip' (choose from 'none', 'crop', 'auto'); add --help to see the flags
 """
 ROWS = [tuple(row.split("\n    ")) for row in re.split(r"\n(?=\S)", MISTAKES.strip())]
 
@@ -252,10 +259,12 @@ def test_a_mistake_is_answered_with_one_line(command, wanted, room, tmp_path, mo
 
 
 @pytest.mark.parametrize("call, wanted", [
-    (lambda clip: model.preprocess("photo.png"), "'photo.png': expected a picture of PIL, from Image.open(file)"),
+    (lambda clip: model.preprocess("photo.png"), "a str; expected a picture of PIL, as from Image.open(file)"),
     (lambda clip: clip.encode_text("一只猫"), "'一只猫': expected ids [B, T], from model.tokenize(captions)"),
     (lambda clip: clip.encode_image("photo.png"), "photo.png: expected preprocess(image)[None]"),
     (lambda clip: clip.encode_image(torch.zeros(3, 32, 32)), "torch.Size([3, 32, 32]): expected preprocess(image)[None]"),
+    (lambda clip: clip.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+     "torch.Size([1, 3, 32, 32]): expected preprocess(image)[None]"),
     (lambda clip: model.load("vit.safetensors", dtype="int8"), "dtype='int8', jit=False: expected float32, bfloat16, float16, and jit=False"),
     (lambda clip: model.load("rbt3"), "rbt3: this is no whole model but a tower to start training from; use it with "
      "`train.py --image-init` (OpenAI's or LAION's CLIP) or `--text-init` (a BERT)"),

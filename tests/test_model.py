@@ -288,7 +288,7 @@ def test_similarity_is_scaled_cosine_and_its_transpose():
 
 
 def test_a_picture_without_a_batch_is_told_what_it_lacks():
-    with pytest.raises(ValueError, match=r"pixels \[3, 32, 32\]: .*\[None\]"):
+    with pytest.raises(TypeError, match=r"\[3, 32, 32\]\): .*\[None\]"):
         built("ViT-tiny").encode_image(random_pixels(1, 32)[0])
 
 

@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
-from weights.download import CACHE, RELEASED, SOURCES, fetch
+from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
 from weights.sizes import HUGGING_FACE_TEXT, HUGGING_FACE_VISION, describe, guess, read_config
@@ -97,10 +97,9 @@ def hugging_face_tokenizer() -> Tokenizer:
 # the command
 
 
-def done(path: str, said: str = "", whole: bool = True):
-    """Print what was done, or the path, and a command to type next, for a whole model or for one tower."""
-    command = "eval.py retrieval --data scenes-zh --model" if whole else "-m tools.weights info"
-    print(f"{said or path}\nnext: python {command} {shlex.quote(path)}")
+def done(path: str, said: str = ""):
+    """Print what was done, or the path, and a command to type next."""
+    print(f"{said or path}\nnext: python -m tools.weights info {shlex.quote(path)}")
 
 
 def info(file: str):
@@ -137,7 +136,7 @@ def interpolate(first: str, second: str, target: str, share: float):
 
 
 LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}
-COMMANDS = {"download": lambda name, to: done(fetch(name, to), whole=name in RELEASED), "info": info,
+COMMANDS = {"download": lambda name, to: done(fetch(name, to)), "info": info,
             "convert": convert, "interpolate": interpolate}
 
 

@@ -101,9 +101,11 @@ class Checkpoints:
         for name, value in now.items():
             if name in FREE or before.get(name, value) == value:  # a captions' fingerprint is new
                 continue
-            what = {"pairs": "{} training pairs", "world_size": "{} processes", "captions": "other captions"}
+            what = {"pairs": "{} training pairs", "world_size": "{} processes"}
             said = what.get(name, as_flag(name) + " {!r}").format
             made = f"{path} was made with {said(before[name])}, this command has {said(value)}"
+            if name == "captions":
+                made = f"{path} was made with other captions than those that are in --data now"
             if name not in INEXACT:
                 raise ConfigError(f"{made}; to go on, repeat the first command on the same pairs; to start "
                                   "anew, name another --out")

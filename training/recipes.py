@@ -64,7 +64,7 @@ class Config:
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
     steps: int = flag(0, "if not 0, this many steps instead of epochs")
-    min_steps: int = flag(0, "no fewer steps than this, however few the pairs")
+    min_steps: int = flag(0, "at least so many steps; ignored with --steps or --epochs")
     lr: float = flag(0.0, "peak learning rate; 0: the recipe's, scaled to the batch")
     recipe_lr: float = flag(5e-5, "the recipe's peak rate for batches of --lr-batch and more")
     lr_batch: int = flag(1024, "below this batch the recipe's rate falls in proportion", low=1)
@@ -74,7 +74,8 @@ class Config:
     eps: float = flag(0.0, "AdamW's eps; 0: 1e-8 for ResNet, 1e-6 for ViT (paper, table 8)")
     patch_drop: float = flag(0.0, "share of image patches left out where a ViT trains (FLIP)", below=1)
     grad_checkpointing: bool = flag(False, "compute activations twice: less memory, more time")
-    eval_every: int = flag(0, "steps between measurements of recall; 0: an epoch, at most a fifth of the run")
+    eval_every: int = flag(0, "steps between measurements of recall; 0: an epoch, at least 20 steps, at "
+                           "most a fifth of the run")
     save_every: int = flag(0, "steps between checkpoints; 0: as often as recall is measured")
     save_minutes: float = flag(20.0, "save after so many minutes too; SIGTERM and Ctrl-C save and stop")
     log_every: int = flag(10, "steps between log lines", low=1)
@@ -100,7 +101,7 @@ def schedule(cfg: Config, pairs: int) -> tuple[int, int, int]:
     if not pairs:
         raise DataError(f"{cfg.data}: no training pairs; `python -m tools.curate check {cfg.data}` says why")
     total = cfg.steps or max(cfg.min_steps, math.ceil(cfg.epochs * math.ceil(pairs / cfg.batch_size)))
-    eval_every = cfg.eval_every or max(1, min(pairs // cfg.batch_size, math.ceil(total / 5)))
+    eval_every = cfg.eval_every or max(1, min(max(20, pairs // cfg.batch_size), math.ceil(total / 5)))
     return total, eval_every, cfg.save_every or eval_every
 
 
@@ -272,11 +273,11 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
 
 
 def shown(cfg: Config) -> str:
-    """The flags of a run that are not the defaults, as one would type them."""
+    """The flags of a run, but for --out, that are not the defaults, as one would type them."""
     words = []
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if value != f.default:
+        if value != f.default and f.name != "out":
             words += [as_flag(f.name)] if value is True else [as_flag(f.name), shlex.quote(f"{value}")]
     return " ".join(words)
 
@@ -319,6 +320,8 @@ def validate(cfg: Config):
         (re.search(r"\.tar\s*(,|$)", cfg.data) and not cfg.valid_data,
          f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data"),
         (os.path.isfile(taken), f"--out: {taken} is a file; name a folder, which need not exist"),
+        (cfg.out[0] == "~" or os.sep == "/" and "\\" in cfg.out,
+         f"--out {cfg.out}: expected a plain path with /, as ~ between quotes is not the home folder"),
         (cfg.steps == 0 and cfg.epochs == 0, "--epochs 0: expected more than 0, or --steps"),
         (cfg.cache_features and not cfg.freeze_image,
          "--cache-features: only a frozen image tower has features to cache; --freeze-image"),

@@ -47,10 +47,14 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     parts = clip.parameters(), trained, [p for p in trained if p.ndim < 2]
     say("{:,} parameters, {:,} train, {:,} without decay".format(*(sum(p.numel() for p in x) for x in parts)))
     say(f"{pairs:,} training pairs; validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
+    if valid.image_count < 100:
+        say(f"so few are found by chance: guessing has an R@10 of {min(100, 1000 / valid.image_count):.0f} "
+            "%, and the best of many measurements is partly luck")
     chunks = math.ceil(share / chunk_size)
     cut = f" in {chunks} chunks of {chunk_size:,}" if chunks > 1 else ""
     say(f"batch {B:,} = {world_size()} x {share:,}{cut}; "
-        f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}")
+        f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}"
+        + ", which is the last" * (step == total))
     if B > pairs:
         say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
             f"times; --batch-size {2 ** (pairs.bit_length() - 1)} avoids that, or --targets multi tells them "
@@ -145,7 +149,7 @@ class Log:
         """Name every broken pair once, however many epochs meet it."""
         for problem in sum((part.problems for part in batch), []):
             if problem not in self.broken:
-                print(f"   rank {rank()} skips a pair, its number {len(self.broken) + 1}: {problem}",
+                print(f"   broken pair number {len(self.broken) + 1} of rank {rank()}, left out: {problem}",
                       file=sys.stderr, flush=True)
             self.broken[problem] = self.broken.get(problem, 0) + 1
 
@@ -160,7 +164,6 @@ class Log:
             self.file.close()
             model.save(clip, os.path.join(self.cfg.out, "last.safetensors"))
 
-
     def advice(self, history: list[dict]) -> str:
         """What to change if the run has learnt nothing, "" if it has. A loss that never left that of guessing
         means a rate that is too low, or so high that all features became the same; a loss that left it while
@@ -168,10 +171,13 @@ class Log:
         cfg, late = self.cfg, self.losses[len(self.losses) // 2:]  # one batch's loss says little
         usual = cfg.recipe_lr * min(1, cfg.batch_size / cfg.lr_batch)
         if late and not cfg.teacher and sum(late) / len(late) > 0.97 * math.log(cfg.batch_size):
-            change = "lower" if cfg.peak_lr > 2 * usual else "raise" if 2 * cfg.peak_lr < usual else ""
-            rate = f"{change} --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})"
-            return (f"the loss never left that of guessing: {rate if change else 'take more steps'}, or see "
-                    "whether captions belong to their pictures")
+            change = "take more steps"
+            if cfg.peak_lr > 2 * usual:
+                change = f"lower --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})"
+            elif cfg.peak_lr < 1e-4:  # for example a recipe of fine-tuning at a small batch
+                change = f"raise --lr {cfg.peak_lr:.1e} (random weights of a small model take 1e-3)"
+            return (f"the loss never left that of guessing: {change}, or see whether captions belong to "
+                    "their pictures")
         if history[0]["mean_recall"] == max(entry["mean_recall"] for entry in history) and self.total:
             return ("never better than at step 0: best.safetensors is the start itself; lower --lr, or find "
                     "more pairs")
@@ -253,9 +259,10 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     train.train returned."""
     rows = {}
     for act, history in histories.items():
-        if not acts[act].init:  # an act that goes on from another starts where that one ended
+        if not acts[act].init.startswith("@"):  # else it starts where another act ended
             rows[f"before {act}"] = history[0]
-        rows[f"after {act}"] = max(history, key=lambda entry: entry["mean_recall"])
+        best = max(history, key=lambda entry: entry["mean_recall"])
+        rows[f"after {act}" + f", step {best['step']:,}" * (best is not history[-1])] = best
     print("\n" + recall_table(rows))
 
     last = list(acts.values())[-1]
@@ -266,13 +273,14 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     clip, _ = model.load(best, "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu")
     if last.data == "scenes-zh":
         look_at_scenes(clip)
-    look_at_retrieval(clip, open_pairs(last.valid_data or last.data, last.valid_split), sheet)
+    data = last.valid_data or last.data
+    look_at_retrieval(clip, open_pairs(data, last.valid_split), sheet, last.context_length)
     starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
     curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
     print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
     print("next, what it finds and misses: " + shlex.join([
-        "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data",
-        last.valid_data or last.data, "--split", last.valid_split, "--page", page]))
+        "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split", last.valid_split, "--context-length",
+        str(last.context_length), "--page", page]))
 
 
 def recall_table(rows: dict[str, dict]) -> str:
@@ -312,14 +320,15 @@ def look_at_scenes(clip: model.ChineseCLIP):
               f"{len(names)} names, {len(templates)} templates; {result['chance']:.1f} % by chance")
 
 
-def look_at_retrieval(clip: model.ChineseCLIP, valid: Pairs, path: str):
-    """A contact sheet of six captions and the nearest of the first thousand pictures."""
-    count = min(1000, valid.image_count)
-    known = valid.positives[valid.positives[:, 1] < count].tolist()
-    texts = list(dict.fromkeys(text for text, _ in known))
+def look_at_retrieval(clip: model.ChineseCLIP, valid: Pairs, path: str, context_length: int):
+    """A contact sheet of six captions and the pictures nearest to them, among theirs and the first 1,000."""
+    texts = valid.positives[:, 0].unique().tolist()
     queries = texts[:: max(1, min(10, len(texts) // 6))][:6]
-    features = encode_texts(clip, [valid.text(q) for q in queries])  # [6, E]
-    scores = features @ encode_images(clip, valid.image, count).T  # [6, N]
-    contact_sheet(path, [(valid.text(q), [(valid.image(i), [q, i] in known) for i in row]) for q, row in
-                         zip(queries, scores.topk(min(6, count)).indices.tolist())])
+    known = {(text, image) for text, image in valid.positives.tolist() if text in queries}
+    images = sorted({image for _, image in known} | set(range(min(1000, valid.image_count))))
+    features = encode_texts(clip, [valid.text(q) for q in queries], context_length)  # [6, E]
+    scores = features @ encode_images(clip, lambda n: valid.image(images[n]), len(images)).T  # [6, N]
+    contact_sheet(path, [
+        (valid.text(q), [(valid.image(images[n]), (q, images[n]) in known) for n in row])
+        for q, row in zip(queries, scores.topk(min(6, len(images))).indices.tolist())])
     print(f"unseen captions and the pictures they retrieve (green: the right one): {path}")

@@ -44,8 +44,10 @@ def find(name_or_path: str, root: str = "") -> str:
     if name in SOURCES:
         return fetch(name, root)
     if os.path.isdir(name_or_path):
-        raise WeightsError(f"{name_or_path}: no weights in this folder; expected exactly one .pt in it, or "
-                           f"one of {', '.join(IN_A_FOLDER)}")
+        runs = [name for name in inside if os.path.isfile(os.path.join(name_or_path, name, IN_A_FOLDER[0]))]
+        raise WeightsError(f"{name_or_path}: no weights in this folder; expected " + (
+            f"one of those below it, such as {runs[0]}" if runs else
+            f"exactly one .pt in it, or one of {', '.join(IN_A_FOLDER)}"))
     raise WeightsError(f"{name_or_path}: no such file or folder, and none of the published names "
                        f"{', '.join(SOURCES)}")
 

@@ -138,7 +138,8 @@ def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path:
              for what, keys in misfits.items() if keys]
     if found:
         looks, model = guess(state, models), guess(wanted, models) or "this model"
-        what = f"is {looks}, not {model}" if looks not in ("", model) else f"does not fit {model}"
+        what = f"is {looks}, not {model} (--model {looks})" if looks not in ("", model) else (
+            f"does not fit {model}")
         raise WeightsError(f"{path}: {what}: {'; '.join(found)}")
     for key, value in state.items():
         # One value that is not finite makes the sum so, and a sum is five times as fast as testing each.

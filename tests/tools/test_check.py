@@ -521,7 +521,7 @@ def test_splits_are_those_of_the_files(tmp_path):
     assert run(tmp_path)[1].keys() == {"train", "valid", "few"}
     with pytest.raises(DataError, match="valid_imgs.tsv: not there"):
         open_pairs(str(tmp_path), "valid")
-    with pytest.raises(DataError, match="drawn on demand"):
+    with pytest.raises(DataError, match="no files to check; drawn scenes have none"):
         check.run(argparse.Namespace(path="scenes-zh", split=""))
 
 

@@ -318,13 +318,13 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
 
 
 @pytest.mark.parametrize("arguments, said", (
-    (("zeroshot", "--labels", "cifar-1000"), "cifar-1000: no such file"), (("prompts", "--labels", "x"), "x: no such"),
-    (("classify", "--labels", "cifar-1000", "--out", "x.csv"), "cifar-1000: no such file"),
-    (("classify", "--out", "x.csv"), "label_cn.txt: no such file"),
+    (("zeroshot", "--labels", "cifar-1000"), "cifar-1000: neither a file"), (("prompts", "--labels", "x"), "x: neither a file"),
+    (("classify", "--labels", "cifar-1000", "--out", "x.csv"), "cifar-1000: neither a file"),
+    (("classify", "--out", "x.csv"), "label_cn.txt: not there; expected --labels"),
     (("classify", "--labels", "mnist", "--out", "x.csv"), "no pictures in it"),
     (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
     (("reproduce", "table12"), "dtd=nowhere: no such folder"),
-    (("retrieval",), "no list of captions"), (("calibrate",), "no list of captions")))
+    (("retrieval",), "no pairs in it"), (("calibrate",), "no pairs in it")))
 def test_data_come_before_the_model(tmp_path, arguments, said):
     """A fault in the data is reported although the model is not there either."""
     data = "dtd=nowhere" if arguments[0] == "reproduce" else str(tmp_path)
@@ -332,7 +332,7 @@ def test_data_come_before_the_model(tmp_path, arguments, said):
         write_folders(tmp_path, "水果", count=1)
     with pytest.raises(DataError) as caught:
         measure.main([*arguments, "--data", data, "--model", "nowhere.pt", "--device", "cpu"])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and said in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from conftest import ROOT, noise
 from PIL import Image
 
 import data
-import eval as eval_command
 import model
 from tools import weights
 from weights.names import WeightsError
@@ -27,7 +26,7 @@ def test_convert_around_and_back(tmp_path, capsys):
         weights.main(["convert", str(tmp_path / source), str(tmp_path / target), "--to", layout])
         wrote, then = capsys.readouterr().out.splitlines()[-2:]
         assert wrote == f"wrote {tmp_path / target}"
-        assert then == f"next: python eval.py retrieval --data scenes-zh --model {tmp_path / target}"
+        assert then == f"next: python -m tools.weights info {tmp_path / target}"
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
 
 
@@ -137,15 +136,15 @@ def test_a_full_disk_leaves_nothing(layout, tmp_path, monkeypatch):
 def test_download_as_a_command(hub, tmp_path, capsys):
     weights.main(["download", "ViT-B-16", "--to", str(tmp_path)])
     path = tmp_path / "ViT-B-16" / "clip_cn_vit-b-16.pt"
-    then = f"next: python eval.py retrieval --data scenes-zh --model {path}"
+    then = f"next: python -m tools.weights info {path}"
     assert capsys.readouterr().out.splitlines() == [str(path), then] and path.is_file()
     hub.statuses = [404]
     assert "404" in refusal(weights.main, ["download", "rbt3", "--to", str(tmp_path)])
 
 
 def test_what_is_said_to_be_next_works_with_any_path(tmp_path, capsys, monkeypatch):
-    """A tower is looked into, a model is measured, and the folder's name has a space and a quotation mark."""
-    folder, whole = tmp_path / "it's here", str(tmp_path / "it's here" / "all.safetensors")
+    """The folder's name has a space and a quotation mark."""
+    folder = tmp_path / "it's here"
     bert = {"encoder.layer.0.output.dense.bias": torch.ones(3)}
     monkeypatch.setattr(weights, "fetch", lambda name, to: saved(folder, bert))
     folder.mkdir()
@@ -154,14 +153,6 @@ def test_what_is_said_to_be_next_works_with_any_path(tmp_path, capsys, monkeypat
     assert then.startswith("next: python -m tools.weights info ")
     weights.main(shlex.split(then)[4:])
     assert path in capsys.readouterr().out
-    model.save(built(VIT), whole)
-    monkeypatch.setattr(weights, "fetch", lambda name, to: whole)
-    weights.main(["download", "RN50", "--to", str(folder)])
-    program, *words = shlex.split(capsys.readouterr().out.splitlines()[1])[2:]
-    ran = []
-    monkeypatch.setattr(eval_command, "run_command", lambda parser, args, run: ran.append((args, run)))
-    eval_command.main(words)
-    assert program == "eval.py" and ran[0][0].model == whole and ran[0][1] is eval_command.run_retrieval
 
 
 @pytest.mark.parametrize("words, part", [
@@ -198,7 +189,7 @@ def test_interpolation(share, tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         model.save(built(RN, seed), str(tmp_path / name))
     weights.main(["interpolate", *(str(tmp_path / name) for name in "abc"), "--share", str(share)])
-    then = f"next: python eval.py retrieval --data scenes-zh --model {tmp_path / 'c'}"
+    then = f"next: python -m tools.weights info {tmp_path / 'c'}"
     assert capsys.readouterr().out.splitlines()[-1] == then
     mixed = model.load(str(tmp_path / "c"))[0]
     one, other = (built(RN, seed).state_dict() for seed in (1, 2))

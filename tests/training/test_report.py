@@ -92,7 +92,7 @@ def test_repeats_and_the_loss_they_leave():
 
 @pytest.mark.parametrize("losses, recall, lr, words", [
     ([2.1, 2.0, 1.2, 0.9], [9, 30], 0, ""),
-    ([2.1, 2.09, 2.08, 2.08], [9, 9.5], 1e-6, "never left that of guessing: raise --lr 1.0e-06 (the recipe's is 1.0e-03)"),
+    ([2.1, 2.09, 2.08, 2.08], [9, 9.5], 1e-6, "never left that of guessing: raise --lr 1.0e-06 (random weights of a small model take 1e-3)"),
     ([2.1, 2.09, 2.08, 2.08], [9, 8], 1e-1, "never left that of guessing: lower --lr 1.0e-01 (the recipe's is 1.0e-03)"),
     ([2.1, 2.09, 2.08, 2.08], [9, 8], 0, "take more steps, or see whether captions belong"),
     ([2.1, 1.5, 0.9, 0.6], [40, 30], 0, "lower --lr, or find more pairs"),
@@ -117,10 +117,10 @@ def test_a_caption_that_no_font_can_draw_is_named_by_its_row(tmp_path, monkeypat
 def test_ones_own_validation_pairs_are_looked_at_too(pairs, tmp_path, capsys):
     """Six captions of the folder and their six nearest pictures; the right ones have a green frame."""
     clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval()
-    report.look_at_retrieval(clip, open_pairs(pairs, "valid"), str(tmp_path / "sheet.png"))
+    report.look_at_retrieval(clip, open_pairs(pairs, "valid"), str(tmp_path / "sheet.png"), 52)
     assert read(tmp_path / "sheet.png").shape == (6 * 170 + 12, 6 * 140 + 12, 3)
     shutil.copytree(pairs, tmp_path / "pairs")
     (tmp_path / "pairs" / "valid.jsonl").write_text('{"image": "valid0.png", "text": "一只猫"}\n', encoding="utf-8")
-    report.look_at_retrieval(clip, open_pairs(str(tmp_path / "pairs"), "valid"), str(tmp_path / "one.png"))
+    report.look_at_retrieval(clip, open_pairs(str(tmp_path / "pairs"), "valid"), str(tmp_path / "one.png"), 52)
     pixels = read(tmp_path / "one.png")  # a single picture, which can only be right
     assert pixels.shape == (182, 152, 3) and near(pixels, (40, 170, 80)).sum() == 138**2 - 128**2

@@ -95,9 +95,9 @@ def test_a_missing_tensor_of_hugging_face(gone, hint, tmp_path):
     ("visual_projection.weight", (3,)), ("text_projection.weight", (16, 3))])
 def test_misshaped_tensors_of_hugging_face(key, shape, tmp_path):
     state = to_hugging_face(built(VIT).state_dict()) | {key: torch.zeros(shape)}
-    assert "does not fit " in refusal(model.load, saved(tmp_path, state))
+    assert "does not fit ViT-tiny: " in refusal(model.load, saved(tmp_path, state))
 
 
 def test_misshaped_tensors_of_flash_attention(tmp_path):
     state = built(VIT).state_dict() | {"bert.encoder.layer.0.attention.self.Wqkv.weight": torch.tensor(1.0)}
-    assert "does not fit " in refusal(model.load, saved(tmp_path, state))
+    assert "does not fit ViT-tiny: " in refusal(model.load, saved(tmp_path, state))

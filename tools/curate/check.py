@@ -485,7 +485,8 @@ def run(args: argparse.Namespace) -> int:
     wholes = {name: whole for name in names if (whole := Whole(name, *find(args.path, name))).files}
     if not wholes:
         open_pairs(args.path, args.split or "train")  # raises a DataError that says what is missing
-        raise DataError(f"{args.path}: these scenes are drawn on demand, so there are no files to check")
+        raise DataError(f"{args.path}: no files to check; drawn scenes have none, and of several sets each "
+                        "is checked by itself")
     if args.batch_size < 2:
         raise DataError(f"--batch-size {args.batch_size}: expected 2 or more")
     total = sum(size_of(file) for whole in wholes.values() for file in whole.files)

@@ -173,7 +173,7 @@ def divide(source: str, pairs: Pairs, kept: list[int], digests: np.ndarray, shar
     groups = [group(caption) for caption, _ in keys]
     sizes, wanted, size, valid = collections.Counter(groups), share * len(kept), 0, set()
     for one in sorted(sizes, key=lambda key: digest(str(key))):  # large groups have small keys, so hash again
-        if size < wanted and size + sizes[one] <= min(2 * wanted, len(kept) - 1):
+        if size < wanted and size + sizes[one] <= min(max(1, 2 * wanted), len(kept) - 1):
             size += sizes[one]
             valid.add(one)
     if size < wanted / 2:
@@ -332,12 +332,12 @@ def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Na
             parts = {split: kept}
             if valid and split == "train":
                 parts = divide(source, pairs, kept, digests, valid)
-                print(f"   {len(parts['valid']):>9,}  of these become valid")
+                print(f"   {len(parts['valid']):>9,}  of these become valid, the others train")
             for name, part in parts.items():
                 write = writers["official" if name != "train" and layout == "shards" else layout]
                 names = write(partial, name, pairs, part, functools.partial(resized, pairs, resize))
                 if names:
-                    with open(os.path.join(partial, f"names-{name}.csv"), "w", encoding="utf-8",
+                    with open(os.path.join(partial, f"names-{name}.csv"), "w", encoding="utf-8-sig",
                               errors="backslashreplace", newline="") as file:
                         csv.writer(file).writerows(itertools.chain([("picture", "source")], names))
                 reports[name] = report | {"kept": len(part)}

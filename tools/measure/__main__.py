@@ -64,11 +64,13 @@ def run_retrieval(args, load) -> tuple[dict, str]:
 
 def ids_to_predict(args, pairs: Pairs) -> dict[str, list]:
     """The ids of the captions ("text") and of the pictures ("image"): those of the official layout, which the
-    official scripts expect as numbers if they are such; file names of a folder, keys of shards; else rows.
-    DataError, before anything is encoded, if the set is too small for --top-k or an id occurs twice."""
-    images = [str(pairs.image_id(row)) for row in range(pairs.image_count)]
+    official scripts expect as numbers if they are such; file names of a folder or keys of shards, if none
+    occurs twice; else rows. DataError, before anything is encoded, if the set is too small for --top-k or an
+    id occurs twice."""
     ids = {"text": [pairs.text_id(row) for row in range(len(pairs.texts))],
-           "image": [int(i) if i.isdecimal() and str(int(i)) == i else i for i in images]}
+           "image": [pairs.image_id(row) for row in range(pairs.image_count)]}
+    if len(set(map(str, ids["image"]))) < pairs.image_count:  # as in shards that each count from 0
+        ids["image"] = list(range(pairs.image_count))
     if (choices := len(ids[args.direction.split("-")[2]])) < args.top_k:
         raise DataError(f"--top-k {args.top_k}: every query of --predictions gets that many answers, but "
                         f"{args.direction} has only {choices} to choose from")
@@ -152,7 +154,11 @@ def open_classification(data: str, labels: str, templates: str = ""):
 def run_classify(args, load) -> tuple[dict, str]:
     """Writes a CSV: each picture below --data, its most likely class, and the probability of that class among
     all. Pictures that cannot be decoded have an empty class, and stderr names them."""
-    classes = read_classes(args.labels or os.path.join(args.data, "label_cn.txt"))
+    own = os.path.join(args.data, "label_cn.txt")
+    if not args.labels and not os.path.isfile(own):
+        raise DataError(f"{own}: not there; expected --labels, a file with a class name on each line, or one "
+                        "of labels/")
+    classes = read_classes(args.labels or own)
     templates = templates_for(classes, args.templates)
     files = sorted(name for name in glob.glob("**", root_dir=args.data, recursive=True)
                    if os.path.splitext(name)[1][1:].lower() in PICTURES)
@@ -285,7 +291,7 @@ def main(argv: list[str] | None = None):
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
-        parser.error("--precision and --prior are shares: expected 0 to 1")
+        parser.error(f"--precision {args.precision:g}, --prior {args.prior:g}: expected shares, from 0 to 1")
     run_command(parser, args, RUN[args.task])
 
 
