@@ -139,11 +139,11 @@ train --recipe scratch --data '~/photos'
 train --recipe scratch --data 'photos\2024'
     1 error: photos\2024: no such folder; folders are separated by /; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
 train --recipe scratch --data album
-    1 error: album: no split 'valid' in it, only train; `python -m tools.curate split album NEW` makes a set that has one, --valid-data names another set
+    1 error: album: no split 'valid' in it, only train; `python -m tools.curate split album NEW` makes a set that has one, and train.py takes another set as --valid-data
 train --recipe scratch --data photos --out photo.png
     2 error: --out: photo.png is a file; name a folder, which need not exist
 train --recipe scratch --data photos --out '~/out'
-    2 error: --out ~/out: expected a plain path with /, as ~ between quotes is not the home folder
+    2 error: --out ~/out: expected a path with /; quoted, ~ is not the home folder
 train --recipe scratch --data photos --device cuda
     2 error: --device cuda: torch finds no GPU here
 train --recipe scratch --data colon
@@ -231,7 +231,7 @@ tools.curate split photos new --valid 0.1
 tools.curate split album new --valid 2
     1 error: --valid 2.0: expected a share of the pairs, over 0 and under 1
 tools.measure classify --model vit.safetensors --data album --out found.csv
-    1 error: album/label_cn.txt: neither a file with a class name on each line nor one of ...
+    1 error: album/label_cn.txt: not there; expected --labels, a file with a class name on each line, or one of labels/
 tools.measure zeroshot --model vit.safetensors --data goods --labels gbk-labels/label_cn.txt
     1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by iconv -f GBK -t UTF-8 'gbk-labels/label_cn.txt' > utf8.txt
 tools.measure retrieval --model vit.safetensors --data photos --predictions p.jsonl --split valid

@@ -321,7 +321,7 @@ def validate(cfg: Config):
          f"--data {cfg.data}: a pattern has no validation split; name one by --valid-data"),
         (os.path.isfile(taken), f"--out: {taken} is a file; name a folder, which need not exist"),
         (cfg.out[0] == "~" or os.sep == "/" and "\\" in cfg.out,
-         f"--out {cfg.out}: expected a plain path with /, as ~ between quotes is not the home folder"),
+         f"--out {os.path.dirname(cfg.out)}: expected a path with /; quoted, ~ is not the home folder"),
         (cfg.steps == 0 and cfg.epochs == 0, "--epochs 0: expected more than 0, or --steps"),
         (cfg.cache_features and not cfg.freeze_image,
          "--cache-features: only a frozen image tower has features to cache; --freeze-image"),

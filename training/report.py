@@ -279,8 +279,8 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
     print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
     print("next, what it finds and misses: " + shlex.join([
-        "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split", last.valid_split, "--context-length",
-        str(last.context_length), "--page", page]))
+        "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split",
+        last.valid_split, "--context-length", str(last.context_length), "--page", page]))
 
 
 def recall_table(rows: dict[str, dict]) -> str:

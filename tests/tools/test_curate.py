@@ -313,15 +313,15 @@ def test_numbered_pictures_have_a_map_beside(tmp_path):
     curate.main(["pack", source, str(tmp_path / "tar"), "--workers", "0"])
     curate.main(["unpack", source, str(tmp_path / "tsv"), "--to", "official", "--workers", "0"])
     for out, expected in (("tar", names), ("tsv", [names[0], ["0", names[1][1]], ["1", names[3][1]]])):
-        with open(tmp_path / out / "names-train.csv", encoding="utf-8", newline="") as file:
+        with open(tmp_path / out / "names-train.csv", encoding="utf-8-sig", newline="") as file:
             assert list(csv.reader(file)) == expected
     pairs = open_pairs(str(tmp_path / "tsv"), "train")
-    assert [pairs.image_id(row) for row in range(2)] == ["0", "1"]
+    assert [pairs.image_id(row) for row in range(2)] == [0, 1]
     assert pairs.positives.tolist() == [[0, 0], [1, 0], [2, 1]]
     curate.main(["unpack", str(tmp_path / "tar"), str(tmp_path / "back"), "--workers", "0"])
     assert names_in(tmp_path / "back") == [f"train/{key}.jpg" for key, _ in names[1:]]
     curate.main(["filter", str(tmp_path / "tsv"), str(tmp_path / "same"), "--min-chars", "1", "--workers", "0"])
-    assert open_pairs(str(tmp_path / "same"), "train").image_id(1) == "1"
+    assert open_pairs(str(tmp_path / "same"), "train").image_id(1) == 1
     assert not list((tmp_path / "same").glob("names-*"))  # ids stay
 
 

@@ -323,7 +323,7 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
     (("classify", "--out", "x.csv"), "label_cn.txt: not there; expected --labels"),
     (("classify", "--labels", "mnist", "--out", "x.csv"), "no pictures in it"),
     (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
-    (("reproduce", "table12"), "dtd=nowhere: no such folder"),
+    (("reproduce", "table12"), "nowhere: no such folder"),
     (("retrieval",), "no pairs in it"), (("calibrate",), "no pairs in it")))
 def test_data_come_before_the_model(tmp_path, arguments, said):
     """A fault in the data is reported although the model is not there either."""
