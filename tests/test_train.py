@@ -337,7 +337,7 @@ def test_wrong_command_is_one_line(argv, code, words, tmp_path):
 def test_weights_of_another_model_are_refused(pairs, tmp_path):
     path = str(tmp_path / "rn.safetensors")
     model.save(model.ChineseCLIP(model.MODELS["RN-tiny"]), path)
-    with pytest.raises(WeightsError, match="rn.safetensors: is RN-tiny, not ViT-tiny: "):
+    with pytest.raises(WeightsError, match=r"rn.safetensors: is RN-tiny, not ViT-tiny \(--model RN-tiny\): "):
         train.main([*TINY, "--data", pairs, "--init", path, "--out", str(tmp_path / "out")])
 
 

@@ -217,7 +217,7 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
         canvas.line((*place(0, percent), *place(x_max, percent)), fill=(225, 225, 225))
         write(left - 10, place(0, percent)[1], str(percent), anchor="rm")
     for x in (x_max * tick / 5 for tick in range(6)):
-        write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:.0f}k", anchor="ma")
+        write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:.3g}k", anchor="ma")
     write(width / 2, height - 24, "pairs seen", anchor="mm")
     for i, (name, points) in enumerate(series.items()):
         colour, y = LINE_COLOURS[i % len(LINE_COLOURS)], top + 12 + 22 * i

@@ -276,5 +276,5 @@ def test_a_list_that_loses_lines_under_a_run_stops_it(tmp_path, monkeypatch):
         path.write_text("\n".join(path.read_text(encoding="utf-8").split("\n")[:4]), encoding="utf-8")
         return real(*args)
     monkeypatch.setattr(train, "retrieval", retrieval)
-    with pytest.raises(SourceChanged, match=r"train.jsonl: changed during the run, .* or begin anew"):
+    with pytest.raises(SourceChanged, match=r"train.jsonl: changed during the run; put it back .* or begin anew"):
         train.train("act", flags(str(tmp_path / "pairs"), tmp_path / "out", steps=20))
