@@ -189,13 +189,14 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
 
 
 def named_by_folders(root: str, own: str) -> Classes:
-    """The classes by the Chinese names of their folders, in sorted order. DataError for another name."""
+    """The classes by their folders' Chinese names, sorted. DataError for another name, or fewer than two."""
     names = [name for name in visible(root) if os.path.isdir(os.path.join(root, name))]
     other = [name for name in names if not re.search("[\u3400-\u9fff]", name)]
-    if other or not names:
-        raise DataError(f"{os.path.join(root, *other[:1])}: no Chinese name, which the model needs; call the "
-                        f"folders by Chinese names of the classes, such as 水果, or write these into {own}, "
-                        "line 1 for folder 000, or give --labels, a file or one of labels/")
+    if other or len(names) < 2:
+        what = "no Chinese name, which the model needs" if other else f"{len(names)} folders in it"
+        raise DataError(f"{os.path.join(root, *other[:1])}: {what}; put the pictures of each class into a "
+                        f"folder with its Chinese name, such as 水果, or write the names into {own}, line 1 "
+                        "for folder 000, or give --labels, a file or one of labels/")
     return Classes([[] for _ in names], names, numbered=False)
 
 

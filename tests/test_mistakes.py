@@ -120,6 +120,8 @@ train.py --model ViT-B-17
     2 error: argument --model: invalid choice: 'ViT-B-17' (choose from ...); add --help to see the flags
 train.py --recipe mug
     2 error: argument --recipe: invalid choice: 'mug' (choose from ...); add --help to see the flags
+train.py --recipe scratch --data photos
+    2 error: --recipe scratch needs --model; for example --model RN-mini for a laptop
 train --recipe scratch --data photos --batch-size 1
     2 error: --batch-size 1: expected 2 or more
 train --recipe scratch --data photos --lr -1
@@ -205,9 +207,11 @@ eval.py retrieval --model ViT-B/17 --data photos
 eval.py retrieval --model vit.safetensors --data photos --out photos
     2 error: --out: photos is a folder; expected the name of a file; add --help to see the flags
 eval.py zeroshot --model vit.safetensors --data numbered
-    1 error: numbered/test/000: no Chinese name, which the model needs; call the folders by Chinese names of the classes, such as 水果, or write these into numbered/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
+    1 error: numbered/test/000: no Chinese name, which the model needs; put the pictures of each class into a folder with its Chinese name, such as 水果, or write the names into numbered/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
+eval.py zeroshot --model vit.safetensors --data photos
+    1 error: photos: 0 folders in it; put the pictures of each class into a folder with its Chinese name, such as 水果, or write the names into photos/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
 eval.py zeroshot --model vit.safetensors --data english
-    1 error: english/apple_pie: no Chinese name, which the model needs; call the folders by Chinese names of the classes, such as 水果, or write these into english/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
+    1 error: english/apple_pie: no Chinese name, which the model needs; put the pictures of each class into a folder with its Chinese name, such as 水果, or write the names into english/label_cn.txt, line 1 for folder 000, or give --labels, a file or one of labels/
 eval.py zeroshot --model vit.safetensors --data goods --labels fruit
     1 error: fruit: neither a file with a class name on each line nor one of ...
 eval.py zeroshot --model vit.safetensors --data gbk-labels

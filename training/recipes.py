@@ -161,7 +161,7 @@ RECIPES = {  # name: (for --help, what it starts from)
     "pretrain": ("stage 1, then stage 2 from its best weights (section 2.3)", BOTH_TOWERS),
     "stage1": ("the image tower is frozen (table 8, appendix A.2)", BOTH_TOWERS),
     "stage2": ("both towers train (appendix A.2)", BOTH_TOWERS),
-    "scratch": ("one stage, from random weights (section 3.1.3)", (("data",),)),
+    "scratch": ("one stage, from random weights (section 3.1.3)", (("data", "model"),)),
     "direct": ("one stage, no frozen tower (section 3.1.3)", BOTH_TOWERS),
     "muge": ("fine-tuning (table 9)", FINE_TUNING),
     "flickr30k-cn": ("fine-tuning (table 9)", FINE_TUNING),
@@ -222,7 +222,9 @@ def check_start(recipe: str, given: dict):
                           "would destroy those; --recipe direct keeps them, or give --lr")
     lacking = [[as_flag(name) for name in group if not given.get(name)] for group in groups]
     if groups and all(lacking):
-        hint = ("for example --data scenes-zh, which is drawn" if lacking[0] == ["--data"] else
+        examples = {"--data": "--data scenes-zh, which is drawn", "--model": "--model RN-mini for a laptop"}
+        hint = ("for example " + " and ".join(examples[name] for name in lacking[0])
+                if examples.keys() >= set(lacking[0]) else
                 "--recipe scratch trains from nothing, and --init ViT-B-16 is a released model")
         raise ConfigError(f"--recipe {recipe} needs {', or '.join(map(' and '.join, lacking))}; {hint}")
 
@@ -274,12 +276,9 @@ def parse(argv: list[str] | None) -> dict[str, Config]:
 
 def shown(cfg: Config) -> str:
     """The flags of a run, but for --out, that are not the defaults, as one would type them."""
-    words = []
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if value != f.default and f.name != "out":
-            words += [as_flag(f.name)] if value is True else [as_flag(f.name), shlex.quote(f"{value}")]
-    return " ".join(words)
+    flags = ((as_flag(f.name), getattr(cfg, f.name), f.default) for f in dataclasses.fields(cfg))
+    return " ".join(name if value is True else f"{name} {shlex.quote(str(value))}"
+                    for name, value, default in flags if value != default and name != "--out")
 
 
 def fill_in(act: str, flags: dict, given: dict, alone: bool) -> Config:

@@ -57,8 +57,8 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
         + ", which is the last" * (step == total))
     if B > pairs:
         say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
-            f"times; --batch-size {2 ** (pairs.bit_length() - 1)} avoids that, or --targets multi tells them "
-            "from negatives")
+            f"times; --batch-size {max(2, 2 ** (pairs.bit_length() - 1))} lessens that, and --targets multi "
+            "tells them from negatives")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
     where = f"from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else "at any batch"

@@ -102,14 +102,16 @@ def test_folders_with_chinese_names_need_no_labels(tmp_path, below, names):
     assert len(paths) == 2 * len(names)
 
 
-@pytest.mark.parametrize("folders, place", [
-    (("000", "001"), "goods/000"), (("水果", "apple_pie"), "goods/apple_pie"), (("test/001",), "goods/test/001"), ((), "goods")])
-def test_folders_without_chinese_names_need_labels(tmp_path, folders, place):
+@pytest.mark.parametrize("folders, words", [
+    (("000", "001"), "goods/000: no Chinese name"), (("水果", "apple_pie"), "goods/apple_pie: no Chinese name"),
+    (("test/001",), "goods/test/001: no Chinese name"), ((), "goods: 0 folders in it"),
+    (("水果",), "goods: 1 folders in it")])
+def test_folders_without_chinese_names_need_labels(tmp_path, folders, words):
     """The message says where names may stand: on the folders, in label_cn.txt, or in --labels."""
     (tmp_path / "goods").mkdir()
     write_folders(tmp_path / "goods", *folders)
     own = tmp_path / "goods" / "label_cn.txt"
-    says(lambda: classes.open_classes(str(tmp_path / "goods")), f"{tmp_path / place}: no Chinese name", "水果",
+    says(lambda: classes.open_classes(str(tmp_path / "goods")), f"{tmp_path}/{words}", "水果",
          f"{own}, line 1 for folder 000", "--labels")
 
 

@@ -66,7 +66,7 @@ def test_the_336_model_goes_on_from_the_224_one(capsys):
     (["--recipe", "stage2", "--data", "x"], "needs --image-init and --text-init, or --init"),
     (["--recipe", "pretrain", "--data", "x"], "--recipe scratch trains from nothing"),
     (["--recipe", "direct", *TUNED[2:]], "--data"),
-    (["--recipe", "scratch"], "--recipe scratch needs --data"),
+    (["--recipe", "scratch"], "--recipe scratch needs --data and --model"),
     (["--recipe", "scratch", *TUNED], "--init: --recipe scratch has the rate of random weights"),
     (["--data", "photos"], "--data: --recipe demo draws its own pairs"),
     (["--recipe", "compare", "--init", "a"], "--init: --recipe compare"),
@@ -134,7 +134,7 @@ def test_cached_features_are_for_the_acts_with_a_frozen_tower():
 def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
     for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
         with pytest.raises(ConfigError, match="--valid-data"):
-            parse(["--recipe", "scratch", "--data", source, "--out", str(tmp_path)])
+            parse(["--recipe", "scratch", "--model", "RN-mini", "--data", source, "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("argv", [
