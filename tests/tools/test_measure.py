@@ -329,7 +329,7 @@ def test_data_come_before_the_model(tmp_path, arguments, said):
     """A fault in the data is reported although the model is not there either."""
     data = "dtd=nowhere" if arguments[0] == "reproduce" else str(tmp_path)
     if "--templates" in arguments:
-        write_folders(tmp_path, "水果", count=1)
+        write_folders(tmp_path, "水果", "动物", count=1)
     with pytest.raises(DataError) as caught:
         measure.main([*arguments, "--data", data, "--model", "nowhere.pt", "--device", "cpu"])
     assert "\n" not in str(caught.value) and said in str(caught.value)
