@@ -136,18 +136,20 @@ class Bert(nn.Module):
 
     def init_weights(self):
         """Random weights for training from scratch. BERT's own std, 0.02, is so small at widths far below 768
-        that [CLS] ignores the other tokens for hundreds of steps; with width^-0.5 all widths behave alike."""
+        that [CLS] ignores the other tokens for hundreds of steps; with width^-0.5 all widths behave alike.
+        Positions start at a tenth of that, or it takes twice as long to learn which words there are."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.embeddings.word_embeddings.weight[PAD_ID])
+        for table in (self.embeddings.position_embeddings, self.embeddings.token_type_embeddings):
+            nn.init.normal_(table.weight, std=0.1 * table.weight.shape[1] ** -0.5)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > self.max_positions:
-            raise ValueError(
-                f"{ids.shape[1]} tokens per caption, but the position table ends at {self.max_positions}")
+            raise ValueError(f"{ids.shape[1]} tokens per caption, but positions end at {self.max_positions}")
         # Reading .max() from a GPU would wait for the GPU, so ids may stay on the CPU until they are cut.
         ids = cut_padding(ids).to(self.embeddings.word_embeddings.weight.device, non_blocking=True)  # [B, T]
         is_token = ids != PAD_ID  # [B, T]

@@ -81,7 +81,7 @@ def test_layers_see_no_column_that_is_padding_for_all():
 
 def test_more_tokens_than_positions_are_refused():
     assert tower()(captions([40], 40)).shape == (1, 48)
-    with pytest.raises(ValueError, match="41 tokens.*position table ends at 40"):
+    with pytest.raises(ValueError, match="41 tokens.*positions end at 40"):
         tower()(captions([3], 41))
 
 
