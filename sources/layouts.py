@@ -7,7 +7,7 @@ A source is one of these; what is there tells which:
     folder with {split}_imgs.tsv + {split}_texts.jsonl   the official layout (MUGE, Flickr30K-CN, COCO-CN)
     folder with {split}.jsonl or {split}.csv             lines that each name a picture in it and its text
     folder with tar shards, or a pattern {000..999}.tar  WebDataset, as img2dataset writes it
-    scenes-en, scenes-zh                                 drawn in memory (sources/scenes.py)
+    scenes-en, scenes-zh, scenes-zh-6000                 drawn in memory, so many (sources/scenes.py)
     several of these, with commas between                read as one
 
 docs/data.md describes their lines. Lines of a list with the same text_id are one text of several pictures.
@@ -52,7 +52,8 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
             several = [one for one in several if find(one, split)[0]] or several
         return JoinedPairs([open_pairs(one, split) for one in several])
     if layout == "scenes":
-        return scenes.ScenePairs(source.removeprefix("scenes-"), split)
+        _, world, *count = source.split("-")
+        return scenes.ScenePairs(world, split, int(count[0]) if count else 1_000_000)
     if layout == "official":
         return OfficialPairs(*files, answers)
     if layout == "folder":
@@ -77,7 +78,7 @@ def find(source: str, split: str) -> tuple[str, list[str]]:
     that the layout needs is among them even if it is missing."""
     if len(split_outside_braces(source)) > 1 and not os.path.exists(source):
         return "joined", []
-    if source in ("scenes-en", "scenes-zh"):
+    if re.fullmatch(r"scenes-(en|zh)(-[1-9]\d*)?", source):
         return "scenes", []
     for layout, *names in FILES:
         files = [os.path.join(source, name.format(split)) for name in names]

@@ -33,23 +33,23 @@ from sources.pairs import DataError, Pairs
 KINDS_TABLE = """
 apple apples | 苹果 | 个 | en zh
     o 0 .15 .75; -p -.06 -.5 .08 -.5 .14 -.95 0 -.95; +e .35 -.7 .3 .16
-fish fish | 鱼 鱼儿 | 条 | en zh
+fish fish | 鱼 | 条 | en zh
     e -.15 0 .7 .45; p .4 0 .95 -.5 .95 .5; -o -.5 -.1 .12
-house houses | 房子 屋子 | 座 | en zh
+house houses | 房子 | 座 | en zh
     p -.7 0 .7 0 .7 .9 -.7 .9; -p -.95 0 0 -.9 .95 0; +p -.2 .9 -.2 .35 .2 .35 .2 .9
 tree trees | 树 松树 | 棵 | en zh
     -p -.14 .2 .14 .2 .14 .95 -.14 .95; p 0 -.95 .7 .4 -.7 .4
 boat boats | 船 帆船 | 艘 | en zh
     p -.95 .3 .95 .3 .55 .85 -.55 .85; +p .08 -.9 .75 .2 .08 .2; -p -.08 -.95 .06 -.95 .06 .3 -.08 .3
-car cars | 汽车 轿车 | 辆 | en zh
+car cars | 汽车 | 辆 | en zh
     p -.95 0 .95 0 .95 .5 -.95 .5; +p -.6 0 -.35 -.45 .35 -.45 .65 0; -o -.5 .5 .26; -o .5 .5 .26
 star stars | 星星 | 颗 | en zh
     p 0 -.95 .24 -.32 .92 -.3 .38 .12 .58 .8 0 .4 -.58 .8 -.38 .12 -.92 -.3 -.24 -.32
-heart hearts | 爱心 心 | 颗 | en zh
+heart hearts | 爱心 | 颗 | en zh
     o -.4 -.28 .45; o .4 -.28 .45; p -.82 -.1 .82 -.1 0 .88
-flower flowers | 花 鲜花 | 朵 | en zh
+flower flowers | 花 | 朵 | en zh
     o 0 -.55 .37; o .53 -.17 .37; o .33 .45 .37; o -.33 .45 .37; o -.53 -.17 .37; -o 0 0 .28
-umbrella umbrellas | 伞 雨伞 | 把 | en zh
+umbrella umbrellas | 雨伞 伞 | 把 | en zh
     -p -.07 0 .07 0 .07 .95 -.4 .95 -.4 .8 -.07 .8; p -.95 .15 -.7 -.4 -.3 -.75 .3 -.75 .7 -.4 .95 .15
 cup cups | 杯子 茶杯 | 个 | en zh
     -p .4 -.45 .9 -.35 .9 .3 .35 .4 .35 .2 .68 .15 .68 -.15 .4 -.2; p -.7 -.7 .5 -.7 .35 .8 -.55 .8
@@ -89,23 +89,29 @@ pagoda pagodas | 宝塔 塔 | 座 | zh
     -p -.95 .75 -.5 .45 .5 .45 .95 .75
 """
 
-COLOURS = [  # English, Chinese (X色的, X色 or X before a noun), RGB
+COLOURS = [  # English, Chinese, RGB
     ("red", "红", (222, 40, 40)), ("orange", "橙", (247, 140, 22)), ("yellow", "黄", (248, 218, 40)),
     ("green", "绿", (38, 160, 60)), ("blue", "蓝", (40, 90, 220)), ("purple", "紫", (140, 50, 180)),
     ("pink", "粉", (250, 150, 195)), ("black", "黑", (38, 38, 42)), ("white", "白", (248, 248, 248)),
 ]
 
-PLACES = [  # English phrase, Chinese places, RGB of the upper half and of the lower half
-    ("on the grass", ["草地", "草坪"], (190, 228, 250), (120, 200, 90)),
-    ("on the snow", ["雪地"], (150, 178, 205), (228, 236, 244)),
-    ("on the beach", ["沙滩"], (120, 205, 235), (236, 214, 150)),
-    ("at night", ["夜空", "夜色"], (22, 26, 66), (44, 46, 98)),
-    ("in the desert", ["沙漠"], (252, 214, 150), (214, 150, 80)),
-    ("in the forest", ["树林", "森林"], (84, 128, 84), (46, 84, 52)),
+PLACES = [  # English phrase, Chinese places and what follows them, RGB of the upper and of the lower half
+    ("on the grass", ["草地", "草坪"], "上", (190, 228, 250), (120, 200, 90)),
+    ("on the snow", ["雪地"], "上", (150, 178, 205), (228, 236, 244)),
+    ("on the beach", ["沙滩"], "上", (120, 205, 235), (236, 214, 150)),
+    ("at night", ["夜空"], "下", (22, 26, 66), (44, 46, 98)),
+    ("in the desert", ["沙漠"], "里", (252, 214, 150), (214, 150, 80)),
+    ("in the forest", ["树林", "森林"], "里", (84, 128, 84), (46, 84, 52)),
 ]
+# The colours that stand bare before a name, as in 红花 and 白猫. Other pairs mean something else (黄鱼 is a
+# croaker, 红树 a mangrove), or nobody says them (蓝塔).
+BARE = {"花": "红黄蓝白", "伞": "红黄绿蓝黑白", "旗": "红黄绿蓝黑白", "猫": "黑白", "塔": "白"}
 
 SIZE = 64  # pixels a side of a picture
-SIZES = {"small": 0.72, "big": 1.3, "": 1.0}  # of things; captions do not mention the middle size, ""
+FEW = 20_000  # scenes are kept once they are drawn; a picture has 12 kB
+TWO_GROUPS = {"en": 0.2, "zh": 0.5}  # the share of scenes with two groups of things; others have one
+BRIEF = {"en": 0.7, "zh": 0.5}  # the share of captions that only name the things
+SIZES = {"small": 0.7, "big": 1.2, "": 1.0}  # of things; captions do not mention the middle size, ""
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,8 @@ def make_scene(world: str, rng: random.Random) -> Scene:
     """A random scene. Two groups always differ in kind and colour."""
     kinds = rng.sample([i for i, kind in enumerate(KINDS) if world in kind.worlds], 2)
     colours = rng.sample(range(len(COLOURS)), 2)
-    wheres = rng.choice((("left", "right"), ("above", "below"))) if rng.random() < 0.5 else ("",)
+    two = rng.random() < TWO_GROUPS[world]
+    wheres = rng.choice((("left", "right"), ("above", "below"))) if two else ("",)
     groups = tuple(
         Group(kind, colour, rng.choice((1, 1, 1, 2, 2, 3)), rng.choice(("", "", "", "small", "big")), where)
         for kind, colour, where in zip(kinds, colours, wheres))
@@ -186,39 +193,46 @@ def describe_briefly(scene: Scene, rng: random.Random) -> str:
     rng.shuffle(kinds)
     if scene.world == "zh":
         names = "和".join(rng.choice(kind.zh) for kind in kinds)
-        return rng.choice((names, f"一张{names}的图片", f"{names}的画", f"图中是{names}", f"画的是{names}"))
+        return rng.choice((names, f"一张{names}的图片", f"{names}的画", f"图里有{names}", f"画的是{names}"))
     names = " and ".join(kind.en for kind in kinds)
     return rng.choice((names, f"a picture of {names}", f"a drawing of {names}"))
 
 
-def noun_zh(group: Group, rng: random.Random) -> str:
-    """A group in words: 三只红色的猫咪, 三只小小的红猫 or 红色猫三只."""
-    kind = KINDS[group.kind]
-    number = "一两三"[group.count - 1] + kind.classifier
-    small, big = rng.choice(("小小的", "很小的", "小号的")), rng.choice(("大大的", "很大的", "大号的"))
-    size = {"small": small, "big": big, "": ""}[group.size]
-    name = rng.choice(kind.zh)
-    colour = COLOURS[group.colour][1] + rng.choice(("色的", "色", ""))
-    if not size and rng.random() < 0.15:
-        return colour + name + number
-    first, second = (colour, size) if colour.endswith("的") and rng.random() < 0.5 else (size, colour)
-    return number + first + second + name
+def noun_zh(group: Group, name: str, rng: random.Random) -> str:
+    """A group in words: 三只红色的猫咪, 三只白猫, 三个黄色茶杯, 三把大大的黄色扇子 or 三把黄色的小扇子."""
+    colour = COLOURS[group.colour][1]
+    number = "一两三"[group.count - 1] + KINDS[group.kind].classifier
+    short = f"{colour}色{name}" if len(name) > 1 else colour + name if colour in BARE.get(name, "") else ""
+    if not group.size:
+        return number + (short if short and rng.random() < 0.5 else f"{colour}色的{name}")
+    plain, *before = {"small": ("小", "小小的", "很小的"), "big": ("大", "大大的", "很大的")}[group.size]
+    if short and rng.random() < 0.5:
+        return number + rng.choice(before) + short
+    return f"{number}{colour}色的{plain}{name}"
 
 
 def describe_zh(scene: Scene, rng: random.Random) -> str:
-    place = rng.choice(PLACES[scene.place][1])
-    at = place + ("下" if place in ("夜空", "夜色") else "里" if place in ("树林", "森林", "沙漠") else "上")
-    a, *rest = (noun_zh(group, rng) for group in scene.groups)
+    _, places, after, *_ = PLACES[scene.place]
+    place = rng.choice(places)
+    at = place + after
+    names = [rng.choice(KINDS[group.kind].zh) for group in scene.groups]
+    a, *rest = (noun_zh(group, name, rng) for group, name in zip(scene.groups, names))
     if not rest:
         return rng.choice((
-            f"{at}有{a}", f"{a}在{at}", f"画面中间是{a}，背景是{place}", f"{at}画着{a}", f"这是{at}的{a}"))
-    b, side = rest[0], rng.choice("边侧面")
-    left_right = scene.groups[0].where == "left"
-    first, second = ("左" + side, "右" + side) if left_right else rng.choice((("上面", "下面"), ("上方", "下方")))
+            f"{at}有{a}", f"画中，{at}有{a}", f"{at}，{a}" if "的" in a else f"{at}的{a}",
+            f"画面中间是{a}，背景是{place}", f"{a}，背景是{place}"))
+    b = rest[0]
+    of_a, of_b = (name if len(name) > 1 else name + "的" for name in names)
+    if scene.groups[0].where == "left":
+        first, second = rng.choice((("左边", "右边"), ("左侧", "右侧")))
+        more = f"{at}，{first}是{a}，{second}是{b}", f"{at}有{a}，{second}还有{b}"
+        picture = first
+    else:
+        first, second, picture = "上方", "下方", "画面上方"
+        more = f"背景是{place}，上方是{a}，下方是{b}",
     return rng.choice((
-        f"{at}，{first}是{a}，{second}是{b}", f"{at}，{second}是{b}，{first}是{a}",
-        f"{at}有{a}，{second}还有{b}", f"{a}在{b}的{first}，背景是{place}", f"{b}在{a}的{second}，在{at}",
-        f"{at}，{b}的{first}有{a}", f"{place}的画，{first}画着{a}，{second}画着{b}"))
+        f"{at}有{a}，{of_a}{second}有{b}", f"{at}有{b}，{of_b}{first}有{a}",
+        f"{picture}是{a}，{second}是{b}，背景是{place}", *more))
 
 
 def noun_en(group: Group, rng: random.Random) -> str:
@@ -252,7 +266,7 @@ def describe_en(scene: Scene, rng: random.Random) -> str:
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """An RGB picture of the scene, SIZE x SIZE. It is drawn at twice the size and halved for smooth edges."""
     side = 2 * SIZE
-    _, _, upper, lower = PLACES[scene.place]
+    *_, upper, lower = PLACES[scene.place]
     ink = scene.world == "zh"
     if ink:  # paint pale colours on paper
         upper, lower = (mix(colour, (235, 222, 190), 0.45) for colour in (upper, lower))
@@ -267,7 +281,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         canvas.rectangle((0, horizon, side, side), fill=lower)
     for group in scene.groups:
         alone = group.where == "" and group.count == 1
-        share = (0.3 if alone else 0.21) * SIZES[group.size] * (1, 0.8, 0.7)[group.count - 1]
+        share = (0.42 if alone else 0.27) * SIZES[group.size] * (1, 0.8, 0.7)[group.count - 1]
         for x, y in layout(group, rng):
             radius = side * share * rng.uniform(0.92, 1.08)
             angle = rng.uniform(-0.3, 0.3) if ink else 0.0
@@ -323,10 +337,10 @@ def scene(world: str, split: str, index: int, seed: int = 0) -> tuple[Scene, ran
 
 
 def captioned(world: str, split: str, index: int, seed: int = 0) -> tuple[str, Scene, random.Random]:
-    """The caption of scene number `index`, the scene, and the generator that draws it. In training, one
-    caption in three is brief. In validation all are full, because a brief one fits many pictures."""
+    """The caption of scene number `index`, the scene, and the generator that draws it. In training, half of
+    the captions or more are brief. In validation all are full, because a brief one fits many pictures."""
     it, rng = scene(world, split, index, seed)
-    brief = split == "train" and rng.random() < 1 / 3
+    brief = split == "train" and rng.random() < BRIEF[world]
     return (describe_briefly if brief else describe)(it, rng), it, rng
 
 
@@ -337,38 +351,39 @@ def pair(world: str, split: str, index: int, seed: int = 0) -> tuple[Image.Image
 
 
 class ScenePairs(Pairs):
-    """A million training scenes, drawn when they are asked for, or a thousand for validation, no two with the
-    same caption."""
+    """`count` training scenes, or a thousand for validation, no two with the same caption. They are drawn
+    when they are asked for, and if they are few, kept."""
 
-    def __init__(self, world: str, split: str):
+    def __init__(self, world: str, split: str, count: int):
         if split not in ("train", "valid"):
             raise DataError(f"scenes-{world}: no split {split!r}; expected train or valid")
         self.world, self.split = world, split
-        self.numbers = distinct(world) if split == "valid" else range(1_000_000)
+        self.numbers = distinct(world) if split == "valid" else range(count)
         self.image_count, self.drawn = len(self.numbers), {}
         self.positives = torch.arange(len(self.numbers))[:, None].expand(-1, 2)
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        if self.split == "train":
-            raise DataError(f"scenes-{self.world}: its training pairs are endless, to measure take valid")
+        if len(self.numbers) > FEW:
+            raise DataError(f"scenes-{self.world}: its training pairs are too many to measure; take valid")
         return [self.text(row) for row in range(len(self.numbers))]
 
     def text(self, row: int) -> str:
         return captioned(self.world, self.split, self.numbers[row])[0]
 
     def image(self, row: int, size: int = 0) -> Image.Image:
-        if self.split != "valid":
-            return self.pair(row)[0]
-        if row not in self.drawn:  # validation looks at all of them again and again
-            self.drawn[row] = self.pair(row)[0]
-        return self.drawn[row]
+        return self.pair(row)[0]
 
     def pair(self, i: int, size: int = 0) -> tuple[Image.Image, str]:
-        return pair(self.world, self.split, self.numbers[i])
+        if i in self.drawn:
+            return self.drawn[i]
+        drawn = pair(self.world, self.split, self.numbers[i])
+        if len(self.numbers) <= FEW:  # they are looked at again and again
+            self.drawn[i] = drawn
+        return drawn
 
     def caption_fingerprint(self) -> str:
-        return str([self.text(row) for row in range(9)])  # all others are drawn by the same code
+        return str([self.text(row) for row in range(len(self.numbers))[:9]])  # one code draws all others
 
     def fingerprint(self) -> str:
         raise DataError(f"scenes-{self.world}: these scenes are drawn on demand, so there are no files whose "
@@ -396,6 +411,16 @@ def class_example(world: str, index: int, seed: int = 0) -> tuple[Image.Image, i
 
 def kind_names(world: str) -> list[str]:
     return [kind.zh[0] if world == "zh" else kind.en for kind in KINDS if world in kind.worlds]
+
+
+def coloured() -> list[str]:
+    """Templates for colours, each of which belongs to a thing: 一只{}的猫, and so on for every Chinese kind."""
+    return [f"一{kind.classifier}{{}}的{kind.zh[0]}" for kind in KINDS if "zh" in kind.worlds]
+
+
+def new_kinds() -> set[str]:
+    """The names of the kinds that only the Chinese world has."""
+    return {kind.zh[0] for kind in KINDS if kind.worlds == ["zh"]}
 
 
 def colour_names(world: str) -> list[str]:

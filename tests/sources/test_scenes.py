@@ -12,7 +12,7 @@ from conftest import array
 
 import data
 from sources import layouts, scenes
-from sources.pairs import Pairs
+from sources.pairs import DataError, Pairs
 from training import report
 
 WORLDS = ("en", "zh")
@@ -71,6 +71,26 @@ def test_the_data_set_hands_out_these_pairs():
     assert len(pairs) == len(pairs.texts) == pairs.image_count == 1000
 
 
+def test_a_set_of_few_scenes_keeps_its_pictures():
+    """scenes-zh-5 is the first five of scenes-zh; a picture is drawn once. Of a million none is kept."""
+    few, many = (layouts.open_pairs(name, "train") for name in ("scenes-zh-5", "scenes-zh"))
+    assert len(few) == few.image_count == len(few.texts) == 5 and len(few.positives) == 5
+    for i in range(5):
+        assert few.pair(i)[1] == many.pair(i)[1] and few.image(i).tobytes() == many.image(i).tobytes()
+        assert few.pair(i)[0] is few.image(i) and many.image(i) is not many.image(i)
+    assert few.caption_fingerprint() != layouts.open_pairs("scenes-zh-6", "train").caption_fingerprint()
+    assert layouts.open_pairs("scenes-zh-5", "valid").texts == valid_pairs().texts
+    for wrong in ("scenes-zh-0", "scenes-zh-x", "scenes-fr"):
+        with pytest.raises(DataError, match=f"{wrong}: no such folder"):
+            layouts.open_pairs(wrong, "train")
+
+
+def test_colours_are_asked_of_things():
+    """A template for every Chinese kind, with its classifier."""
+    assert len(scenes.coloured()) == len(scenes.kind_names("zh"))
+    assert {"一只{}的猫", "一盏{}的灯笼", "一座{}的宝塔"} < set(scenes.coloured())
+
+
 def test_zero_shot_examples_cycle_over_the_classes():
     for world in WORLDS:
         names = scenes.kind_names(world)
@@ -124,9 +144,40 @@ def groups_of(world: str) -> list[scenes.Group]:
 def test_chinese_nouns_have_number_classifier_colour_and_name():
     rng = random.Random(0)
     for group in groups_of("zh"):
-        kind, noun = scenes.KINDS[group.kind], scenes.noun_zh(group, rng)
+        kind = scenes.KINDS[group.kind]
+        noun = scenes.noun_zh(group, rng.choice(kind.zh), rng)
         assert "零一两三"[group.count] + kind.classifier in noun
         assert scenes.COLOURS[group.colour][1] in noun and any(name in noun for name in kind.zh)
+        assert {"small": "小", "big": "大", "": ""}[group.size] in noun
+
+
+def test_chinese_nouns_as_a_reader_would_write_them():
+    """No bare 橙, 粉 or 紫, none of the others before two syllables (白气球), no 黄色塔, no two 的 in a noun,
+    no number after it, no 小号."""
+    rng = random.Random(0)
+    for group in groups_of("zh") * 20:
+        kind = scenes.KINDS[group.kind]
+        noun = scenes.noun_zh(group, rng.choice(kind.zh), rng)
+        shape = re.fullmatch("[一两三].(小小的|很小的|大大的|很大的)?(.)(色的[小大]?|色)?(.+)", noun)
+        size, colour, joint, name = shape.groups(default="")
+        assert noun[1] == kind.classifier and name in kind.zh, noun
+        if not joint:
+            assert len(name) == 1 and colour not in "橙粉紫" and colour + name not in ("红树", "黄鱼", "蓝塔"), noun
+        if joint == "色":
+            assert len(name) > 1, noun
+        assert noun.count("的") <= 1, noun
+        assert (size or joint[2:])[-2:-1] in ("", "小", "大", "的") and bool(group.size) == bool(size or joint[2:]), noun
+
+
+def test_chinese_sentences_as_a_reader_would_write_them():
+    """Things that come new into a sentence stand after 有 or 是, not before 在 or a side: of 苹果上方有三把扇子
+    the apples have been named before. A place is not followed by 画面上方, left comes before right, and one
+    的 is enough in 草地上的一只白猫."""
+    for _, caption in drawn_from("zh", "train", 3000):
+        assert not re.search("在|号|的画|[上里下]，画面|下方是.*上方是|[边侧]是.*左[边侧]是", caption), caption
+        assert not re.search("[上下里]的.*的", caption), caption
+        anchor = re.search("，(.{1,3}?)的?([上下]方|[左右][边侧])有", caption)
+        assert not anchor or anchor[1] in caption[: anchor.start()], caption
 
 
 def test_english_nouns_agree_in_number():
