@@ -11,9 +11,8 @@ Stage 1 freezes the image tower and teaches the text tower to read it ("locked-i
 2022). Stage 2 trains both towers. Each stage is an act: one call of `train`, with its own flags and its own
 folder. A recipe (training/recipes.py) is a list of acts with the paper's numbers for their flags.
 
-An act leaves best.safetensors (the weights with the best mean recall on the validation split),
-last.safetensors, log.jsonl and checkpoint.pt. After a crash, a kill or a stop the same command continues from
-the checkpoint, bit for bit (on a CPU, with the same number of processes).
+An act leaves best.safetensors (of the best mean recall), last.safetensors, log.jsonl and checkpoint.pt. After
+a crash, a kill or a stop the same command goes on, on a CPU bit for bit (with as many processes).
 """
 
 import contextlib
@@ -21,7 +20,6 @@ import gc
 import math
 import os
 import sys
-import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads wait without using a core
 
@@ -38,10 +36,10 @@ from training.cache import cached_stream
 from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, make_chunks)
+from training.compare import at_best_rate
 from training.distill import distillation_loss, teacher_features
 from training.processes import average_batchnorm, distribute, start_workers
-from training.recipes import (
-    Config, loader_processes, parse, resolve_start, schedule, warmup_steps)
+from training.recipes import Config, loader_processes, parse, resolve_start, schedule, warmup_steps
 from training.tiles import DENSE_LIMIT, tiled_loss
 from weights.start import initialise
 
@@ -202,19 +200,19 @@ def train(act: str, cfg: Config) -> list[dict]:
 
 
 def main(argv: list[str] | None = None):
-    start = time.perf_counter()
     first = int(os.environ.get("RANK", 0)) == 0
     with contextlib.redirect_stdout(sys.stdout if first else None):  # only rank 0 prints
         acts = parse(argv)
         try:
-            histories = {act: train(act, cfg) for act, cfg in acts.items()}
+            histories = {}
+            for act, cfg in acts.items():
+                histories[act] = train(act, at_best_rate(act, cfg, histories))
         except Stopped as stopped:
             print(stopped)
             return leave_processes()
         leave_processes()  # the rest is rank 0's alone
         if first:
             report.finish(histories, acts)
-            print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 import model
 from common import Flags, UserError
 from sources.pairs import DataError
+from training.compare import comparison
 
 # ------------------------------------------------------------------------------------------------------------
 # the flags
@@ -145,7 +146,8 @@ TABLE_9 = {
     "ViT-H-14":     ((20480, 2e-5, 20, 20), (4096, 6e-6, 18, 6), (5120, 2e-5, 18, 10)),
 }
 # The demo's numbers are our own, found by trying on two CPU cores.
-DEMO = dict(model="RN-mini", batch_size=64, recipe_lr=1e-3, lr_batch=64, warmup=20, log_every=50)
+DEMO = dict(model="RN-mini", data="scenes-zh-6000", batch_size=64, recipe_lr=1e-3, lr_batch=64, warmup=20,
+            log_every=50)
 # So are these (docs/experiments.md). Random weights have nothing to lose by a high rate, at any batch.
 SMALL_FROM_NOTHING = dict(recipe_lr=1e-3, lr_batch=1, batch_size=64, min_steps=300)
 
@@ -157,7 +159,7 @@ NOTHING, FINE_TUNING = (), (("data", "init"),)
 BOTH_TOWERS = ("data", "image_init", "text_init"), ("data", "init")
 RECIPES = {  # name: (for --help, what it starts from)
     "demo": ("drawn scenes in three acts: English pairs, then stage 1 and stage 2 on Chinese ones", NOTHING),
-    "compare": ("the demo's two stages beside direct tuning and training from scratch (figure 2)", NOTHING),
+    "compare": ("figure 2: two stages, direct tuning, stage 1 alone and from scratch; an hour", NOTHING),
     "pretrain": ("stage 1, then stage 2 from its best weights (section 2.3)", BOTH_TOWERS),
     "stage1": ("the image tower is frozen (table 8, appendix A.2)", BOTH_TOWERS),
     "stage2": ("both towers train (appendix A.2)", BOTH_TOWERS),
@@ -183,13 +185,11 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
         print(f"--recipe {recipe}: the paper has no numbers for {name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
-        return {"english": DEMO | dict(data="scenes-en", steps=300),
-                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, warmup=15),
-                "stage2": DEMO | dict(init="@stage1", steps=500)}
-    if recipe == "compare":  # every way of training sees the same number of Chinese pairs, 650 batches
-        acts = acts_of("demo", name)
-        return {"english": acts.pop("english"), "scratch": DEMO | dict(steps=650),
-                "direct": DEMO | dict(image_init="@english", steps=650)} | acts
+        return {"english": DEMO | dict(data="scenes-en", steps=400, eval_every=100),
+                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, eval_every=50),
+                "stage2": DEMO | dict(init="@stage1", steps=450, eval_every=90)}
+    if recipe == "compare":
+        return comparison(**acts_of("demo", name))
     if recipe == "pretrain":
         return acts_of("stage1", name) | {"stage2": acts_of("stage2", name)["stage2"] | dict(init="@stage1")}
     if recipe == "stage1":
@@ -213,6 +213,8 @@ def check_start(recipe: str, given: dict):
     which draws its own pairs, is given some."""
     groups = RECIPES[recipe][1]
     foreign = [name for name in ("data", "init", "image_init", "text_init") if given.get(name)]
+    if recipe == "compare" and given.get("data", "").startswith("scenes-zh"):
+        foreign.remove("data")  # another number of scenes
     if foreign and not groups:
         raise ConfigError(
             f"{as_flag(foreign[0])}: --recipe {recipe} draws its own pairs and starts from nothing; for "
@@ -286,6 +288,8 @@ def fill_in(act: str, flags: dict, given: dict, alone: bool) -> Config:
     starts from an earlier one keeps doing so."""
     if any(str(value).startswith("@") for value in flags.values()):
         given = {k: v for k, v in given.items() if k not in ("init", "image_init", "text_init")}
+    if flags.get("data") == "scenes-en":
+        given = {k: v for k, v in given.items() if k != "data"}
     if "epochs" in given:
         given = dict(steps=0, min_steps=0) | given
     cfg = Config(**flags | given | dict(out=os.path.join(given.get("out", Config.out), act)))
