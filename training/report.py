@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
 
@@ -25,11 +26,13 @@ from sources.augment import as_rgb
 from sources.classes import TEMPLATES, read_templates
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs
+from training.compare import curves, table
 from training.recipes import Config, warmup_steps
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
 SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc",
                 "STHeiti Light.ttc", "msyh.ttc", "simhei.ttf")  # Linux, macOS and Windows, found by name
+STARTED = time.perf_counter()
 LINE_COLOURS = ((214, 69, 65), (52, 109, 189), (39, 144, 88), (148, 84, 176), (230, 140, 30))
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,12 +202,13 @@ def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | None:
     return None
 
 
-def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
-    """A PNG with a line for every name, of points (pairs seen, percent)."""
+def curve(path: str, series: dict[str, list[list[tuple[float, float]]]], title: str):
+    """A PNG with a line for every name, the mean of its runs of points (pairs seen, percent), in a band from
+    the lowest run to the highest."""
     width, height, left, top, right, bottom = 900, 520, 60, 50, 30, 60  # the last four are margins
     image = Image.new("RGB", (width, height), "white")
-    canvas = ImageDraw.Draw(image)
-    x_max = max(x for points in series.values() for x, _ in points) or 1
+    canvas = ImageDraw.Draw(image, "RGBA")
+    x_max = max(x for runs in series.values() for points in runs for x, _ in points) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + x / x_max * (width - left - right), height - bottom - y / 100 * (height - top - bottom)
@@ -216,37 +220,50 @@ def curve(path: str, series: dict[str, list[tuple[float, float]]], title: str):
     for percent in range(0, 101, 20):
         canvas.line((*place(0, percent), *place(x_max, percent)), fill=(225, 225, 225))
         write(left - 10, place(0, percent)[1], str(percent), anchor="rm")
-    for x in (x_max * tick / 5 for tick in range(6)):
-        write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:.3g}k", anchor="ma")
+    tick = next(step for step in (m * 10**e for e in range(12) for m in (1, 2, 5)) if x_max <= 6 * step)
+    for x in range(0, int(x_max) + 1, tick):
+        write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:g}k" if x >= 1000 else f"{x}", anchor="ma")
     write(width / 2, height - 24, "pairs seen", anchor="mm")
-    for i, (name, points) in enumerate(series.items()):
-        colour, y = LINE_COLOURS[i % len(LINE_COLOURS)], top + 12 + 22 * i
-        canvas.line([place(*point) for point in points], fill=colour, width=3, joint="curve")
-        for cx, cy in (place(*point) for point in points):
+    for i, (name, runs) in enumerate(series.items()):
+        colour, y = LINE_COLOURS[i % len(LINE_COLOURS)], height - bottom - 12 - 22 * (len(series) - i)
+        columns = [(points[0][0], [value for _, value in points]) for points in zip(*runs)]
+        lows, highs = ([place(x, end(values)) for x, values in columns] for end in (min, max))
+        canvas.polygon(lows + highs[::-1], fill=(*colour, 60))
+        middle = [place(x, sum(values) / len(values)) for x, values in columns]
+        canvas.line(middle, fill=colour, width=3, joint="curve")
+        for cx, cy in middle:
             canvas.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colour)
-        canvas.line((left + 20, y, left + 50, y), fill=colour, width=3)
-        write(left + 58, y, name, 16, "lm")
+        canvas.line((width - 330, y, width - 300, y), fill=colour, width=3)
+        write(width - 292, y, name, 16, "lm")
     image.save(path)
 
 
-def contact_sheet(path: str, rows: list[tuple[str, list[tuple[Image.Image, bool]]]]):
-    """A PNG with a row for every query: the pictures that it retrieves. The right ones have a green frame. A
-    query that no font here can draw is named by the number of its row, and printed."""
+def contact_sheet(path: str, rows: list[tuple[str, list[list[tuple[Image.Image, bool]]]]],
+                  headings: tuple[str, ...] = ("",)):
+    """A PNG with a row for every query: the pictures that it retrieves, the right ones with a green frame, in
+    a block for every heading. A query that no font here can draw is named by the number of its row, and
+    printed."""
     thumb, gap, text = 128, 12, 30
-    width = max(len(images) for _, images in rows) * (thumb + gap) + gap
-    sheet = Image.new("RGB", (width, len(rows) * (thumb + gap + text) + gap), "white")
+    blocks, top = rows[0][1], text if any(headings) else 0
+    lefts = [gap + i * (len(blocks[0]) * (thumb + gap) + 2 * gap) for i in range(len(blocks))]
+    width = lefts[-1] + len(blocks[-1]) * (thumb + gap)
+    sheet = Image.new("RGB", (width, top + len(rows) * (thumb + gap + text) + gap), "white")
     canvas = ImageDraw.Draw(sheet)
-    for r, (query, images) in enumerate(rows):
-        y = gap + r * (thumb + gap + text)
+    for left, heading in zip(lefts, headings):
+        canvas.text((left, gap), heading, font=font(18), fill=(110, 110, 110))
+    for r, (query, blocks) in enumerate(rows):
+        y = top + gap + r * (thumb + gap + text)
         found = font(20, query)
         if not found:
             print(f"   row {r + 1} of {path}, which no font here can write: {query}")
         canvas.text((gap, y), query[:42] if found else f"{r + 1}", font=found or font(20), fill="black")
-        for c, (picture, right) in enumerate(images):
-            x, below = gap + c * (thumb + gap), y + text
-            if right:
-                canvas.rectangle((x - 5, below - 5, x + thumb + 4, below + thumb + 4), fill=(40, 170, 80))
-            sheet.paste(as_rgb(picture).resize((thumb, thumb), Image.Resampling.BICUBIC), (x, below))
+        for left, block in zip(lefts, blocks):
+            for c, (picture, right) in enumerate(block):
+                x, below = left + c * (thumb + gap), y + text
+                if right:
+                    canvas.rectangle((x - 5, below - 5, x + thumb + 4, below + thumb + 4), fill=(40, 170, 80))
+                small = as_rgb(picture).resize((thumb, thumb), Image.Resampling.BICUBIC)
+                sheet.paste(small, (x, below))
     sheet.save(path)
 
 
@@ -263,72 +280,97 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
             rows[f"before {act}"] = history[0]
         best = max(history, key=lambda entry: entry["mean_recall"])
         rows[f"after {act}" + f", step {best['step']:,}" * (best is not history[-1])] = best
-    print("\n" + recall_table(rows))
-
+    compared = curves(histories)  # of --recipe compare
     last = list(acts.values())[-1]
+    drawn = last.data.startswith("scenes-zh")
+    print("\n" + (table(histories) if compared else recall_table(rows, TEACHES if drawn else {})))
+
     folder, best = os.path.dirname(last.out), os.path.join(last.out, "best.safetensors")
     names = "results.json", "recall.png", "retrieval.png", "page.html"
     numbers, plot, sheet, page = (os.path.join(folder, name) for name in names)
     write_json(numbers, histories)
-    clip, _ = model.load(best, "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu")
-    if last.data == "scenes-zh":
-        look_at_scenes(clip)
+    device = "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu"
+    clips = {f"after {act}": model.load(os.path.join(acts[act].out, "best.safetensors"), device)[0]
+             for act in (list(acts)[-1:] if compared else acts)}
+    for name, clip in clips.items():
+        if drawn and name != "after english":
+            look_at_scenes(name, clip)
     data = last.valid_data or last.data
-    look_at_retrieval(clip, open_pairs(data, last.valid_split), sheet, last.context_length)
+    look_at_retrieval(clips, open_pairs(data, last.valid_split), sheet, last.context_length)
     starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
-    curve(plot, lines(histories, starts), "mean recall (%) on validation captions")
+    curve(plot, compared or lines(histories, starts), "mean recall (%) on validation captions")
     print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
     print("next, what it finds and misses: " + shlex.join([
         "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split",
         last.valid_split, "--context-length", str(last.context_length), "--page", page]))
+    print(f"{time.perf_counter() - STARTED:.0f} s")
 
 
-def recall_table(rows: dict[str, dict]) -> str:
-    """Results of `retrieval` by name, as a table of text."""
+TEACHES = {  # what each row of the demo's table shows
+    "before english": "random weights guess",
+    "after english": "pictures and English captions share a space; no Chinese yet",
+    "before stage1": "that image tower beside a new Chinese text tower, which guesses",
+    "after stage1": "only the text tower has moved: it names in Chinese what the image tower tells apart",
+    "after stage2": "both have moved: the image tower has learned ink, and things it had never seen",
+}
+
+
+def recall_table(rows: dict[str, dict], teaches: dict[str, str] = {}) -> str:
+    """Results of `retrieval` by name, as a table of text, with what a row teaches below it."""
     width = max(20, *map(len, rows))
     lines = [f"{'':{width}}  mean | text to image: R@1  R@5 R@10 | image to text: R@1  R@5 R@10"]
     for name, result in rows.items():
         t2i, i2t = ("  ".join(f"{result[way][f'R@{k}']:5.1f}" for k in KS)
                     for way in ("text_to_image", "image_to_text"))
         lines.append(f"{name:{width}} {result['mean_recall']:5.1f} |          {t2i} |          {i2t}")
+        lines += [f"    {words}" for row, words in teaches.items() if name.split(",")[0] == row]
     return "\n".join(lines)
 
 
-def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[list[tuple[float, float]]]]:
     """Mean recall against pairs seen, a line for every way of training: an act that starts from another's
     weights ("@act") continues its line. starts: the acts to draw, and what each starts from."""
     result = {}
     for act, start in starts.items():
         before = next((way for way in result if start == "@" + way.split(", ")[-1]), "")
-        points = result.pop(before, [])
+        points, = result.pop(before, [[]])
         seen = points[-1][0] if points else 0
-        result[f"{before}, {act}" if before else act] = points + [
-            (seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]
+        result[f"{before}, {act}" if before else act] = [points + [
+            (seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]]
     return result
 
 
-def look_at_scenes(clip: model.ChineseCLIP):
-    """Zero-shot classification of scenes."""
-    kinds, colours = scenes.kind_names("zh"), scenes.colour_names("zh")
+def look_at_scenes(name: str, clip: model.ChineseCLIP):
+    """Zero-shot classification of pictures of one thing: its colour, and its kind, apart for the kinds that
+    the English world has and those that only the Chinese one has."""
+    kinds, colours, of_a_thing = scenes.kind_names("zh"), scenes.colour_names("zh"), scenes.coloured()
     pictures, kind_labels, colour_labels = zip(*(
         scenes.class_example("zh", i) for i in range(20 * len(kinds))))
-    of_a_thing = [f"一张{{}}{kind}的图片" for kind in kinds]  # every colour belongs to a thing
-    for what, names, labels, templates in (("colour", colours, colour_labels, of_a_thing),
-                                           ("kind", kinds, kind_labels, read_templates(TEMPLATES))):
-        result = zero_shot(clip, names, lambda row: pictures[row], torch.tensor(labels), templates)
-        print(f"zero-shot, {what} of a single thing: {result['accuracy']:.1f} % of {len(labels)} pictures, "
-              f"{len(names)} names, {len(templates)} templates; {result['chance']:.1f} % by chance")
+    colour = zero_shot(clip, colours, pictures.__getitem__, torch.tensor(colour_labels), of_a_thing)
+    kind = zero_shot(clip, kinds, pictures.__getitem__, torch.tensor(kind_labels), read_templates(TEMPLATES))
+    new = scenes.new_kinds()
+    old, new = (
+        statistics.mean(row["accuracy"] for row in kind["by_class"] if (row["class"] in new) == is_new)
+        for is_new in (False, True))
+    print(f"{name}, zero-shot: colour {colour['accuracy']:.1f} % (chance {colour['chance']:.0f}); kind "
+          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {old:.1f} % of those that the English "
+          f"world has too and {new:.1f} % of the others")
 
 
-def look_at_retrieval(clip: model.ChineseCLIP, valid: Pairs, path: str, context_length: int):
-    """A contact sheet of six captions and the pictures nearest to them, among theirs and the first 1,000."""
+def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: str, context_length: int):
+    """A contact sheet of six captions and the pictures nearest to them, among theirs and the first 1,000, in
+    the eyes of each model."""
     texts = valid.positives[:, 0].unique().tolist()
     queries = texts[:: max(1, min(10, len(texts) // 6))][:6]
     known = {(text, image) for text, image in valid.positives.tolist() if text in queries}
     images = sorted({image for _, image in known} | set(range(min(1000, valid.image_count))))
-    features = encode_texts(clip, [valid.text(q) for q in queries], context_length)  # [6, E]
-    scores = features @ encode_images(clip, lambda n: valid.image(images[n]), len(images)).T  # [6, N]
-    contact_sheet(path, [
-        (valid.text(q), [(valid.image(images[n]), (q, images[n]) in known) for n in row])
-        for q, row in zip(queries, scores.topk(min(6, len(images))).indices.tolist())])
+    blocks = []
+    for clip in clips.values():
+        features = encode_texts(clip, [valid.text(q) for q in queries], context_length)  # [6, E]
+        scores = features @ encode_images(clip, lambda n: valid.image(images[n]), len(images)).T  # [6, N]
+        found = scores.topk(min(max(2, 6 // len(clips)), len(images))).indices.tolist()
+        blocks.append([[(valid.image(images[n]), (q, images[n]) in known) for n in row]
+                       for q, row in zip(queries, found)])
+    contact_sheet(path, [(valid.text(q), list(row)) for q, row in zip(queries, zip(*blocks))],
+                  tuple(clips) if len(clips) > 1 else ("",))
     print(f"unseen captions and the pictures they retrieve (green: the right one): {path}")
