@@ -111,6 +111,7 @@ SIZE = 64  # pixels a side of a picture
 FEW = 20_000  # scenes are kept once they are drawn; a picture has 12 kB
 TWO_GROUPS = {"en": 0.2, "zh": 0.5}  # the share of scenes with two groups of things; others have one
 BRIEF = {"en": 0.7, "zh": 0.5}  # the share of captions that only name the things
+COLOURED = 0.5  # the share of short Chinese captions that also say the colours
 SIZES = {"small": 0.7, "big": 1.2, "": 1.0}  # of things; captions do not mention the middle size, ""
 
 
@@ -189,20 +190,27 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 def describe_briefly(scene: Scene, rng: random.Random) -> str:
     """A caption that only says what there is, like most captions on the web: 一张猫和灯笼的图片."""
-    kinds = [KINDS[group.kind] for group in scene.groups]
-    rng.shuffle(kinds)
+    groups = list(scene.groups)
+    rng.shuffle(groups)
     if scene.world == "zh":
-        names = "和".join(rng.choice(kind.zh) for kind in kinds)
+        coloured = rng.random() < COLOURED
+        names = [rng.choice(KINDS[group.kind].zh) for group in groups]
+        names = "和".join(coloured and short_zh(group, name) or name for group, name in zip(groups, names))
         return rng.choice((names, f"一张{names}的图片", f"{names}的画", f"图里有{names}", f"画的是{names}"))
-    names = " and ".join(kind.en for kind in kinds)
+    names = " and ".join(KINDS[group.kind].en for group in groups)
     return rng.choice((names, f"a picture of {names}", f"a drawing of {names}"))
+
+
+def short_zh(group: Group, name: str) -> str:
+    """Colour and name without 的: 黄色茶杯 or 白猫; "" if nobody says it so."""
+    colour = COLOURS[group.colour][1]
+    return f"{colour}色{name}" if len(name) > 1 else colour + name if colour in BARE.get(name, "") else ""
 
 
 def noun_zh(group: Group, name: str, rng: random.Random) -> str:
     """A group in words: 三只红色的猫咪, 三只白猫, 三个黄色茶杯, 三把大大的黄色扇子 or 三把黄色的小扇子."""
-    colour = COLOURS[group.colour][1]
+    colour, short = COLOURS[group.colour][1], short_zh(group, name)
     number = "一两三"[group.count - 1] + KINDS[group.kind].classifier
-    short = f"{colour}色{name}" if len(name) > 1 else colour + name if colour in BARE.get(name, "") else ""
     if not group.size:
         return number + (short if short and rng.random() < 0.5 else f"{colour}色的{name}")
     plain, *before = {"small": ("小", "小小的", "很小的"), "big": ("大", "大大的", "很大的")}[group.size]
@@ -219,20 +227,19 @@ def describe_zh(scene: Scene, rng: random.Random) -> str:
     a, *rest = (noun_zh(group, name, rng) for group, name in zip(scene.groups, names))
     if not rest:
         return rng.choice((
-            f"{at}有{a}", f"画中，{at}有{a}", f"{at}，{a}" if "的" in a else f"{at}的{a}",
+            f"{at}有{a}", f"{at}是{a}" if "的" in a else f"{at}的{a}",
             f"画面中间是{a}，背景是{place}", f"{a}，背景是{place}"))
     b = rest[0]
     of_a, of_b = (name if len(name) > 1 else name + "的" for name in names)
     if scene.groups[0].where == "left":
         first, second = rng.choice((("左边", "右边"), ("左侧", "右侧")))
-        more = f"{at}，{first}是{a}，{second}是{b}", f"{at}有{a}，{second}还有{b}"
-        picture = first
-    else:
-        first, second, picture = "上方", "下方", "画面上方"
-        more = f"背景是{place}，上方是{a}，下方是{b}",
+        return rng.choice((
+            f"{at}有{a}，{of_a}{second}有{b}", f"{at}有{b}，{of_b}{first}有{a}", f"{at}有{a}，{second}还有{b}",
+            f"{at}，{first}是{a}，{second}是{b}", f"{first}是{a}，{second}是{b}，背景是{place}"))
+    # no 汽车下方: below a thing that stands on the ground is under it
     return rng.choice((
-        f"{at}有{a}，{of_a}{second}有{b}", f"{at}有{b}，{of_b}{first}有{a}",
-        f"{picture}是{a}，{second}是{b}，背景是{place}", *more))
+        f"{at}有{b}，{of_b}上方有{a}", f"画面上方是{a}，下方是{b}，背景是{place}",
+        f"画面上方有{a}，下方有{b}，背景是{place}"))
 
 
 def noun_en(group: Group, rng: random.Random) -> str:

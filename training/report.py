@@ -349,12 +349,13 @@ def look_at_scenes(name: str, clip: model.ChineseCLIP):
     colour = zero_shot(clip, colours, pictures.__getitem__, torch.tensor(colour_labels), of_a_thing)
     kind = zero_shot(clip, kinds, pictures.__getitem__, torch.tensor(kind_labels), read_templates(TEMPLATES))
     new = scenes.new_kinds()
-    old, new = (
-        statistics.mean(row["accuracy"] for row in kind["by_class"] if (row["class"] in new) == is_new)
-        for is_new in (False, True))
+
+    def accuracy(names: set[str]) -> float:
+        return statistics.mean(row["accuracy"] for row in kind["by_class"] if row["class"] in names)
+
     print(f"{name}, zero-shot: colour {colour['accuracy']:.1f} % (chance {colour['chance']:.0f}); kind "
-          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {old:.1f} % of those that the English "
-          f"world has too and {new:.1f} % of the others")
+          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {accuracy(set(kinds) - new):.1f} % of those that "
+          f"the English world has too and {accuracy(new):.1f} % of the others")
 
 
 def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: str, context_length: int):

@@ -171,13 +171,23 @@ def test_chinese_nouns_as_a_reader_would_write_them():
 
 def test_chinese_sentences_as_a_reader_would_write_them():
     """Things that come new into a sentence stand after 有 or 是, not before 在 or a side: of 苹果上方有三把扇子
-    the apples have been named before. A place is not followed by 画面上方, left comes before right, and one
+    the apples have been named before. Nothing is 下方 of another thing,
+    which would be under it. A place is not followed by 画面上方, left comes before right, and one
     的 is enough in 草地上的一只白猫."""
     for _, caption in drawn_from("zh", "train", 3000):
-        assert not re.search("在|号|的画|[上里下]，画面|下方是.*上方是|[边侧]是.*左[边侧]是", caption), caption
+        assert not re.search("在|号|的画|画中|[上里下]，画面|下方是.*上方是|[边侧]是.*左[边侧]是", caption), caption
         assert not re.search("[上下里]的.*的", caption), caption
         anchor = re.search("，(.{1,3}?)的?([上下]方|[左右][边侧])有", caption)
-        assert not anchor or anchor[1] in caption[: anchor.start()], caption
+        assert not anchor or anchor[1] in caption[: anchor.start()] and anchor[2] != "下方", caption
+
+
+def test_half_of_the_brief_captions_say_colours_too():
+    captions = [scenes.captioned("zh", "train", index)[0] for index in range(3000)]
+    brief = [caption for caption in captions if not re.search("草|雪|沙|夜|森|树林", caption)]
+    assert 0.45 < len(brief) / len(captions) < 0.55
+    colours = "".join(colour for _, colour, _ in scenes.COLOURS)
+    assert 0.4 < sum(bool(re.search(f"[{colours}]", caption)) for caption in brief) / len(brief) < 0.5
+    assert not any("色的" in caption for caption in brief)  # no 一张红色的猫的图片
 
 
 def test_english_nouns_agree_in_number():
