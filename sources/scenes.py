@@ -111,7 +111,7 @@ SIZE = 64  # pixels a side of a picture
 FEW = 20_000  # scenes are kept once they are drawn; a picture has 12 kB
 TWO_GROUPS = {"en": 0.2, "zh": 0.5}  # the share of scenes with two groups of things; others have one
 BRIEF = {"en": 0.7, "zh": 0.5}  # the share of captions that only name the things
-COLOURED = 0.5  # the share of short Chinese captions that also say the colours
+COLOURED = 0.5  # the share of these that also say the colours
 SIZES = {"small": 0.7, "big": 1.2, "": 1.0}  # of things; captions do not mention the middle size, ""
 
 
@@ -190,14 +190,14 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 def describe_briefly(scene: Scene, rng: random.Random) -> str:
     """A caption that only says what there is, like most captions on the web: 一张猫和灯笼的图片."""
-    groups = list(scene.groups)
+    groups, coloured = list(scene.groups), rng.random() < COLOURED
     rng.shuffle(groups)
     if scene.world == "zh":
-        coloured = rng.random() < COLOURED
         names = [rng.choice(KINDS[group.kind].zh) for group in groups]
         names = "和".join(coloured and short_zh(group, name) or name for group, name in zip(groups, names))
         return rng.choice((names, f"一张{names}的图片", f"{names}的画", f"图里有{names}", f"画的是{names}"))
-    names = " and ".join(KINDS[group.kind].en for group in groups)
+    names = " and ".join(
+        a_or_an(f"{COLOURS[group.colour][0]} " * coloured + KINDS[group.kind].en) for group in groups)
     return rng.choice((names, f"a picture of {names}", f"a drawing of {names}"))
 
 
@@ -242,14 +242,18 @@ def describe_zh(scene: Scene, rng: random.Random) -> str:
         f"画面上方有{a}，下方有{b}，背景是{place}"))
 
 
+def a_or_an(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def noun_en(group: Group, rng: random.Random) -> str:
     """A group in words: three red cats, or three little red cats."""
     kind, colour = KINDS[group.kind], COLOURS[group.colour][0]
     small, big = rng.choice(("small ", "little ")), rng.choice(("big ", "large "))
-    size = {"small": small, "big": big, "": ""}[group.size]
-    article = "an" if colour[0] in "aeiou" and not size else "a"
-    number = (article, "two", "three")[group.count - 1]
-    return f"{number} {size}{colour} {kind.en if group.count == 1 else kind.plural}"
+    coloured = {"small": small, "big": big, "": ""}[group.size] + colour
+    if group.count == 1:
+        return a_or_an(f"{coloured} {kind.en}")
+    return f"{('two', 'three')[group.count - 2]} {coloured} {kind.plural}"
 
 
 def describe_en(scene: Scene, rng: random.Random) -> str:

@@ -6,8 +6,9 @@ Figure 2 of the paper on drawn scenes: mean recall against Chinese pairs seen, f
     locked    the image tower starts from the English world's and stays as it is: stage 1 to the end
     stage2    locked for a while, then everything trains: stage 1 and stage 2
 
-All see the same few Chinese pairs equally often. The first seed tries each way at three rates, and the other
-seeds take the one that was best, so that no way wins because of a rate that happens to suit it.
+All see the same few Chinese pairs equally often. The English tower has seen many times more, as OpenAI's had.
+The first seed tries each way at three rates, and the other seeds take the one that was best, so that no way
+wins because of a rate that happens to suit it.
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ import statistics
 from typing import NamedTuple
 
 SEEDS, RATES = 5, (3e-4, 1e-3, 3e-3)
+ENGLISH = dict(steps=1600, eval_every=400)
+STAGE_1 = dict(steps=100, eval_every=50)
+STAGE_2 = dict(steps=200, eval_every=50)
 WAYS = {"scratch": "from scratch", "direct": "direct tuning", "locked": "stage 1 alone",
         "stage2": "two stages"}
 
@@ -27,6 +31,7 @@ class Run(NamedTuple):
 
 def comparison(english: dict, stage1: dict, stage2: dict) -> dict[str, dict]:
     """The flags of the demo's three acts -> {act: flags}, for all ways, seeds and rates."""
+    english, stage1, stage2 = english | ENGLISH, stage1 | STAGE_1, stage2 | STAGE_2
     acts, steps = {}, stage1["steps"] + stage2["steps"]
     for n in range(SEEDS):
         tower = dict(image_init=f"@english-seed{n}")

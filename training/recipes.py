@@ -146,7 +146,7 @@ TABLE_9 = {
     "ViT-H-14":     ((20480, 2e-5, 20, 20), (4096, 6e-6, 18, 6), (5120, 2e-5, 18, 10)),
 }
 # The demo's numbers are our own, found by trying on two CPU cores.
-DEMO = dict(model="RN-mini", data="scenes-zh-6000", batch_size=64, recipe_lr=1e-3, lr_batch=64, warmup=20,
+DEMO = dict(model="RN-micro", data="scenes-zh-6000", batch_size=64, recipe_lr=1e-3, lr_batch=64, warmup=20,
             log_every=50)
 # So are these (docs/experiments.md). Random weights have nothing to lose by a high rate, at any batch.
 SMALL_FROM_NOTHING = dict(recipe_lr=1e-3, lr_batch=1, batch_size=64, min_steps=300)
@@ -185,9 +185,9 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
         print(f"--recipe {recipe}: the paper has no numbers for {name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
-        return {"english": DEMO | dict(data="scenes-en", steps=400, eval_every=100),
-                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=150, eval_every=50),
-                "stage2": DEMO | dict(init="@stage1", steps=450, eval_every=90)}
+        return {"english": DEMO | dict(data="scenes-en", steps=800, eval_every=200),
+                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=100, eval_every=50),
+                "stage2": DEMO | dict(init="@stage1", steps=700, eval_every=140)}
     if recipe == "compare":
         return comparison(**acts_of("demo", name))
     if recipe == "pretrain":

@@ -290,8 +290,9 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     numbers, plot, sheet, page = (os.path.join(folder, name) for name in names)
     write_json(numbers, histories)
     device = "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu"
+    shown = list(acts)[-len(compared):] if compared else acts  # of a comparison, its last seed
     clips = {f"after {act}": model.load(os.path.join(acts[act].out, "best.safetensors"), device)[0]
-             for act in (list(acts)[-1:] if compared else acts)}
+             for act in shown}
     for name, clip in clips.items():
         if drawn and name != "after english":
             look_at_scenes(name, clip)
@@ -354,8 +355,8 @@ def look_at_scenes(name: str, clip: model.ChineseCLIP):
         return statistics.mean(row["accuracy"] for row in kind["by_class"] if row["class"] in names)
 
     print(f"{name}, zero-shot: colour {colour['accuracy']:.1f} % (chance {colour['chance']:.0f}); kind "
-          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {accuracy(set(kinds) - new):.1f} % of those that "
-          f"the English world has too and {accuracy(new):.1f} % of the others")
+          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {accuracy(set(kinds) - new):.1f} % of "
+          f"those that the English world has too and {accuracy(new):.1f} % of the others")
 
 
 def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: str, context_length: int):
