@@ -109,6 +109,7 @@ BARE = {"花": "红黄蓝白", "伞": "红黄绿蓝黑白", "旗": "红黄绿蓝
 
 SIZE = 64  # pixels a side of a picture
 FEW = 20_000  # scenes are kept once they are drawn; a picture has 12 kB
+# These shares and sizes were found by trying (docs/experiments.md).
 TWO_GROUPS = {"en": 0.2, "zh": 0.5}  # the share of scenes with two groups of things; others have one
 BRIEF = {"en": 0.7, "zh": 0.5}  # the share of captions that only name the things
 COLOURED = 0.5  # the share of these that also say the colours
@@ -189,7 +190,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 
 def describe_briefly(scene: Scene, rng: random.Random) -> str:
-    """A caption that only says what there is, like most captions on the web: 一张猫和灯笼的图片."""
+    """A caption that only says what there is, at times its colour, as on the web: 一张红伞和书的图片."""
     groups, coloured = list(scene.groups), rng.random() < COLOURED
     rng.shuffle(groups)
     if scene.world == "zh":

@@ -171,9 +171,8 @@ def test_chinese_nouns_as_a_reader_would_write_them():
 
 def test_chinese_sentences_as_a_reader_would_write_them():
     """Things that come new into a sentence stand after 有 or 是, not before 在 or a side: of 苹果上方有三把扇子
-    the apples have been named before. Nothing is 下方 of another thing,
-    which would be under it. A place is not followed by 画面上方, left comes before right, and one
-    的 is enough in 草地上的一只白猫."""
+    the apples have been named before. Nothing is 下方 of another thing, which would be under it. A place is
+    not followed by 画面上方, left comes before right, and one 的 is enough in 草地上的一只白猫."""
     for _, caption in drawn_from("zh", "train", 3000):
         assert not re.search("在|号|的画|画中|[上里下]，画面|下方是.*上方是|[边侧]是.*左[边侧]是", caption), caption
         assert not re.search("[上下里]的.*的", caption), caption
