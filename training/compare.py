@@ -19,7 +19,7 @@ from typing import NamedTuple
 SEEDS, RATES = 5, (3e-4, 1e-3, 3e-3)
 # Our numbers: five times as many English pairs as Chinese ones, and few steps, when a good start counts most.
 ENGLISH = dict(steps=1600, eval_every=400)
-STAGE_1 = dict(steps=100, eval_every=50)
+STAGE_1 = dict(steps=100, eval_every=50, lr=1e-3)
 STAGE_2 = dict(steps=200, eval_every=50)
 WAYS = {"scratch": "from scratch", "direct": "direct tuning", "locked": "stage 1 alone",
         "stage2": "two stages"}

@@ -185,9 +185,10 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
         print(f"--recipe {recipe}: the paper has no numbers for {name}; these are ViT-B-16's")
     stage_1_epochs, stage_2_batch, stage_2_epochs = APPENDIX_A2.get(name, APPENDIX_A2["ViT-B-16"])
     if recipe == "demo":
+        chinese = DEMO | dict(recipe_lr=2e-3)
         return {"english": DEMO | dict(data="scenes-en", steps=800, eval_every=200),
-                "stage1": DEMO | dict(image_init="@english", freeze_image=True, steps=100, eval_every=50),
-                "stage2": DEMO | dict(init="@stage1", steps=700, eval_every=140)}
+                "stage1": chinese | dict(image_init="@english", freeze_image=True, steps=150, eval_every=75),
+                "stage2": chinese | dict(init="@stage1", steps=450, eval_every=90)}
     if recipe == "compare":
         return comparison(**acts_of("demo", name))
     if recipe == "pretrain":

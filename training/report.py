@@ -5,6 +5,7 @@ Sans SC (see LICENSE) with the characters of sources/scenes.py: many machines ha
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -46,9 +47,11 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
         print(f"   {line}", flush=True)
 
     B, pairs, share = cfg.batch_size, len(stream.pairs), cfg.batch_size // world_size()
-    trained = [p for p in clip.parameters() if p.requires_grad]
-    parts = clip.parameters(), trained, [p for p in trained if p.ndim < 2]
-    say("{:,} parameters, {:,} train, {:,} without decay".format(*(sum(p.numel() for p in x) for x in parts)))
+    frozen, vectors = (sum(p.numel() for p in clip.parameters() if test(p)) for test in (
+        lambda p: not p.requires_grad, lambda p: p.requires_grad and p.ndim < 2))
+    say(f"{sum(p.numel() for p in clip.parameters()):,} parameters"
+        + f"; the image tower's {frozen:,} are frozen, the others train" * bool(frozen)
+        + f"; weight decay for all but {vectors:,} gains and biases" * bool(cfg.weight_decay))
     say(f"{pairs:,} training pairs; validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
     if valid.image_count < 100:
         say(f"so few are found by chance: guessing has an R@10 of {min(100, 1000 / valid.image_count):.0f} "
@@ -64,8 +67,9 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
             "tells them from negatives")
     if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
-    where = f"from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else "at any batch"
-    say(f"peak lr {cfg.peak_lr:.2e}; the recipe's is {cfg.recipe_lr:.2e} {where}")
+    where = f" from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else ""
+    say(f"peak learning rate {cfg.peak_lr:.2e}"
+        + f"; the recipe's is {cfg.recipe_lr:.2e}{where}" * (cfg.peak_lr != cfg.recipe_lr))
     trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
     if trained_before and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
         say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
@@ -73,9 +77,9 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
     say(f"warm-up {warmup:,} steps{why}")
     shared, floor = repeats(stream, B) if rank() == 0 else (0, 0)
-    advice = f" and keep the loss above {floor:.3f}: --targets multi"
-    say(f"loss by chance ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or caption "
-        "with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
+    advice = f", so the loss cannot fall below {floor:.3f}; with --targets multi it could"
+    say(f"guessing has a loss of ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or "
+        "caption with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
 
 
 def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:
@@ -130,7 +134,8 @@ class Log:
         best = entry is max(history, key=lambda one: one["mean_recall"])
         t2i, i2t = entry["text_to_image"]["R@1"], entry["image_to_text"]["R@1"]
         print(f"   step {entry['step']:>6,}  validation: mean recall {entry['mean_recall']:.1f}, R@1 text to "
-              f"image {t2i:.1f}, image to text {i2t:.1f}{', the best so far' if best else ''}", flush=True)
+              f"image {t2i:.1f}, image to text {i2t:.1f}" + ", a new best" * bool(best and history[1:]),
+              flush=True)
         self.write(entry)
         if best and rank() == 0:
             model.save(clip, os.path.join(self.cfg.out, "best.safetensors"))
@@ -142,7 +147,7 @@ class Log:
         scale, lr = clip.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
         rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
-              f"in batch i2t {i2t:.0%} t2i {t2i:.0%}  scale {scale:.1f}  lr {lr:.1e}  "
+              f"right of {len(features[0]):,}: text {i2t:.0%}, image {t2i:.0%}  logit scale {scale:.1f}  lr {lr:.1e}  "
               f"{rate:,.0f} pairs/s  {(self.total - step) * B / rate:,.0f} s left", flush=True)
         self.losses.append(loss)
         self.write({"step": step, "loss": loss, "in_batch_i2t": i2t, "in_batch_t2i": t2i,
@@ -243,14 +248,14 @@ def contact_sheet(path: str, rows: list[tuple[str, list[list[tuple[Image.Image, 
     """A PNG with a row for every query: the pictures that it retrieves, the right ones with a green frame, in
     a block for every heading. A query that no font here can draw is named by the number of its row, and
     printed."""
-    thumb, gap, text = 128, 12, 30
+    thumb, gap, text = 128, 12, 36
     blocks, top = rows[0][1], text if any(headings) else 0
-    lefts = [gap + i * (len(blocks[0]) * (thumb + gap) + 2 * gap) for i in range(len(blocks))]
-    width = lefts[-1] + len(blocks[-1]) * (thumb + gap)
-    sheet = Image.new("RGB", (width, top + len(rows) * (thumb + gap + text) + gap), "white")
+    *lefts, right = itertools.accumulate(
+        (len(block) * (thumb + gap) + 2 * gap for block in blocks), initial=gap)
+    sheet = Image.new("RGB", (right - 2 * gap, top + len(rows) * (thumb + gap + text) + gap), "white")
     canvas = ImageDraw.Draw(sheet)
     for left, heading in zip(lefts, headings):
-        canvas.text((left, gap), heading, font=font(18), fill=(110, 110, 110))
+        canvas.text((left, gap), heading, font=font(16), fill=(110, 110, 110))
     for r, (query, blocks) in enumerate(rows):
         y = top + gap + r * (thumb + gap + text)
         found = font(20, query)
@@ -291,28 +296,30 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     write_json(numbers, histories)
     device = "cuda" if torch.cuda.is_available() and last.device != "cpu" else "cpu"
     shown = list(acts)[-len(compared):] if compared else acts  # of a comparison, its last seed
-    clips = {f"after {act}": model.load(os.path.join(acts[act].out, "best.safetensors"), device)[0]
-             for act in shown}
+    with contextlib.redirect_stdout(None):  # what is loaded has just been written
+        clips = {f"after {act}": model.load(os.path.join(acts[act].out, "best.safetensors"), device)[0]
+                 for act in shown}
     for name, clip in clips.items():
         if drawn and name != "after english":
             look_at_scenes(name, clip)
     data = last.valid_data or last.data
     look_at_retrieval(clips, open_pairs(data, last.valid_split), sheet, last.context_length)
     starts = {act: cfg.init for act, cfg in acts.items() if cfg.data == last.data}
-    curve(plot, compared or lines(histories, starts), "mean recall (%) on validation captions")
+    curve(plot, compared or lines(histories, starts), "mean recall (%) on validation pairs")
     print(f"recall as a curve: {plot}\nas numbers: {numbers}\nthe weights: {best}")
+    length = ["--context-length", str(last.context_length)] * (last.context_length != Config.context_length)
     print("next, what it finds and misses: " + shlex.join([
         "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split",
-        last.valid_split, "--context-length", str(last.context_length), "--page", page]))
-    print(f"{time.perf_counter() - STARTED:.0f} s")
+        last.valid_split, *length, "--page", page]))
+    print(f"all of this took {time.perf_counter() - STARTED:.0f} s")
 
 
 TEACHES = {  # what each row of the demo's table shows
-    "before english": "random weights guess",
-    "after english": "pictures and English captions share a space; no Chinese yet",
-    "before stage1": "that image tower beside a new Chinese text tower, which guesses",
-    "after stage1": "only the text tower has moved: it names in Chinese what the image tower tells apart",
-    "after stage2": "both have moved: the image tower has learned ink, and things it had never seen",
+    "before english": "measured on English pairs: random weights guess",
+    "after english": "measured on English pairs: pictures and English captions share a space",
+    "before stage1": "on Chinese pairs from here on: a new text tower beside that image tower guesses",
+    "after stage1": "the text tower alone has trained: it names what the frozen image tower tells apart",
+    "after stage2": "now both have trained: the image tower knows ink, and kinds of things new to it",
 }
 
 
@@ -329,15 +336,12 @@ def recall_table(rows: dict[str, dict], teaches: dict[str, str] = {}) -> str:
 
 
 def lines(histories: dict, starts: dict[str, str]) -> dict[str, list[list[tuple[float, float]]]]:
-    """Mean recall against pairs seen, a line for every way of training: an act that starts from another's
-    weights ("@act") continues its line. starts: the acts to draw, and what each starts from."""
+    """Mean recall against pairs seen, a line for every act; one that starts from another's weights ("@act")
+    begins where that ends. starts: the acts to draw, and what each starts from."""
     result = {}
     for act, start in starts.items():
-        before = next((way for way in result if start == "@" + way.split(", ")[-1]), "")
-        points, = result.pop(before, [[]])
-        seen = points[-1][0] if points else 0
-        result[f"{before}, {act}" if before else act] = [points + [
-            (seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]]
+        seen = result.get(start[1:], [[(0, 0)]])[0][-1][0]
+        result[act] = [[(seen + entry["samples"], entry["mean_recall"]) for entry in histories[act]]]
     return result
 
 
@@ -354,19 +358,21 @@ def look_at_scenes(name: str, clip: model.ChineseCLIP):
     def accuracy(names: set[str]) -> float:
         return statistics.mean(row["accuracy"] for row in kind["by_class"] if row["class"] in names)
 
-    print(f"{name}, zero-shot: colour {colour['accuracy']:.1f} % (chance {colour['chance']:.0f}); kind "
-          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}), {accuracy(set(kinds) - new):.1f} % of "
-          f"those that the English world has too and {accuracy(new):.1f} % of the others")
+    print(f"{name}, zero-shot on {len(pictures)} pictures of one thing: colour {colour['accuracy']:.1f} % "
+          f"(chance {colour['chance']:.0f}); kind {kind['accuracy']:.1f} % (chance {kind['chance']:.0f}): "
+          f"{accuracy(set(kinds) - new):.1f} % of the {len(kinds) - len(new)} kinds that English pairs show "
+          f"too, {accuracy(new):.1f} % of the {len(new)} new ones")
 
 
 def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: str, context_length: int):
-    """A contact sheet of six captions and the pictures nearest to them, among theirs and the first 1,000, in
-    the eyes of each model."""
+    """A contact sheet of six captions, the picture that each belongs to, and those nearest to it, among
+    theirs and the first 1,000, in the eyes of each model."""
     texts = valid.positives[:, 0].unique().tolist()
     queries = texts[:: max(1, min(10, len(texts) // 6))][:6]
     known = {(text, image) for text, image in valid.positives.tolist() if text in queries}
     images = sorted({image for _, image in known} | set(range(min(1000, valid.image_count))))
-    blocks = []
+    own = dict(sorted(known, reverse=True))  # the first that belongs to each
+    blocks = [[[(valid.image(own[q]), False)] for q in queries]]
     for clip in clips.values():
         features = encode_texts(clip, [valid.text(q) for q in queries], context_length)  # [6, E]
         scores = features @ encode_images(clip, lambda n: valid.image(images[n]), len(images)).T  # [6, N]
@@ -374,5 +380,5 @@ def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: s
         blocks.append([[(valid.image(images[n]), (q, images[n]) in known) for n in row]
                        for q, row in zip(queries, found)])
     contact_sheet(path, [(valid.text(q), list(row)) for q, row in zip(queries, zip(*blocks))],
-                  tuple(clips) if len(clips) > 1 else ("",))
-    print(f"unseen captions and the pictures they retrieve (green: the right one): {path}")
+                  ("its picture", *(f"{name}, nearest first" for name in clips)))
+    print(f"validation captions and the pictures they retrieve (green: the right one): {path}")

@@ -122,4 +122,4 @@ def without_pooler(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def left_out(state: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> str:
     """The end of a message, if anything was left out."""
     count = len(state) - len(kept)
-    return f"; left out {count} tensors that have no place in this model" if count else ""
+    return f"; {count} others in that file are not needed" if count else ""

@@ -51,4 +51,5 @@ def initialise(clip: nn.Module, models: dict, image_init: str = "", text_init: s
             print(f"{path}: this image tower was trained with {activation!r:.99}; here it computes QuickGELU "
                   "as in the official code, and its features differ until training has made up for it")
         clip.load_state_dict(state, strict=False)
-        print(f"{len(state)} tensors from {path}{left_out(everything, state)}")
+        what = {"": "both towers", "visual.": "the image tower", "bert.": "the text tower"}[part]
+        print(f"{what}: {len(state)} tensors from {path}{left_out(everything, state)}")

@@ -84,24 +84,24 @@ def test_contact_sheet_has_a_cell_a_picture_and_a_green_frame_around_the_right_o
     ]
     report.contact_sheet(str(tmp_path / "sheet.png"), [(query, [images]) for query, images in rows])
     pixels = read(tmp_path / "sheet.png")
-    assert pixels.shape == (3 * (128 + 12 + 30) + 12, 3 * (128 + 12) + 12, 3)
+    assert pixels.shape == (3 * (128 + 12 + 36) + 12, 3 * (128 + 12) + 12, 3)
     green = (pixels[..., 1] - pixels[..., ::2].max(axis=-1)) > 60
     for r, (_, images) in enumerate(rows):
-        top = 12 + r * 170 + 30
+        top = 12 + r * 176 + 36
         for c, (picture, right) in enumerate(images):
             left = 12 + c * 140
             ys, xs = slice(top, top + 128), slice(left, left + 128)
             assert near(pixels[ys, xs], picture.convert("RGB").getpixel((0, 0))).all(), (r, c)
             sides = green[ys, left - 3], green[ys, left + 130], green[top - 3, xs], green[top + 130, xs]
             assert all(side.all() if right else not side.any() for side in sides), (r, c)
-        assert (pixels[top - 30 : top - 6] < 100).all(axis=-1).any()  # the query is written above
+        assert (pixels[top - 36 : top - 6] < 100).all(axis=-1).any()  # the query is written above
     assert green.sum() == 2 * ((128 + 10) ** 2 - 128**2)  # no other green
 
 
 def test_contact_sheet_shows_a_transparent_picture_on_white(tmp_path):
     clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     report.contact_sheet(str(tmp_path / "sheet.png"), [("一只猫", [[(clear, False)]])])
-    assert (read(tmp_path / "sheet.png")[42 : 42 + 128, 12 : 12 + 128] == 255).all()
+    assert (read(tmp_path / "sheet.png")[48 : 48 + 128, 12 : 12 + 128] == 255).all()
 
 
 def test_chinese_text_is_drawn_in_glyphs_of_its_own(tmp_path):
@@ -143,29 +143,30 @@ def test_a_caption_that_no_font_can_draw_is_named_by_its_row(tmp_path, monkeypat
 
 
 def test_ones_own_validation_pairs_are_looked_at_too(pairs, tmp_path, capsys):
-    """Six captions of the folder and their six nearest pictures; the right ones have a green frame."""
+    """Six captions of the folder, the picture of each, and the six nearest; the right ones have a green frame."""
     clip = model.ChineseCLIP(model.MODELS["ViT-tiny"]).eval()
     report.look_at_retrieval({"": clip}, open_pairs(pairs, "valid"), str(tmp_path / "sheet.png"), 52)
-    assert read(tmp_path / "sheet.png").shape == (6 * 170 + 12, 6 * 140 + 12, 3)
+    assert read(tmp_path / "sheet.png").shape == (36 + 6 * 176 + 12, 140 + 24 + 6 * 140 + 12, 3)
     shutil.copytree(pairs, tmp_path / "pairs")
     (tmp_path / "pairs" / "valid.jsonl").write_text('{"image": "valid0.png", "text": "一只猫"}\n', encoding="utf-8")
     report.look_at_retrieval({"": clip}, open_pairs(str(tmp_path / "pairs"), "valid"), str(tmp_path / "one.png"), 52)
     pixels = read(tmp_path / "one.png")  # a single picture, which can only be right
-    assert pixels.shape == (182, 152, 3) and near(pixels, (40, 170, 80)).sum() == 138**2 - 128**2
+    assert pixels.shape == (36 + 188, 140 + 24 + 152, 3) and near(pixels, (40, 170, 80)).sum() == 138**2 - 128**2
 
 
 def test_before_and_after_stand_side_by_side(pairs, tmp_path):
-    """Three models: two pictures of each for every caption, under the model's name."""
+    """The picture of every caption, and beside it two of each of three models, under the model's name."""
     config = model.MODELS["ViT-tiny"]
     clips = {name: model.ChineseCLIP(config).eval() for name in ("after one", "after two", "after three")}
     report.look_at_retrieval(clips, open_pairs(pairs, "valid"), str(tmp_path / "sheet.png"), 52)
     pixels = read(tmp_path / "sheet.png")
-    assert pixels.shape == (30 + 6 * 170 + 12, 3 * 2 * 140 + 2 * 24 + 12, 3)
+    assert pixels.shape == (36 + 6 * 176 + 12, 140 + 3 * (24 + 2 * 140) + 12, 3)
+    assert near(pixels[84: 84 + 128, 12: 12 + 128], pixels[90, 20]).all()  # of one colour, without a frame
     for block in range(3):
-        left = 12 + block * (2 * 140 + 24)
+        left = 12 + 140 + 24 + block * (2 * 140 + 24)
         assert (pixels[12:30, left: left + 100] < 180).any()  # the heading
-        assert (pixels[72: 72 + 128, left: left + 268] < 250).any()  # two pictures
-        assert (pixels[72: 72 + 128, left + 273: left + 299] == 255).all() or block == 2  # and a gap
+        assert (pixels[84: 84 + 128, left: left + 268] < 250).any()  # two pictures
+        assert (pixels[84: 84 + 128, left + 273: left + 299] == 255).all() or block == 2  # and a gap
 
 
 def test_the_table_says_what_a_row_teaches():
@@ -188,5 +189,5 @@ def test_zero_shot_tells_known_kinds_from_new_ones(monkeypatch, capsys):
     monkeypatch.setattr(report, "zero_shot", judge)
     report.look_at_scenes("after stage1", None)
     assert capsys.readouterr().out == (
-        "after stage1, zero-shot: colour 0.0 % (chance 11); kind 72.7 % (chance 5), 100.0 % of those that the "
-        "English world has too and 0.0 % of the others\n")
+        "after stage1, zero-shot on 440 pictures of one thing: colour 0.0 % (chance 11); kind 72.7 % (chance 5): "
+        "100.0 % of the 16 kinds that English pairs show too, 0.0 % of the 6 new ones\n")
