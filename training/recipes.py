@@ -188,7 +188,7 @@ def acts_of(recipe: str, name: str) -> dict[str, dict]:
         chinese = DEMO | dict(recipe_lr=2e-3)
         return {"english": DEMO | dict(data="scenes-en", steps=800, eval_every=200),
                 "stage1": chinese | dict(image_init="@english", freeze_image=True, steps=150, eval_every=75),
-                "stage2": chinese | dict(init="@stage1", steps=450, eval_every=90)}
+                "stage2": chinese | dict(init="@stage1", steps=550, eval_every=110)}
     if recipe == "compare":
         return comparison(**acts_of("demo", name))
     if recipe == "pretrain":
