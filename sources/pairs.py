@@ -9,12 +9,14 @@ functions, which raise a DataError that names the kind of fault.
 import contextlib
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import stat
 import struct
 import sys
 import tarfile
@@ -23,12 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common import UserError
 
 # The formats of photos. Pillow knows more, among them PostScript, which it has another program execute.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+if importlib.util.find_spec("pillow_heif"):  # optional: with it, the HEIC files of iPhones too
+    importlib.import_module("pillow_heif").register_heif_opener()
+    FORMATS += ("HEIF",)
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2") + (
+    ("heic", "heif") * ("HEIF" in FORMATS))  # how the names of their files end
 # What lists of captions call the columns of pictures and texts: ours, Hugging Face's, open_clip's, Wukong's.
 LIST_KEYS = (("image", "file_name", "filepath", "dir"), ("text", "caption", "title"))
 LIMIT = 2**28  # bytes of a line that are read at once: no picture has 256 MB
@@ -144,6 +151,36 @@ def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
         reason = f"none of {', '.join(FORMATS)}" if unknown else f"{type(error).__name__}: {error}"
         raise DataError(f"{where}: the picture cannot be decoded ({reason}); fetch it again or drop it",
                         "damaged picture") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The same picture, turned as its camera was held; a broken note about that is ignored."""
+    with contextlib.suppress(*BROKEN):
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format, by which `as_rgb` goes
+    return image
+
+
+def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, list[int]], list[bytes]]:
+    """-> the pictures in these folders and those below, as {path: [bytes, time in ns]}, and the folders that
+    cannot be read. Hidden names are skipped. Links are followed, but no folder is read twice."""
+    suffixes, seen, found, unread = {suffix.encode() for suffix in PICTURES}, set(), {}, []
+    for root in roots:
+        for folder, folders, names in os.walk(root, onerror=lambda error: unread.append(error.filename),
+                                              followlinks=True):
+            with contextlib.suppress(OSError):  # a folder or file that has vanished just now
+                place = os.stat(folder)[1:3]  # inode and device
+                if place in seen:
+                    folders.clear()
+                    continue
+                seen.add(place)
+                folders[:] = [name for name in folders if name[:1] != b"."]
+            for name in names:
+                if name[:1] != b"." and name.rpartition(b".")[2].lower() in suffixes:
+                    with contextlib.suppress(OSError):
+                        status = os.stat(path := os.path.join(folder, name))
+                        if stat.S_ISREG(status.st_mode):
+                            found[path] = [status.st_size, status.st_mtime_ns]
+    return found, unread
 
 
 def read_picture(path: str) -> bytes:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.pairs import BROKEN, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp
+from sources.pairs import (
+    BROKEN, PICTURES, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp)
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 ROLES = dict.fromkeys(PICTURES, "picture") | {"txt": "txt", "json": "json"}
 ROW = np.dtype([  # where the two members of a pair are: 29 bytes
     ("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"),

@@ -32,7 +32,7 @@ from weights import download
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*.md"))]
 ONCE = [page for page in PAGES if page.name != "README_zh.md"]  # whose code is README.md's, as a test says
-PROGRAMS = ("train.py", "eval.py", "tools.curate", "tools.measure", "tools.weights", "tools.bench")
+PROGRAMS = ("train.py", "eval.py", "tools.curate", "tools.measure", "tools.weights", "tools.bench", "tools.search")
 ids = dict(ids=lambda page: page.name)
 pytestmark = pytest.mark.filterwarnings("ignore:'tools.*found in sys.modules")  # other tests import it
 
@@ -136,11 +136,12 @@ def test_every_command_parses(page, monkeypatch):
 SMALL = {  # argument -> what stands in for it
     "RN-mini": RN, "RN-small": RN,  # another size would do the same, more slowly
     "scenes-zh": "photos",
+    "~/Pictures": "photos", "~/Pictures/2024": "photos", "cat.jpg": "photo.jpg", "./cat.jpg + 雪地 - 2*人": "./photo.jpg + 雪地",
     "cifar-100": "mnist",  # 10 classes for 100
     "web/train-{000000..000099}.tar": "web/train-000000.tar",
     "0.26": "-1", "0.86": "-1",  # random models give low cosines
 }
-LEFT_OUT = (["python", "train.py"], "compare", "--nnodes", "pip")  # the demo and its like; eight machines
+LEFT_OUT = (["python", "train.py"], "compare", "--nnodes", "pip", "--serve")  # the demo and its like; a server
 
 
 def small(program: str, arguments: list[str]) -> list[str]:

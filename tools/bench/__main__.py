@@ -8,6 +8,7 @@ are installed. Every time is a median after a warm-up, and all programs take tur
     python -m tools.bench train                          # steps of both stages, in chunks, from a cache
     python -m tools.bench loss                           # the loss alone, as a matrix and in tiles
     python -m tools.bench data                           # pictures for training, on one core
+    python -m tools.bench search                         # an index of photos, and searching in it
     python -m tools.bench all --device cuda --write      # on a GPU; appends its tables to docs/benchmarks.md
     python -m tools.bench train --device cuda --models ViT-B-16 --stages 2 --batch 32768 --chunk 2048
 """
@@ -22,12 +23,13 @@ import torch
 import model
 from common import Flags
 from tools.bench.peers import machine
+from tools.bench.search import bench_search
 from tools.bench.training import bench_data, bench_loss, bench_train
 from tools.bench.use import bench_encode, bench_eval, bench_load
 
 PAGE = os.path.join(os.path.dirname(model.__file__), "docs", "benchmarks.md")
 TASKS = {"load": bench_load, "encode": bench_encode, "eval": bench_eval, "train": bench_train,
-         "loss": bench_loss, "data": bench_data}
+         "loss": bench_loss, "data": bench_data, "search": bench_search}
 
 
 def lines_of(task: str, args: argparse.Namespace, command: str):

@@ -18,15 +18,14 @@ import shutil
 import tarfile
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from common import write_json
 from eval import encode_images, encode_texts
 from sources.augment import as_rgb
 from sources.layouts import OfficialPairs, find, open_pairs, splits_of
-from sources.pairs import DataError, Pairs, SourceChanged, decode
-from sources.shards import PICTURES
+from sources.pairs import PICTURES, DataError, Pairs, SourceChanged, decode, upright
 from tools.curate.check import digest, in_processes
 
 CHUNK = 256  # pictures that a process looks at before it reports
@@ -276,8 +275,7 @@ def resized(pairs: Pairs, side: int, row: int) -> bytes:
     picture = pairs.picture(row)
     if side < 1 or min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
-    image = decode(picture, "", side)
-    ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format, by which `as_rgb` goes
+    image = upright(decode(picture, "", side))
     scale = side / min(image.size)
     size = tuple(max(side, round(length * scale)) for length in image.size)
     file = io.BytesIO()

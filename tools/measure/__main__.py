@@ -7,7 +7,6 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 
 import collections
 import csv
-import glob
 import io
 import json
 import os
@@ -23,8 +22,7 @@ from eval import (
     FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
 from sources.classes import class_lines, open_classes, read_classes, templates_for
 from sources.layouts import open_pairs
-from sources.pairs import DataError, Pairs, open_image
-from sources.shards import PICTURES
+from sources.pairs import PICTURES, DataError, Pairs, open_image, pictures_below
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
@@ -160,8 +158,8 @@ def run_classify(args, load) -> tuple[dict, str]:
                         "of labels/")
     classes = read_classes(args.labels or own)
     templates = templates_for(classes, args.templates)
-    files = sorted(name for name in glob.glob("**", root_dir=args.data, recursive=True)
-                   if os.path.splitext(name)[1][1:].lower() in PICTURES)
+    folder = os.fsencode(args.data)
+    files = sorted(os.fsdecode(os.path.relpath(path, folder)) for path in pictures_below([folder])[0])
     if not files:
         raise DataError(f"{args.data}: no pictures in it; expected files that end in {', '.join(PICTURES)}")
     broken = torch.zeros(len(files), dtype=torch.long)  # 1 for each picture that cannot be decoded

@@ -1,0 +1,103 @@
+"""The task `search`: how fast pictures are indexed, looked at again, and found."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+import numpy as np
+import torch
+from PIL import Image
+
+import model
+from eval import encode_images
+from sources.pairs import pictures_below
+from tools.bench.peers import measure
+from tools.search.index import TOGETHER, Index
+from tools.search.query import Search
+
+PHOTO, PHOTOS = (1500, 1000), 2 * TOGETHER  # pixels, pictures
+SIZES = (10_000, 100_000, 1_000_000)  # synthetic features
+PORT = 8797
+
+
+def bench_search(args):
+    """Photos are smooth noise as JPEGs. For the sizes, pictures are links to small ones and their features
+    are random. A search encodes a new text each time, sorts, and gives the first ten hits."""
+    yield ["what", "seconds", "1/s", "MB"]
+    clip = model.ChineseCLIP(model.MODELS[args.models[0]]).eval()
+    all_cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(PHOTOS):
+            small = Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 60, 3), np.uint8))
+            small.resize(PHOTO, Image.Resampling.BICUBIC).save(f"{folder}/{n}.jpg", quality=92)
+        small = small.resize([clip.config.visual.resolution] * 2)
+        for count in sorted({1, len(all_cores)}):
+            os.sched_setaffinity(0, all_cores[:count])
+            torch.set_num_threads(count)
+            fresh = (Index(tempfile.mkdtemp(), clip) for _ in iter(int, 1))
+            times, memory = measure({
+                "encode": lambda: encode_images(clip, lambda _: small, PHOTOS),
+                "index": lambda: next(fresh).update(clip, [folder.encode()])}, args)
+            for what, seconds in times.items():
+                yield [f"{what} {PHOTOS} photos, cores: {count}", f"{seconds:.1f}", f"{PHOTOS / seconds:.1f}",
+                       memory[what]]
+    for count in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            index, roots = synthetic(folder, clip, count), [f"{folder}/photos".encode()]
+            search, numbers = Search(clip, index, roots, 0.99, paths=False), iter(range(9999))
+            actions = {"look again at": lambda: index.update(clip, roots),
+                       "find ten of": lambda: search.ranking(f"第{next(numbers)}张").first(10)}
+            times, memory = measure(actions, args)
+            for what, seconds in times.items():
+                yield [f"{what} {count:,}", f"{seconds:.2f}", "", memory[what]]
+            if count == SIZES[1]:
+                yield [f"show the first of {count:,} on the page", f"{first_hits(folder, clip):.1f}", "", ""]
+
+
+def synthetic(folder: str, clip, count: int) -> Index:
+    """An index of so many links in folder/photos, with random features."""
+    index, g = Index(f"{folder}/index", clip), torch.Generator().manual_seed(0)
+    for n in range(count):
+        if n % 1000 == 0:
+            os.makedirs(part := f"{folder}/photos/{n}")
+            Image.new("RGB", (40, 30), "red").save(first := f"{part}/{n}.png")
+        else:
+            os.link(first, f"{part}/{n}.png")
+    with open(index.features_path, "ab") as file:
+        for start in range(0, count, 10_000):
+            rows = model.normalise(torch.randn(min(10_000, count - start), index.width, generator=g))
+            file.write(rows.half().numpy().tobytes())
+    with index.writer:
+        index.writer.execute("BEGIN")
+        index.writer.executemany("INSERT INTO contents VALUES (?, ?, NULL)", (
+            (n, n.to_bytes(16, "big")) for n in range(count)))
+        index.writer.executemany("INSERT INTO files VALUES (NULL, ?, ?, ?, ?, '')", (
+            (path, *stamp, n) for n, (path, stamp) in enumerate(
+                pictures_below([f"{folder}/photos".encode()])[0].items())))
+    return index
+
+
+def first_hits(folder: str, clip) -> float:
+    """Seconds from the command to the answer to the page's first question, less those of the imports."""
+    model.save(clip, f"{folder}/clip.safetensors")
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import tools.search.__main__"], check=True)
+    imports = time.perf_counter() - started
+    started = time.perf_counter()
+    command = ["-m", "tools.search", f"{folder}/photos", "--serve", "--port", str(PORT)]
+    server = subprocess.Popen([sys.executable, *command,
+                               "--model", f"{folder}/clip.safetensors", "--index", f"{folder}/index"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/search?q=%E7%8C%AB", timeout=60) as answer:
+                assert answer.read().count(b"path")
+            break
+        except OSError:
+            assert server.poll() is None, "the server has ended"
+            time.sleep(0.02)
+    server.kill()
+    return time.perf_counter() - started - imports

@@ -1,0 +1,1 @@
+"""Search your own photos in Chinese. See __main__.py."""
