@@ -110,6 +110,8 @@ def run_calibrate(args, load) -> tuple[dict, str]:
         result["test"] = at_threshold(texts, images, test.positives, result["threshold"], result["prior"])
         print("on {}: {precision:.1%} right, {recall:.1%} of the right ones kept".format(
             args.test, **result["test"]))
+    if args.data.startswith("scenes-"):  # drawn scenes are not filtered
+        return result, ""
     keep = shlex.join(["python", "-m", "tools.curate", "filter", args.data, "NEW", "--model", args.model])
     return result, f"next, a set without what is below: {keep} --min-score {result['threshold']:.3f}"
 
