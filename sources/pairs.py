@@ -8,6 +8,7 @@ functions, which raise a DataError that names the kind of fault.
 
 import contextlib
 import csv
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -16,7 +17,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import stat
 import struct
 import sys
 import tarfile
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from common import UserError
 
@@ -160,26 +160,35 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, list[int]], list[bytes]]:
-    """-> the pictures in these folders and those below, as {path: [bytes, time in ns]}, and the folders that
+def date_taken(image: Image.Image) -> float | None:
+    """Seconds since 1970, by the camera's local time; None if the picture does not say."""
+    with contextlib.suppress(*BROKEN):
+        text = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        return datetime.datetime.strptime(text[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+
+
+def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, tuple[int, int]], list[bytes]]:
+    """-> the pictures in these folders and those below, as {path: (bytes, time in ns)}, and the folders that
     cannot be read. Hidden names are skipped. Links are followed, but no folder is read twice."""
     suffixes, seen, found, unread = {suffix.encode() for suffix in PICTURES}, set(), {}, []
+
+    def failed(error: OSError, folder: bytes = b""):
+        if not isinstance(error, FileNotFoundError):  # else it has vanished just now
+            unread.append(folder or error.filename)
+
     for root in roots:
-        for folder, folders, names in os.walk(root, onerror=lambda error: unread.append(error.filename),
-                                              followlinks=True):
-            with contextlib.suppress(OSError):  # a folder or file that has vanished just now
+        for folder, folders, names in os.walk(root, onerror=failed, followlinks=True):
+            try:
                 place = os.stat(folder)[1:3]  # inode and device
-                if place in seen:
-                    folders.clear()
-                    continue
+                folders[:] = [name for name in folders if name[:1] != b"." and place not in seen]
+                for name in names if place not in seen else []:
+                    if name[:1] != b"." and name.rpartition(b".")[2].lower() in suffixes:
+                        with contextlib.suppress(FileNotFoundError):
+                            if os.path.isfile(path := os.path.join(folder, name)):  # a pipe would never end
+                                found[path] = stamp(path)
                 seen.add(place)
-                folders[:] = [name for name in folders if name[:1] != b"."]
-            for name in names:
-                if name[:1] != b"." and name.rpartition(b".")[2].lower() in suffixes:
-                    with contextlib.suppress(OSError):
-                        status = os.stat(path := os.path.join(folder, name))
-                        if stat.S_ISREG(status.st_mode):
-                            found[path] = [status.st_size, status.st_mtime_ns]
+            except OSError as error:
+                failed(error, folder)
     return found, unread
 
 

@@ -26,8 +26,11 @@ from common import UserError
 from eval import encode_images, retrieval
 from sources.layouts import open_pairs
 from tools.search import __main__ as command
-from tools.search.index import Index, date_taken
-from tools.search.query import Search, cosines, day, terms
+from eval import ensemble, sentence_features
+from sources.classes import TEMPLATES, read_templates
+from sources.pairs import DataError, date_taken
+from tools.search.index import Index
+from tools.search.query import Ranking, Search, day, nearest, terms
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange"]
 
@@ -60,8 +63,8 @@ def same(one: dict, other: dict) -> bool:
 
 
 def grown(folder, clip, photos: str) -> tuple[Index, str]:
-    index = Index(str(folder), clip)
-    return index, index.update(clip, [os.fsencode(photos)])
+    index = Index(str(folder), clip, [os.fsencode(photos)])
+    return index, index.update(clip)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,11 +126,21 @@ def test_bad_files_are_named_and_not_opened_again(photos, tmp_path, clip):
     assert line.startswith("16 pictures, 16 new or changed, 8 encoded, 0 gone; 6 left out: ")
     for name, why in (("text.jpg", "none of JPEG"), ("empty.png", "none of"), ("icon.png", "200 x 8 pixels, an icon"),
                       ("cut.jpg", "truncated"), ("huge.jpg", "more than 256 MB"), ("bomb.png", "DecompressionBombError")):
-        assert any(f"bad/{name}': " in row and why in row for row in said.splitlines()), (name, said)
-    again = index.update(clip, [os.fsencode(photos)])
+        assert any(f"bad/{name}: " in row and why in row for row in said.splitlines()), (name, said)
+    again = index.update(clip)
     assert again.startswith("16 pictures, 0 new") and "; 6 left out" in again
     paths = {os.path.basename(path) for path in state(index)}
     assert {b"\xff.jpg", b"\xff\xfe.jpg"} < paths and b"a.jpg" not in paths
+
+
+def test_what_could_not_be_read_is_tried_again(photos, tmp_path, clip, monkeypatch):
+    """A disk that stumbles is no fault of the picture."""
+    def stumbling(path: str) -> bytes:
+        raise DataError(f"{path}: cannot be read (Input/output error); put it back", "unreadable file")
+    monkeypatch.setattr("tools.search.index.read_picture", stumbling)
+    assert "0 encoded, 0 gone; 8 left out" in grown(tmp_path / "index", clip, photos)[1]
+    monkeypatch.undo()
+    assert grown(tmp_path / "index", clip, photos)[1] == "8 pictures, 8 new or changed, 8 encoded, 0 gone"
 
 
 def test_a_photo_lies_as_its_camera_was_held(tmp_path, clip):
@@ -144,7 +157,7 @@ def test_a_photo_lies_as_its_camera_was_held(tmp_path, clip):
     with Image.open(tmp_path / "sideways.png") as image:
         assert date_taken(image) == day("2024-05-06", 0) + 7 * 3600 + 8 * 60 + 9
     files = index.files([os.fsencode(tmp_path)])
-    dates = {os.path.basename(index.path(int(number))[0]): date for number, _, date in files}
+    dates = {os.path.basename(index.path(int(number))): date for number, _, date in files}
     assert dates[b"sideways.png"] < dates[b"upright.png"]
 
 
@@ -198,7 +211,8 @@ def kill_and_compare(tmp_path, clip, weights: str, kills: int, seed: int):
 
 
 def test_kills_lose_nothing(tmp_path, clip, weights):
-    kill_and_compare(tmp_path, clip, weights, 4, seed=0)
+    """KILLS=200 python -m pytest tests/tools/test_search.py -k kills takes a quarter of an hour."""
+    kill_and_compare(tmp_path, clip, weights, int(os.environ.get("KILLS", 4)), seed=0)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, clip, weights):
@@ -209,7 +223,7 @@ def test_a_full_disk_loses_nothing(tmp_path, clip, weights):
                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     said = process.communicate()[1]
     assert process.returncode == 1 and said.splitlines()[-1].startswith(f"error: {tmp_path}/index/"), said
-    assert "make room, name another by --index" in said and "Traceback" not in said
+    assert "make room, wait for another process, or name another folder by --index" in said and "Traceback" not in said
     assert grown(tmp_path / "index", clip, str(photos))[1].endswith("300 encoded, 0 gone")
 
 
@@ -217,27 +231,60 @@ def test_a_damaged_index_says_what_to_do(photos, tmp_path, clip):
     index, _ = grown(tmp_path / "index", clip, photos)
     with open(index.features_path, "r+b") as file:
         file.truncate(100)
-    with pytest.raises(UserError, match="the index cannot be used .*delete it, and it is built again"):
+    with pytest.raises(UserError, match="the index is damaged .*delete it, and it is built again"):
         index.features()
     with open(os.path.join(index.folder, "pictures.sqlite"), "wb") as file:
         file.write(b"no database" * 1000)
-    with pytest.raises(UserError, match="the index cannot be used .*delete it, and it is built again"):
-        Index(str(tmp_path / "index"), clip)
+    with pytest.raises(UserError, match="the index is damaged .*delete it, and it is built again"):
+        Index(str(tmp_path / "index"), clip, [])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the index cannot be used"):
-        Index(str(tmp_path / "file"), clip)
+        Index(str(tmp_path / "file"), clip, [])
+
+
+def test_two_thousand_hostile_files(tmp_path, clip):
+    """Cut, renamed, empty, huge, and pictures with random bytes in them: none ends the run, and each one that
+    holds no picture is named."""
+    (folder := tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    originals = {}
+    for kind in ("png", "jpg", "webp", "gif", "bmp", "tiff"):
+        noise(40, 30, len(originals)).save(folder / f"original.{kind}", "JPEG" if kind == "jpg" else None)
+        originals[kind] = (folder / f"original.{kind}").read_bytes()
+    for n in range(2000):
+        kind, content = list(originals.items())[n % 6]
+        content, other = bytearray(content), list(originals)[rng.integers(6)]
+        match n % 5:
+            case 0:
+                content = content[:rng.integers(len(content))]
+            case 1:
+                for place in rng.integers(0, len(content), 20):
+                    content[place] = rng.integers(256)
+            case 2:
+                kind = other  # renamed: what it holds counts
+            case 3:
+                content = rng.bytes(rng.integers(500))
+            case 4:
+                content[10:30] = b"\xff" * 20  # sizes of pictures
+        (folder / f"{n}.{kind}").write_bytes(bytes(content))
+    index, line = grown(tmp_path / "index", clip, str(folder))
+    named = open(os.path.join(index.folder, "problems.txt"), encoding="utf-8").read().splitlines()
+    kept = {os.path.basename(path) for path in state(index)}
+    assert line.startswith("2,006 pictures, 2,006 new") and len(named) + len(kept) == 2006 and len(named) > 800
+    assert all(f"{n}.{kind}".encode() not in kept for n in range(3, 2000, 5) for kind in originals)
+    assert sum(name.split(b".")[0].isdigit() and int(name.split(b".")[0]) % 5 == 2 for name in kept) == 400
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere and read every folder")
 def test_without_permission(photos, tmp_path, clip):
     index, _ = grown(tmp_path / "index", clip, photos)
     os.chmod(os.path.join(photos, "日本"), 0)
-    line = index.update(clip, [os.fsencode(photos)])
+    line = index.update(clip)
     os.chmod(os.path.join(photos, "日本"), 0o755)
     assert line.startswith("4 pictures, 0 new or changed, 0 encoded, 0 gone; 1 left out") and len(state(index)) == 8
     os.chmod(index.folder, 0o555)
     with pytest.raises(UserError, match="the index cannot be used"):
-        index.update(clip, [os.fsencode(photos)])
+        index.update(clip)
     os.chmod(index.folder, 0o755)
 
 
@@ -264,6 +311,12 @@ def test_an_empty_term(query):
         terms(query)
 
 
+def test_a_long_query_is_read_at_once():
+    started = time.process_time()
+    assert len(terms("a" + " " * 100_000 + "b + " + "c " * 50_000)) == 2
+    assert time.process_time() - started < 5  # a split by a slow pattern took minutes
+
+
 def test_days():
     for text, after in (("2024", "2025-01-01"), ("2024-12", "2025-01-01"), ("2024-02-28", "2024-02-29")):
         assert day(text, 1) == day(after, 0)
@@ -274,7 +327,7 @@ def test_days():
 
 def search_in(tmp_path, clip, folder, alike: float = 2.0) -> Search:
     index, _ = grown(tmp_path / "index", clip, str(folder))
-    return Search(clip, index, [os.fsencode(str(folder))], alike, paths=True)
+    return Search(clip, index, alike, paths=True)
 
 
 def names(ranking, count: int = 99) -> list[str]:
@@ -298,12 +351,13 @@ def test_sums_and_differences(tmp_path, clip):
     assert names(search.ranking(f"{folder}/blue.png"))[0] == "blue.png"
     number = {hit.path: hit.number for hit in hits}[os.fsencode(folder / "blue.png")]
     assert names(search.ranking(f"#{number}"))[0] == "blue.png"
-    text = search.feature_of("红色")
+    text, is_text = search.feature_of("红色")
+    assert is_text and search.ranking("红色").by_text and not search.ranking(f"#{number}").by_text
     assert [hit.score for hit in search.ranking("红色").first(3)] == pytest.approx(
         sorted([(x @ text).item() for x in (a, b, c)], reverse=True), abs=1e-3)
     with pytest.raises(UserError, match="the terms cancel each other"):
         search.ranking("猫 - 猫")
-    with pytest.raises(UserError, match="#99: the index has no such picture"):
+    with pytest.raises(UserError, match="#99: there is no such picture any more"):
         search.ranking("#99")
     with pytest.raises(UserError, match="nothing.jpg: cannot be read"):
         search.ranking("./nothing.jpg")
@@ -332,7 +386,6 @@ def test_near_duplicates_are_one(tmp_path, clip):
     search = search_in(tmp_path, clip, folder, alike=0.999)
     hits = search.ranking("猫").first(10)
     assert sorted(1 + len(hit.alike) for hit in hits) == [2, 4]
-    assert sorted(hit.number for hit in hits) + sorted(sum((hit.alike for hit in hits), [])) != list(range(6))
     assert len({hit.number for hit in hits} | set(sum((hit.alike for hit in hits), []))) == 6
     search.alike = 2.0
     search.refresh()
@@ -346,18 +399,15 @@ def test_many_near_duplicates_belong_to_the_right_one(tmp_path, clip):
     rows = torch.nn.functional.normalize(torch.randn(200, 64, generator=g), dim=1)
     search.features = rows.repeat_interleave(2, dim=0).half().numpy()
     search.files = np.array([(n, n, 0.0) for n in range(400)], [("number", "<i8"), ("row", "<i8"), ("date", "<f8")])
-    search.alike, search.index = 0.999, type("All", (), {"path": lambda self, number: (b"%d" % number, number)})()
-    from tools.search.query import Ranking
-    hits = Ranking(search, cosines(search.features, rows[:1])[:, 0], True).first(1000)
+    search.alike, search.index = 0.999, type("All", (), {"path": lambda self, number: b"%d" % number})()
+    hits = Ranking(search, nearest(search.features, rows[:1])[0], True, True).first(1000)
     assert len(hits) == 200 and all(hit.number // 2 == hit.alike[0] // 2 for hit in hits)
 
 
 def test_best_words(tmp_path, clip):
     search = search_in(tmp_path, clip, make_colours(tmp_path))
     words = ("红", "绿", "蓝")
-    best, values = search.best_word(words)
-    from eval import ensemble, sentence_features
-    from sources.classes import TEMPLATES, read_templates
+    values, best = search.best_word(words)
     prompts = ensemble(sentence_features(clip, list(words), read_templates(TEMPLATES)))
     scores = torch.from_numpy(search.features[search.files["row"]].astype(np.float32)) @ prompts.T
     assert best.tolist() == scores.argmax(dim=1).tolist() and torch.allclose(values, scores.max(dim=1).values, atol=1e-5)
@@ -393,7 +443,7 @@ def test_recall_through_the_index_is_that_of_eval(tmp_path, clip):
             image for text, image in pairs.positives.tolist() if image < count)])
     expected = retrieval(clip, Some)["text_to_image"]
     for k in (1, 5, 10):
-        assert 100 * np.mean([p < k for p in place.values()]) == pytest.approx(expected[f"R@{k}"], abs=0.5)
+        assert 100 * np.mean([p < k for p in place.values()]) == pytest.approx(expected[f"R@{k}"], abs=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -431,17 +481,19 @@ def test_precision_marks_by_calibration(tmp_path, weights, capsys):
         open_pairs("scenes-zh-300", "valid").image(n).save(folder / f"{n}.png")
     flags = folder, "猫", "--model", weights, "--index", tmp_path / "index", "--json", "--alike", 2, "--top", 20
     out, err = run(capsys, *flags, "--precision", 0.5, "--calibrate-on", "scenes-zh-300")
-    least = float(err.split("marked: from ")[1].split(" ")[0])
+    least = float(err.split("matches: from ")[1].split(" ")[0])
     for one in json.loads(out):
         assert one["match"] == (one["cosine"] >= least) or abs(one["cosine"] - least) < 1e-3
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["{photos}/none", "猫"], "none: no such folder; expected folders, and last what to look for"),
-    (["猫"], "猫: no such folder"),
-    (["{photos}", "猫", "--top", "0"], "--top from 1 on"),
+    (["{photos}/none", "猫"], "expected folders that are there, and last what to look for"),
+    (["猫"], "猫: expected folders that are there"),
+    (["{photos}", "猫", "--top", "0"], "--top of at least 1"),
     (["{photos}", "猫", "--precision", "0.9"], "with --calibrate-on"),
     (["{photos}", "猫", "--since", "x"], "x: expected a date such as 2024"),
+    (["{photos}", "猫", "--until", "9999"], "9999: expected a date such as 2024"),
+    (["{photos}", "--serve", "--port", "99999"], "--port below 65,536"),
     (["{photos}", "--like", "no.jpg"], "no.jpg: cannot be read"),
     (["{photos}", "猫 +"], "a term is empty"),
     (["{photos}", "猫", "--model", "none.pt"], "none.pt"),

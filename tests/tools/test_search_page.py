@@ -40,7 +40,7 @@ def photos(tmp_path_factory):
 def start(photos, tmp_path, host: str = "127.0.0.1", grown: bool = True) -> Server:
     torch.manual_seed(0)
     clip = shake(model.ChineseCLIP(model.MODELS["ViT-tiny"])).eval()
-    search = Search(clip, Index(str(tmp_path), clip), [os.fsencode(photos)], 0.9999, paths=False)
+    search = Search(clip, Index(str(tmp_path), clip, [os.fsencode(photos)]), 0.9999, paths=False)
     server = Server(search, host, 0, 2.0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if grown:
@@ -89,7 +89,7 @@ def test_filters_labels_and_more_like_this(server, photos):
     assert hits(server, "until=1999")["total"] == 0
     one = below["hits"][3]
     assert hits(server, f"q=%23{one['number']}")["hits"][0]["number"] == one["number"]
-    counts = json.loads(ask(server, "/labels?words=%E7%8C%AB%0A%0A%E7%8B%97")[1])["counts"]
+    counts = json.loads(ask(server, "/search?words=%E7%8C%AB%0A%0A%E7%8B%97")[1])["counts"]
     assert sum(counts) == 162 and len(counts) == 2
     for c, count in enumerate(counts):
         some = hits(server, f"words=%E7%8C%AB%0A%E7%8B%97&word={c}&count=200")
@@ -114,6 +114,39 @@ def test_pictures_are_served_by_number(server, photos):
     os.rename(photos / "3.png", photos / "gone")
     assert ask(server, f"/picture/{numbers['3.png']}")[0] == ask(server, f"/thumb/{numbers['3.png']}")[0] == 404
     os.rename(photos / "gone", photos / "3.png")
+
+
+def test_only_the_folders_of_the_command_are_served(photos, server, tmp_path):
+    """The index may know others from an earlier command."""
+    (folder := tmp_path / "other").mkdir()
+    noise(40, 30, 999).save(folder / "secret.png")
+    search = server.search
+    other = Index(os.path.dirname(search.index.folder), search.clip, [os.fsencode(folder)])
+    other.update(search.clip)
+    number, = other.files([os.fsencode(folder)])["number"].tolist()
+    assert other.path(number) and ask(server, f"/picture/{number}")[0] == ask(server, f"/thumb/{number}")[0] == 404
+    assert hits(server)["total"] == 162 and hits(server, f"folder={folder}")["total"] == 0
+
+
+def test_a_thumb_is_of_what_the_file_holds_now(server, photos):
+    number = next(one["number"] for one in hits(server, "count=200")["hits"] if one["path"].endswith("/11.png"))
+    before = ask(server, f"/thumb/{number}")[1]
+    old = (photos / "11.png").read_bytes()
+    Image.new("RGB", (40, 30), "red").save(photos / "11.png")
+    assert ask(server, f"/thumb/{number}")[1] != before
+    (photos / "11.png").write_bytes(old)
+    assert ask(server, f"/thumb/{number}")[1] == before
+
+
+def test_matches_are_marked_for_texts_alone(server):
+    """A threshold is measured on texts with pictures; between pictures, or without a query, it means nothing."""
+    server.least = -1.0
+    try:
+        assert all(one["match"] for one in hits(server, "q=%E7%8C%AB")["hits"])
+        for query in ("", "q=%231", "q=%E7%8C%AB%20-%20%E7%8B%97"):
+            assert not any(one["match"] for one in hits(server, query)["hits"])
+    finally:
+        server.least = 2.0
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Search your own photos in Chinese. A picture is encoded once, and nothing leaves
 import argparse
 import contextlib
 import datetime
+import io
 import json
 import os
 import sys
@@ -25,34 +26,23 @@ from sources.pairs import open_image
 from tools.measure.kept import kept_features
 from tools.measure.metrics import calibrate
 from tools.search.index import Index, shown
-from tools.search.query import Search, picture_feature
+from tools.search.query import Search
 from tools.search.server import serve
 from training.report import contact_sheet
 from weights.download import CACHE
 
 
-def folders_and_query(words: list[str], wants_query: bool) -> tuple[list[bytes], str]:
-    """-> (paths of folders, query). The query comes last; without one, the folders are only indexed."""
-    paths = [os.path.realpath(os.path.expanduser(os.fsencode(word))) for word in words]
-    query = words[-1] if wants_query and not os.path.isdir(paths[-1]) else ""
-    folders = paths[:-1] if query else paths
-    for word, folder in zip(words, folders or paths):
-        if not os.path.isdir(folder):
-            raise UserError(f"{word}: no such folder; expected folders, and last what to look for, in quotes")
-    return folders, query
-
-
 def least_cosine(args, clip) -> float:
-    """The cosine from which --precision of the texts and pictures of --calibrate-on belong together."""
+    """The lowest cosine at which the wanted share of the caption-picture pairs is right."""
     images, texts = kept_features(clip, pairs := open_pairs(args.calibrate_on, "valid"), 52, "")
     least = calibrate(texts, images, pairs.positives, args.precision)["threshold"]
     if least is None:
         raise UserError(f"--precision {args.precision:g}: no cosine reaches that on {args.calibrate_on}")
-    print(f"marked: from {least:.3f} on; of such pairs in {args.calibrate_on} {args.precision:.0%} are right")
+    print(f"matches: from {least:.3f} on, {args.precision:.0%} of the pairs in {args.calibrate_on} are right")
     return least
 
 
-def main(argv: list[str] | None = None):
+def flags() -> Flags:
     parser = Flags("python -m tools.search", description=__doc__,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -64,55 +54,70 @@ def main(argv: list[str] | None = None):
     add("--folder", default="", help="only pictures below this one")
     add("--since", default="", metavar="DATE", help="2024, 2024-05 or 2024-05-01; by the camera or the file")
     add("--until", default="", metavar="DATE", help="the last year, month or day")
-    add("--alike", type=float, default=0.99, help="such a cosine makes pictures one (default: 0.99; 2: none)")
-    add("--precision", type=float, default=0.0, help="mark what is right so often, 0 to 1")
+    add("--alike", type=float, default=0.99, help="pictures with this cosine or more count as one (default: "
+        "0.99; 2: none)")
+    add("--precision", type=float, default=0.0, help="mark matches of this precision, 0 to 1")
     add("--calibrate-on", default="", metavar="DATA", help="pairs whose split `valid` tells --precision")
     add("--json", action="store_true", help="print JSON")
     add("--paths", action="store_true", help="print paths alone")
     add("--sheet", default="", metavar="FILE.png", help="write the pictures side by side")
     add("--serve", action="store_true", help="serve a page instead")
-    add("--port", type=int, default=8000, help="of the page (default: 8000)")
+    add("--port", type=int, default=8000, help="port of the page (default: 8000)")
     add("--host", default="127.0.0.1", help="0.0.0.0: other machines too, which need the printed token")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    args = (parser := flags()).parse_args(argv)
     if args.top < 1 or not 0 <= args.precision < 1 or bool(args.precision) != bool(args.calibrate_on):
-        parser.error("expected --top from 1 on, and --precision, from 0 to 1, with --calibrate-on")
-    roots, query = folders_and_query(args.words, not (args.serve or args.like))
+        parser.error("expected --top of at least 1, and --precision, from 0 to 1, with --calibrate-on")
+    words = args.words
+    has_query = not (args.serve or args.like or os.path.isdir(os.path.expanduser(words[-1])))
+    query = words.pop() if has_query else ""
+    roots = [os.path.realpath(os.path.expanduser(os.fsencode(word))) for word in words]
+    if not 0 < len(roots) < 500 or not all(map(os.path.isdir, roots)) or not 0 <= args.port < 2**16:
+        parser.error(f"{' '.join([*words, query])}: expected folders that are there, and last what to look "
+                     "for, in quotes; and --port below 65,536")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice that size Pillow refuses
     device = "cuda" if torch.cuda.is_available() else "cpu"
     units = torch.cpu.get_capabilities() if device == "cpu" else {}
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what is found
         clip = model.load(args.model, device)[0]
-        index = Index(args.index, clip)  # one for these weights, in whichever precision they compute
+        index = Index(args.index, clip, roots)  # one for these weights, in whichever precision they compute
         if any(units.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16")):
             clip = model.load(args.model, device, dtype="bfloat16")[0]
         least = least_cosine(args, clip) if args.precision else 2.0
-        search = Search(clip, index, roots, args.alike, paths=not args.serve)
+        if not args.serve:
+            with tqdm(desc="indexing", unit=" pictures", leave=False, delay=1) as bar:
+                def progress(done: int, total: int):
+                    bar.total = total
+                    bar.update(done - bar.n)
+                line = index.update(clip, progress)
+            print(line)
+    search = Search(clip, index, args.alike, paths=not args.serve)
     if args.serve:
         return serve(search, args.host, args.port, least)
-    with tqdm(desc="indexing", unit=" pictures", leave=False, delay=1) as bar:
-        def progress(done: int, total: int):
-            bar.total = total
-            bar.update(done - bar.n)
-        line = index.update(clip, roots, progress)
-    print(line, file=sys.stderr)
-    search.refresh()
     if args.like:
-        query, search.dropped["#like"] = "#like", picture_feature(clip, args.like)
-    hits = search.ranking(query, args.folder, args.since, args.until).first(args.top) if query else []
-    found = [{
-        "path": shown(hit.path), "cosine": round(hit.score, 4), "match": hit.score >= least,
+        query = search.drop(open_image(args.like))
+    if not query:
+        return
+    ranking = search.ranking(query, args.folder, args.since, args.until)
+    found = [(hit.path, ranking.by_text and hit.score >= least, {
+        "path": shown(hit.path), "cosine": round(hit.score, 4),
         "date": datetime.datetime.fromtimestamp(hit.date).isoformat(" ", "seconds"),
-        "alike": [shown(index.path(number)[0] or b"") for number in hit.alike]} for hit in hits]
+        "alike": [shown(index.path(number) or b"") for number in hit.alike]})
+        for hit in ranking.first(args.top)]
     if args.json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
-    for one in [] if args.json else found:
-        line = f"{one['cosine']:.3f}{'*' if one['match'] else ' '} {one['path']}"
+        print(json.dumps([one | {"match": match} for _, match, one in found], ensure_ascii=False, indent=1))
+    for path, match, one in [] if args.json else found:
         more = f"  and {len(one['alike'])} alike" * bool(one["alike"])
-        print(one["path"] if args.paths else line + more)
-    if args.sheet and hits:
-        pictures = [(open_image(os.fsdecode(hit.path)), hit.score >= least) for hit in hits]
-        contact_sheet(args.sheet, [(query if at == 0 else "", [pictures[at : at + 5]])
-                                   for at in range(0, len(hits), 5)])
+        line = f"{one['cosine']:.3f}{'*' if match else ' '} {one['path']}{more}".encode()
+        sys.stdout.buffer.write((path if args.paths else line) + b"\n")
+    if args.sheet and found:
+        pictures = [(Image.open(io.BytesIO(index.thumb(path))), match) for path, match, _ in found]
+        with contextlib.redirect_stdout(sys.stderr):
+            contact_sheet(args.sheet, [(args.like or query if at == 0 else "", [pictures[at : at + 5]])
+                                       for at in range(0, len(pictures), 5)])
 
 
 if __name__ == "__main__":
