@@ -242,6 +242,7 @@ def test_a_damaged_index_says_what_to_do(photos, tmp_path, clip):
         Index(str(tmp_path / "file"), clip, [])
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_two_thousand_hostile_files(tmp_path, clip):
     """Cut, renamed, empty, huge, and pictures with random bytes in them: none ends the run, and each one that
     holds no picture is named."""

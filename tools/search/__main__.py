@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None):
     if not 0 < len(roots) < 500 or not all(map(os.path.isdir, roots)) or not 0 <= args.port < 2**16:
         parser.error(f"{' '.join([*words, query])}: expected folders that are there, and last what to look "
                      "for, in quotes; and --port below 65,536")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice that size Pillow refuses
+    warnings.filterwarnings("ignore", module="PIL")  # what it cannot read it refuses, and that is counted
     device = "cuda" if torch.cuda.is_available() else "cpu"
     units = torch.cpu.get_capabilities() if device == "cpu" else {}
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what is found
