@@ -32,7 +32,8 @@ from common import UserError
 # The formats of photos. Pillow knows more, among them PostScript, which it has another program execute.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 if importlib.util.find_spec("pillow_heif"):  # optional: with it, the HEIC files of iPhones too
-    importlib.import_module("pillow_heif").register_heif_opener()
+    import pillow_heif
+    pillow_heif.register_heif_opener()
     FORMATS += ("HEIF",)
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2") + (
     ("heic", "heif") * ("HEIF" in FORMATS))  # how the names of their files end
@@ -156,7 +157,7 @@ def decode(picture: bytes, where: str, size: int = 0) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """The same picture, turned as its camera was held; a broken note about that is ignored."""
     with contextlib.suppress(*BROKEN):
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format, by which `as_rgb` goes
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format, which as_rgb needs
     return image
 
 

@@ -147,7 +147,8 @@ class Log:
         scale, lr = clip.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
         rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
-              f"right of {len(features[0]):,}: text {i2t:.0%}, image {t2i:.0%}  logit scale {scale:.1f}  lr {lr:.1e}  "
+              f"right of {len(features[0]):,}: text {i2t:.0%}, image {t2i:.0%}  "
+              f"logit scale {scale:.1f}  lr {lr:.1e}  "
               f"{rate:,.0f} pairs/s  {(self.total - step) * B / rate:,.0f} s left", flush=True)
         self.losses.append(loss)
         self.write({"step": step, "loss": loss, "in_batch_i2t": i2t, "in_batch_t2i": t2i,
