@@ -48,8 +48,7 @@ def one_process_a_device(device: str):
         devices = [None] * dist.get_world_size()
         dist.all_gather_object(devices, device)
         if devices.count(device) > 1:
-            raise SystemExit(f"error: {devices.count(device)} processes have the GPU {device}; start as many "
-                             "as there are GPUs, --nproc-per-node")
+            raise SystemExit(f"error: {devices.count(device)} processes have the GPU {device}; start fewer")
 
 
 @functools.cache
@@ -69,8 +68,7 @@ def leave_processes():
 
 
 def wait_for_all():
-    """Return when every process has called it. For phases that may take longer than the half hour after which
-    nccl gives up, such as encoding a large set."""
+    """Return when every process has called it, even if that takes longer than the half hour nccl waits."""
     if dist.is_initialized():
         dist.barrier(group=patient_group())
 
@@ -168,6 +166,8 @@ def one_line_errors(then: str = "", out_of_memory: str = "--dtype bfloat16 takes
         if not (dist.is_initialized() and any(word in reason for word in ("gloo", "NCCL", "Connection"))):
             raise
         sys.exit(f"error: another process is gone, see its message{then}")
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)  # at once: a usual end would try to write what is left, and fail again
     except OSError as error:
         sys.exit(f"error: {error}{then}")
     except KeyboardInterrupt:

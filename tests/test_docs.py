@@ -124,6 +124,7 @@ def test_every_command_parses(page, monkeypatch):
         if program:
             with monkeypatch.context() as patch:
                 patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+                patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_and_end)
                 with contextlib.suppress(Parsed):
                     run(program, arguments)
         elif words[0] in ("python", "bash") and words[1:2] != ["-m"]:

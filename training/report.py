@@ -59,8 +59,8 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     chunks = math.ceil(share / chunk_size)
     cut = f" in {chunks} chunks of {chunk_size:,}" if chunks > 1 else ""
     say(f"batch {B:,} = {world_size()} x {share:,}{cut}; "
-        f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs; from step {step:,}"
-        + ", which is the last" * (step == total))
+        f"{total:,} steps, {total * B:,} pairs, {total * B / pairs:.2f} epochs"
+        + f"; from step {step:,}" * (step > 0) + ", which is the last" * (step == total))
     if B > pairs:
         say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
             f"times; --batch-size {max(2, 2 ** (pairs.bit_length() - 1))} lessens that, and --targets multi "
@@ -77,7 +77,7 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
     say(f"warm-up {warmup:,} steps{why}")
     shared, floor = repeats(stream, B) if rank() == 0 else (0, 0)
-    advice = f", so the loss cannot fall below {floor:.3f}; with --targets multi it could"
+    advice = f", which counts as wrong: the loss stays above {floor:.3f}; --targets multi counts it as right"
     say(f"guessing has a loss of ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or "
         "caption with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
 
@@ -147,8 +147,8 @@ class Log:
         scale, lr = clip.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
         rate = (step - self.since) * B / max(time.perf_counter() - self.clock, 1e-9)
         print(f"   step {step:>6,}/{self.total:,}  loss {loss:.3f} (chance {math.log(B):.2f})  "
-              f"right of {len(features[0]):,}: text {i2t:.0%}, image {t2i:.0%}  "
-              f"logit scale {scale:.1f}  lr {lr:.1e}  "
+              f"in batch: text to image {t2i:.0%}, image to text {i2t:.0%}  "
+              f"exp(logit_scale) {scale:.1f}  lr {lr:.1e}  "
               f"{rate:,.0f} pairs/s  {(self.total - step) * B / rate:,.0f} s left", flush=True)
         self.losses.append(loss)
         self.write({"step": step, "loss": loss, "in_batch_i2t": i2t, "in_batch_t2i": t2i,
@@ -312,6 +312,7 @@ def finish(histories: dict[str, list[dict]], acts: dict[str, Config]):
     print("next, what it finds and misses: " + shlex.join([
         "python", "-m", "tools.measure", "retrieval", "--model", last.out, "--data", data, "--split",
         last.valid_split, *length, "--page", page]))
+    print(f"or search photos: python -m tools.search FOLDER 红色的猫 --model {shlex.quote(last.out)}")
     print(f"all of this took {time.perf_counter() - STARTED:.0f} s")
 
 
@@ -320,7 +321,7 @@ TEACHES = {  # what each row of the demo's table shows
     "after english": "measured on English pairs: pictures and English captions share a space",
     "before stage1": "on Chinese pairs from here on: a new text tower beside that image tower guesses",
     "after stage1": "the text tower alone has trained: it names what the frozen image tower tells apart",
-    "after stage2": "now both have trained: the image tower knows ink, and kinds of things new to it",
+    "after stage2": "now both have trained: the image tower knows ink outlines, and kinds new to it",
 }
 
 
@@ -359,10 +360,9 @@ def look_at_scenes(name: str, clip: model.ChineseCLIP):
     def accuracy(names: set[str]) -> float:
         return statistics.mean(row["accuracy"] for row in kind["by_class"] if row["class"] in names)
 
-    print(f"{name}, zero-shot on {len(pictures)} pictures of one thing: colour {colour['accuracy']:.1f} % "
-          f"(chance {colour['chance']:.0f}); kind {kind['accuracy']:.1f} % (chance {kind['chance']:.0f}): "
-          f"{accuracy(set(kinds) - new):.1f} % of the {len(kinds) - len(new)} kinds that English pairs show "
-          f"too, {accuracy(new):.1f} % of the {len(new)} new ones")
+    print(f"{name}, zero-shot: colours {colour['accuracy']:.1f} % (chance {colour['chance']:.0f}), kinds "
+          f"{kind['accuracy']:.1f} % (chance {kind['chance']:.0f}); kinds that English pairs show too "
+          f"{accuracy(set(kinds) - new):.1f} %, new kinds {accuracy(new):.1f} %")
 
 
 def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: str, context_length: int):
@@ -381,5 +381,5 @@ def look_at_retrieval(clips: dict[str, model.ChineseCLIP], valid: Pairs, path: s
         blocks.append([[(valid.image(images[n]), (q, images[n]) in known) for n in row]
                        for q, row in zip(queries, found)])
     contact_sheet(path, [(valid.text(q), list(row)) for q, row in zip(queries, zip(*blocks))],
-                  ("its picture", *(f"{name}, nearest first" for name in clips)))
-    print(f"validation captions and the pictures they retrieve (green: the right one): {path}")
+                  ("its picture", *(name.replace("english", "english (reads no Chinese)") for name in clips)))
+    print(f"validation captions and the pictures they retrieve (nearest first; green: the right one): {path}")

@@ -297,7 +297,7 @@ def test_the_page(server, photos, browser):
 
     browser.js(f"folder.value = {json.dumps(str(photos / '海边'))}; folder.oninput()")
     browser.wait(f"{HITS} == 10")
-    browser.js("folder.value = ''; q.value = ''; words.value = '猫\\n狗'; words.onchange()")
+    browser.js("folder.value = ''; q.value = ''; words.value = '猫\\n狗'; words.oninput()")
     browser.wait("document.querySelectorAll('.bar').length == 3 && document.querySelector('.hit span').textContent.match('猫|狗')")
     counts = [int(it) for it in browser.js("[...document.querySelectorAll('.bar span')].map(it => it.textContent)")]
     assert counts[0] == 162 == sum(counts[1:])

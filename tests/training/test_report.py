@@ -189,5 +189,5 @@ def test_zero_shot_tells_known_kinds_from_new_ones(monkeypatch, capsys):
     monkeypatch.setattr(report, "zero_shot", judge)
     report.look_at_scenes("after stage1", None)
     assert capsys.readouterr().out == (
-        "after stage1, zero-shot on 440 pictures of one thing: colour 0.0 % (chance 11); kind 72.7 % (chance 5): "
-        "100.0 % of the 16 kinds that English pairs show too, 0.0 % of the 6 new ones\n")
+        "after stage1, zero-shot: colours 0.0 % (chance 11), kinds 72.7 % (chance 5); kinds that English pairs "
+        "show too 100.0 %, new kinds 0.0 %\n")

@@ -43,10 +43,10 @@ def least_cosine(args, clip) -> float:
 
 
 def flags() -> Flags:
-    parser = Flags("python -m tools.search", description=__doc__,
+    parser = Flags("python -m tools.search", description=__doc__, usage="%(prog)s FOLDER... QUERY [flags]",
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("words", nargs="+", metavar="FOLDER... QUERY", help="where to look, sub-folders too, and what for")
+    add("words", nargs="+", metavar="FOLDER... QUERY", help="where to look, in sub-folders too, and what for")
     add("--like", default="", metavar="FILE", help="search by this picture, instead of a query")
     add("--model", default="ViT-B-16", help="name or file (default: ViT-B-16)")
     add("--index", default=os.path.join(CACHE, "search"), metavar="DIR", help="where features are kept")
@@ -58,8 +58,9 @@ def flags() -> Flags:
         "0.99; 2: none)")
     add("--precision", type=float, default=0.0, help="mark matches of this precision, 0 to 1")
     add("--calibrate-on", default="", metavar="DATA", help="pairs whose split `valid` tells --precision")
-    add("--json", action="store_true", help="print JSON")
-    add("--paths", action="store_true", help="print paths alone")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--json", action="store_true", help="print JSON")
+    either("--paths", action="store_true", help="print paths alone")
     add("--sheet", default="", metavar="FILE.png", help="write the pictures side by side")
     add("--serve", action="store_true", help="serve a page instead")
     add("--port", type=int, default=8000, help="port of the page (default: 8000)")
@@ -68,16 +69,26 @@ def flags() -> Flags:
 
 
 def main(argv: list[str] | None = None):
-    args = (parser := flags()).parse_args(argv)
-    if args.top < 1 or not 0 <= args.precision < 1 or bool(args.precision) != bool(args.calibrate_on):
-        parser.error("expected --top of at least 1, and --precision, from 0 to 1, with --calibrate-on")
+    args = (parser := flags()).parse_intermixed_args(argv)
     words = args.words
     has_query = not (args.serve or args.like or os.path.isdir(os.path.expanduser(words[-1])))
     query = words.pop() if has_query else ""
     roots = [os.path.realpath(os.path.expanduser(os.fsencode(word))) for word in words]
-    if not 0 < len(roots) < 500 or not all(map(os.path.isdir, roots)) or not 0 <= args.port < 2**16:
-        parser.error(f"{' '.join([*words, query])}: expected folders that are there, and last what to look "
-                     "for, in quotes; and --port below 65,536")
+    lost = [word for word, root in zip(words, roots) if not os.path.isdir(root)] or [query] * (not words)
+    folder, ending = os.path.split(args.sheet)
+    for wrong, text in (
+        (lost, f"{', '.join(lost)}: no such folder; folders come first, and last what to look for, in quotes"),
+        (has_query and not query.strip(), "the query is empty; write what to look for, in quotes"),
+        (len(roots) > 500, "more than 500 folders; name one above them"),
+        (args.top < 1, f"--top {args.top}: expected at least 1"),
+        (not 0 <= args.port < 2**16, f"--port {args.port}: expected 0 to 65535"),
+        (not 0 <= args.precision < 1, f"--precision {args.precision:g}: expected a share, such as 0.9"),
+        (bool(args.precision) != bool(args.calibrate_on), "--precision and --calibrate-on need each other"),
+        (args.sheet and not (ending.endswith((".png", ".jpg")) and os.path.isdir(folder or ".")),
+         f"--sheet {args.sheet}: expected a name with .png or .jpg, in a folder that is there"),
+    ):
+        if wrong:
+            parser.error(text)
     warnings.filterwarnings("ignore", module="PIL")  # what it cannot read it refuses, and that is counted
     device = "cuda" if torch.cuda.is_available() else "cpu"
     units = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -100,8 +111,11 @@ def main(argv: list[str] | None = None):
     if args.like:
         query = search.drop(open_image(args.like))
     if not query:
+        print("to search, write behind the folders what to look for, in quotes, or --serve", file=sys.stderr)
         return
     ranking = search.ranking(query, args.folder, args.since, args.until)
+    if not ranking.total:
+        print("no picture is there, below --folder and from --since to --until", file=sys.stderr)
     found = [(hit.path, ranking.by_text and hit.score >= least, {
         "path": shown(hit.path), "cosine": round(hit.score, 4),
         "date": datetime.datetime.fromtimestamp(hit.date).isoformat(" ", "seconds"),
@@ -121,5 +135,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(then="; the same command goes on"):
         main()

@@ -22,7 +22,7 @@ from PIL import Image
 from common import UserError
 from eval import encode_images, encode_texts, ensemble, sentence_features
 from sources.classes import TEMPLATES, read_templates
-from sources.pairs import open_image, upright
+from sources.pairs import PICTURES, open_image, upright
 from tools.search.index import Index
 
 ROWS = 1 << 16  # features turned into float32 at once
@@ -128,8 +128,8 @@ class Search:
 
     def feature_of(self, term: str) -> tuple[torch.Tensor, bool]:
         """-> the unit feature [E] of a text, of #7, a picture of the index, of one that was dropped, or of
-        one whose path the term is; and whether it is a text."""
-        if self.paths and (os.path.isfile(term) or re.match(r"(\.\.?|~)?[/\\]", term)):
+        one whose path or file name the term is; and whether it is a text."""
+        if self.paths and (re.match(r"(\.\.?|~)?[/\\]", term) or term.rpartition(".")[2].lower() in PICTURES):
             term = self.drop(open_image(os.path.expanduser(term)))
         if term in self.dropped:
             return self.dropped[term], False
@@ -163,6 +163,8 @@ class Search:
         if folder:
             folder = os.fsencode(os.path.expanduser(folder))
             places = [os.path.realpath(os.path.join(root, folder)) for root in self.index.roots]
+            if not any(map(os.path.isdir, places)):
+                raise UserError(f"{os.fsdecode(folder)}: no such folder; expected one below the indexed ones")
             inside &= torch.from_numpy(np.isin(self.files["number"], self.index.files(places)["number"]))
         if words and word >= 0:
             scores, best = self.best_word(words)

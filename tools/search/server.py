@@ -35,8 +35,8 @@ BY_BROWSERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 HEADERS = {
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin", "Content-Security-Policy": "default-src 'none'; img-src "
-    "'self'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"}
+    "'self' data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
 class Refused(UserError):
@@ -47,7 +47,10 @@ class Server(ThreadingHTTPServer):
     """What the threads of all requests share."""
 
     def __init__(self, search: Search, host: str, port: int, least: float):
-        super().__init__((host, port), Handler)
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port}: {error.strerror}; try another --port") from None
         self.search, self.least, self.stopping = search, least, False
         self.stale, self.fresh_until = False, 0.0
         is_loopback = ipaddress.ip_address(self.server_address[0]).is_loopback
@@ -59,7 +62,7 @@ class Server(ThreadingHTTPServer):
         started = time.monotonic()
 
         def progress(done: int, total: int):
-            if self.stopping:
+            if self.stopping and done < total:
                 raise UserError("stopped; the same command goes on")
             self.status |= dict(done=done, total=total, seconds=time.monotonic() - started)
             self.stale = True
@@ -97,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             kind, body = self.answer(url.path, asked)
         except (ValueError, LookupError, ArithmeticError) as error:  # UserError is a ValueError
             status = error.args[0] if isinstance(error, Refused) else 400
-            kind, body = "text/plain", str(error.args[-1]).encode(errors="replace")
+            text = str(error.args[-1]) if isinstance(error, UserError) else "a request without a meaning"
+            kind, body = "text/plain", text.encode(errors="replace")
             self.close_connection = True  # what was refused may still be coming
         if isinstance(body, dict):
             body = json.dumps(body).encode()
@@ -186,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(search: Search, host: str, port: int, least: float):
-    """Until Ctrl-C. least: the cosine from which a picture that a text finds is marked. OSError if the port
+    """Until Ctrl-C. least: the cosine from which a picture that a text finds is marked. UserError if the port
     is taken."""
     server = Server(search, host, port, least)
     host, port = server.server_address
