@@ -172,13 +172,8 @@ def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, tuple[int, int]], li
     """-> the pictures in these folders and those below, as {path: (bytes, time in ns)}, and the folders that
     cannot be read. Hidden names are skipped. Links are followed, but no folder is read twice."""
     suffixes, seen, found, unread = {suffix.encode() for suffix in PICTURES}, set(), {}, []
-
-    def failed(error: OSError, folder: bytes = b""):
-        if not isinstance(error, FileNotFoundError):  # else it has vanished just now
-            unread.append(folder or error.filename)
-
     for root in roots:
-        for folder, folders, names in os.walk(root, onerror=failed, followlinks=True):
+        for folder, folders, names in os.walk(root, True, lambda error: unread.append(error.filename), True):
             try:
                 place = os.stat(folder)[1:3]  # inode and device
                 folders[:] = [name for name in folders if name[:1] != b"." and place not in seen]
@@ -188,9 +183,9 @@ def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, tuple[int, int]], li
                             if os.path.isfile(path := os.path.join(folder, name)):  # a pipe would never end
                                 found[path] = stamp(path)
                 seen.add(place)
-            except OSError as error:
-                failed(error, folder)
-    return found, unread
+            except OSError:
+                unread.append(folder)
+    return found, [folder for folder in unread if os.path.lexists(folder)]  # else it has vanished just now
 
 
 def read_picture(path: str) -> bytes:

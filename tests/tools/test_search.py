@@ -123,7 +123,7 @@ def test_bad_files_are_named_and_not_opened_again(photos, tmp_path, clip):
         file.write(whole)  # a name that is no text, and a content that is known
     index, line = grown(tmp_path / "index", clip, photos)
     said = open(os.path.join(index.folder, "problems.txt"), encoding="utf-8").read()
-    assert line.startswith("16 pictures, 16 new or changed, 8 encoded, 0 gone; 6 left out: ")
+    assert line.startswith("16 pictures, 16 new or changed, 8 encoded, 0 gone; 6 left out, ")
     for name, why in (("text.jpg", "none of JPEG"), ("empty.png", "none of"), ("icon.png", "200 x 8 pixels, an icon"),
                       ("cut.jpg", "truncated"), ("huge.jpg", "more than 256 MB"), ("bomb.png", "DecompressionBombError")):
         assert any(f"bad/{name}: " in row and why in row for row in said.splitlines()), (name, said)
@@ -490,7 +490,7 @@ def test_precision_marks_by_calibration(tmp_path, weights, capsys):
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["{photos}/none", "猫"], "none: no such folder; folders come first, and last what to look for, in quotes"),
+    (["{photos}/none", "猫"], "none: no such folder; folders come first, then what to look for, in quotes"),
     (["猫"], "猫: no such folder"),
     (["{photos}", " "], "the query is empty"),
     (["{photos}", "--top", "2", "猫", "--json", "--paths"], "not allowed with argument --json"),

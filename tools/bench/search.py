@@ -39,17 +39,19 @@ def bench_search(args):
             os.sched_setaffinity(0, all_cores[:count])
             torch.set_num_threads(count)
             fresh = (Index(tempfile.mkdtemp(dir=indexes), clip, [folder.encode()]) for _ in iter(int, 1))
-            encode_images(clip, lambda _: small, 2)  # it warms up; `measure` would run each a second time for it
+            encode_images(clip, lambda _: small, 2)  # it warms up; `measure` would call each three times
             for what, action in (("encode", lambda: encode_images(clip, lambda _: small, PHOTOS)),
                                  ("index", lambda: next(fresh).update(clip))):
                 seconds = min(timeit.repeat(action, number=1, repeat=args.runs))
-                yield [f"{what} {PHOTOS} photos, cores: {count}", f"{seconds:.1f}", f"{PHOTOS / seconds:.2f}", ""]
+                rate = f"{PHOTOS / seconds:.2f}"
+                yield [f"{what} {PHOTOS} photos, cores: {count}", f"{seconds:.1f}", rate, ""]
     for count in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             index = synthetic(folder, clip, count)
             search, numbers = Search(clip, index, 0.99, paths=False), iter(range(9999))
             actions = {"look again at": lambda: index.update(clip),
-                       "find ten of": lambda: search.ranking(f"第{next(numbers)}张").first(10)}
+                       "find by a text ten of": lambda: search.ranking(f"第{next(numbers)}张").first(10),
+                       "find by a picture ten of": lambda: search.ranking(f"#{next(numbers) + 1}").first(10)}
             times, memory = measure(actions, args)
             for what, seconds in times.items():
                 yield [f"{what} {count:,}", f"{seconds:.2f}", "", memory[what]]

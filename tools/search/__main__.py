@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None):
     lost = [word for word, root in zip(words, roots) if not os.path.isdir(root)] or [query] * (not words)
     folder, ending = os.path.split(args.sheet)
     for wrong, text in (
-        (lost, f"{', '.join(lost)}: no such folder; folders come first, and last what to look for, in quotes"),
+        (lost, f"{', '.join(lost)}: no such folder; folders come first, then what to look for, in quotes"),
         (has_query and not query.strip(), "the query is empty; write what to look for, in quotes"),
         (len(roots) > 500, "more than 500 folders; name one above them"),
         (args.top < 1, f"--top {args.top}: expected at least 1"),

@@ -111,9 +111,9 @@ class Index:
             rows += [(shown(folder), "this folder cannot be read") for folder in unread]
             path = os.path.join(self.folder, "problems.txt")
             replace_text(path, "".join(f"{name}: {problem}\n" for name, problem in rows))
-        first = ", ".join(f"{name} ({problem})" for name, problem in rows[:3] if new)
+        first = "".join(f", {name} ({problem})" for name, problem in rows[:3] if new)
         return (f"{len(found):,} pictures, {len(new):,} new or changed, {encoded:,} encoded, {len(gone):,} "
-                "gone" + f"; {len(rows):,} left out, {first}; all are named in {path}" * bool(rows))
+                "gone" + f"; {len(rows):,} left out{first}; all are named in {path}" * bool(rows))
 
     def look(self, file: tuple[bytes, int, int]) -> File | None:
         """A path, its size and its time -> what it holds; None if it has vanished. Runs in threads."""

@@ -25,7 +25,7 @@ from sources.classes import TEMPLATES, read_templates
 from sources.pairs import PICTURES, open_image, upright
 from tools.search.index import Index
 
-ROWS = 1 << 16  # features turned into float32 at once
+ROWS = 1 << 12  # features turned into float32 at once, in a buffer that fits into a core's cache
 RECENT = 1000  # a hit is compared with so many before it
 KEPT = 8  # queries whose answers are remembered
 
@@ -67,8 +67,10 @@ def day(text: str, further: int) -> float:
 def nearest(features: np.ndarray, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [R, E] in float16 and unit vectors [C, E] -> each row's highest cosine and that vector's number
     [R]. A stretch of rows at a time, so that the cosines [R, C] never exist at once."""
-    parts = [(torch.from_numpy(features[start : start + ROWS]).float() @ vectors.T).max(dim=1)
-             for start in range(0, len(features) or 1, ROWS)]
+    buffer, parts = torch.empty(ROWS, vectors.shape[1]), []
+    for start in range(0, len(features) or 1, ROWS):
+        rows = torch.from_numpy(features[start : start + ROWS])
+        parts.append((buffer[:len(rows)].copy_(rows) @ vectors.T).max(dim=1))
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
