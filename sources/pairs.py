@@ -175,6 +175,8 @@ def pictures_below(roots: list[bytes]) -> tuple[dict[bytes, tuple[int, int]], li
     for root in roots:
         for folder, folders, names in os.walk(root, True, lambda error: unread.append(error.filename), True):
             try:
+                if not os.access(folder, os.X_OK):  # its names can be listed, but not one of them opened
+                    raise PermissionError
                 place = os.stat(folder)[1:3]  # inode and device
                 folders[:] = [name for name in folders if name[:1] != b"." and place not in seen]
                 for name in names if place not in seen else []:

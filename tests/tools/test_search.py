@@ -279,10 +279,11 @@ def test_two_thousand_hostile_files(tmp_path, clip):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere and read every folder")
 def test_without_permission(photos, tmp_path, clip):
     index, _ = grown(tmp_path / "index", clip, photos)
-    os.chmod(os.path.join(photos, "日本"), 0)
-    line = index.update(clip)
-    os.chmod(os.path.join(photos, "日本"), 0o755)
-    assert line.startswith("4 pictures, 0 new or changed, 0 encoded, 0 gone; 1 left out") and len(state(index)) == 8
+    for mode in (0, 0o444):  # not even listed, or listed and not opened
+        os.chmod(os.path.join(photos, "日本"), mode)
+        line = index.update(clip)
+        os.chmod(os.path.join(photos, "日本"), 0o755)
+        assert line.startswith("4 pictures, 0 new or changed, 0 encoded, 0 gone; 1 left out") and len(state(index)) == 8
     os.chmod(index.folder, 0o555)
     with pytest.raises(UserError, match="the index cannot be used"):
         index.update(clip)
