@@ -49,7 +49,7 @@ def encode(clip, function, items, batch_size: int, what: str, get=None) -> torch
     batches = [items[start : start + batch_size] for start in starts]
     bar = tqdm(starts, what, leave=False, delay=2, disable=None if rank() == 0 else True)
     for start, batch in zip(bar, ahead(get, batches) if get else batches):
-        with model.autocast(clip.logit_scale.device):
+        with model.autocast(clip):
             features[start : start + batch_size] = model.normalise(function(batch))
     wait_for_all()
     sum_over_ranks(features)  # the rows of other processes are still 0 in this one

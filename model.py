@@ -79,6 +79,7 @@ class ChineseCLIP(nn.Module):
         # Cosines are divided by a temperature, which starts at 0.07 (CLIP paper, sec. 2.5). We learn t =
         # ln(1 / temperature) and multiply by exp(t), which is always positive.
         self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
+        self.precision = torch.float32  # in which `autocast` lets forward passes compute
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,16 +122,19 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def autocast(device: torch.device):
-    """A context in which forward passes compute in the device's precision. Parameters stay float32."""
-    return torch.autocast(device.type, dtype=precision(device), enabled=device.type == "cuda")
+def autocast(clip: ChineseCLIP):
+    """A context in which forward passes compute in `clip.precision`. Parameters stay float32."""
+    half = clip.precision != torch.float32
+    return torch.autocast(clip.logit_scale.device.type, clip.precision, enabled=half)
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, bfloat16 on a GPU, or float16 on one that only emulates bfloat16 (V100, T4)."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    """bfloat16 if the device computes in it; else float32 on a CPU, float16 on a GPU (V100, T4)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    units = torch.cpu.get_capabilities()
+    has_bfloat16 = any(units.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,7 +178,9 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config, MODELS)}, {count:,} parameters in {dtype}"
           f"{left_out(everything, state)}")
-    return clip.to(device).eval(), functools.partial(preprocess, resolution=config.visual.resolution)
+    clip.to(device).eval()
+    clip.precision = precision(clip.logit_scale.device) if clip.logit_scale.is_cuda else torch.float32
+    return clip, functools.partial(preprocess, resolution=config.visual.resolution)
 
 
 def load_from_name(name: str, device: str | torch.device | None = None, download_root: str | None = None,

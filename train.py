@@ -37,9 +37,11 @@ from training.checkpoint import Checkpoints, Stopped, check_finite
 from training.chunks import (
     Chunk, backward_in_chunks, choose_chunks, compile_towers, features_in_chunks, make_chunks)
 from training.compare import at_best_rate
-from training.distill import distillation_loss, teacher_features
+from training.distill import distillation_loss, load_teacher, teacher_features
+from training.lora import add_lora
 from training.processes import average_batchnorm, distribute, start_workers
-from training.recipes import Config, loader_processes, parse, resolve_start, schedule, warmup_steps
+from training.recipes import (
+    Config, choose_precision, loader_processes, parse, resolve_start, schedule, warmup_steps)
 from training.tiles import DENSE_LIMIT, tiled_loss
 from weights.start import initialise
 
@@ -64,11 +66,12 @@ def param_groups(clip: torch.nn.Module, weight_decay: float) -> list[dict]:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
-def set_train_mode(clip: model.ChineseCLIP, freeze_image: bool):
-    """Training mode. A frozen image tower stays in eval mode, or BatchNorm would make its features depend on
-    the other pictures of the batch and move its statistics (paper, app. A.2)."""
+def set_train_mode(clip: model.ChineseCLIP):
+    """Training mode. What is frozen in the image tower stays in eval mode, or BatchNorm would make features
+    depend on the other pictures of the batch and move its statistics (paper, app. A.2)."""
     clip.train()
-    clip.visual.train(not freeze_image)
+    for part in clip.visual.modules():
+        part.train(any(p.requires_grad for p in part.parameters()))
 
 
 def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
@@ -76,13 +79,16 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     other from --text-init. --freeze-image freezes the image tower."""
     torch.manual_seed(cfg.seed)
     clip = model.ChineseCLIP(model.MODELS[cfg.model])
-    if not checkpoint.paths(cfg.out):  # a checkpoint would replace all weights
+    if cfg.lora or not checkpoint.paths(cfg.out):  # else a checkpoint will replace all weights
         starts = cfg.image_init, cfg.text_init, cfg.init  # files, names, or "@stage1", an earlier act
         initialise(clip, model.MODELS, *(resolve_start(start, cfg.out) for start in starts))
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
+    if cfg.lora:
+        add_lora(clip, cfg)
     clip.to(device)
+    clip.precision = choose_precision(cfg, device)
     if device.type == "cuda":
         if isinstance(clip.visual, model.ModifiedResNet):
             clip.visual.to(memory_format=torch.channels_last)  # the layout in which its convolutions are fast
@@ -117,15 +123,15 @@ def train(act: str, cfg: Config) -> list[dict]:
     clip = build(cfg, device)
     optimizer = build_optimizer(cfg, clip)
     # a scaler keeps small gradients from vanishing in float16; in other precisions it does nothing
-    scaler = torch.amp.GradScaler(device.type, enabled=model.precision(device) == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=clip.precision == torch.float16)
     checkpoints = Checkpoints(cfg, pairs, valid)
     step, history, chunk_size = checkpoints.load(clip, optimizer, scaler)
-    teacher = model.load(cfg.teacher, device)[0].requires_grad_(False) if cfg.teacher else None
+    teacher = load_teacher(cfg.teacher, clip) if cfg.teacher else None
     stream = (cached_stream(cfg, clip, pairs) if cfg.cache_features else
               data.Stream(pairs, cfg.seed, clip.config.visual.resolution, cfg.augment))
 
     # 3. every process takes its share of a batch, in chunks if the share does not fit into memory
-    set_train_mode(clip, cfg.freeze_image)
+    set_train_mode(clip)
     chunk_size, chunk_count = choose_chunks(cfg, clip, chunk_size)
     if cfg.compile:
         compile_towers(cfg, clip, chunk_size)
@@ -135,7 +141,7 @@ def train(act: str, cfg: Config) -> list[dict]:
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         torch.manual_seed(chunk.seed)  # so that a second pass over this chunk draws the same dropout
-        with model.autocast(device):
+        with model.autocast(clip):
             return towers(data.on_device(chunk.pictures, device), chunk.ids)
 
     # 4. the loop
@@ -166,7 +172,7 @@ def train(act: str, cfg: Config) -> list[dict]:
             parts = [next(loader) for _ in range(chunk_count)]
             chunks = make_chunks(parts, cfg.seed, step)
             keys = torch.cat([part.keys for part in parts]).to(device) if cfg.targets == "multi" else None
-            set_train_mode(clip, cfg.freeze_image)
+            set_train_mode(clip)
             optimizer.zero_grad(set_to_none=True)
             # [b, E], [b, E] and exp(logit_scale); of several chunks they are leaves, cut off from the towers
             features = forward(chunks[0]) if chunk_count == 1 else features_in_chunks(forward, towers, chunks)

@@ -31,9 +31,12 @@ KINDS = {
     "saved by the clock": (ALONE, ["--recipe", "scratch", "--model", "RN-tiny", "--save-minutes", "0.001",
                                    "--workers", "1"]),
     "chunks": (ALONE, ["--recipe", "scratch", "--model", "ViT-tiny", "--chunk-size", "3"]),
+    "LoRA": (ALONE, ["--recipe", "scratch", "--model", "RN-tiny", "--lora", "2", "--precision", "float16"]),
     "cache": (ALONE, [*CACHED, "--chunk-size", "3"]),
     "two acts": (ALONE, ["--recipe", "pretrain", "--model", "ViT-tiny"]),
     "two ranks": (TWO, ["--recipe", "pretrain", "--model", "ViT-tiny"]),
+    "two ranks, LoRA": (TWO, ["--recipe", "direct", "--model", "ViT-tiny", "--lora", "4", "--chunk-size", "2",
+                              "--precision", "bfloat16"]),
     "two ranks, BatchNorm": (TWO, ["--recipe", "scratch", "--model", "RN-tiny", "--save-minutes", "0.001"]),
     "two ranks, cache and chunks": (TWO, [*CACHED, "--chunk-size", "2", "--targets", "multi"]),
 }

@@ -31,6 +31,8 @@ STAGES = {  # act: (model, flags)
     "stage1-ViT": ("ViT-tiny", dict(freeze_image=True)),
     "stage2-ViT": ("ViT-tiny", dict(patch_drop=0.25)),
     "stage2-RN": ("RN-tiny", {}),  # BatchNorm sees its chunk, here as there
+    "LoRA-ViT": ("ViT-tiny", dict(lora=2, lora_on="all")),
+    "LoRA-RN": ("RN-tiny", dict(lora=2)),  # BatchNorm is frozen
 }
 WHOLE = {"whole": 1, "whole, as 2": 2, "whole, as 4": 4}  # one process; BatchNorm's statistics as of so many
 # name: (processes, chunk size, tiles instead of the matrix); every one holds 16 pairs as chunks of 4

@@ -236,7 +236,7 @@ def test_a_rate_far_above_the_recipes_is_said(pairs, tmp_path, capsys):
 def test_a_frozen_tower_keeps_no_activations():
     clip = model.ChineseCLIP(model.MODELS["RN-tiny"])
     clip.visual.requires_grad_(False)
-    train.set_train_mode(clip, freeze_image=True)
+    train.set_train_mode(clip)
     assert clip.encode_image(torch.randn(2, 3, 32, 32)).grad_fn is None
 
 

@@ -27,6 +27,7 @@ from sources.augment import augment
 from sources.pairs import DataError, Pairs, SourceChanged
 from training.processes import start_workers
 from training.recipes import Config, loader_processes
+from weights.read import digest
 
 BLOCK = 256  # pictures encoded, written and ticked off at a time
 
@@ -76,19 +77,16 @@ class Views(torch.utils.data.Dataset):
 
 def origin(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> dict:
     """Everything that the features depend on, as it reads after JSON."""
-    weights = hashlib.sha256()
-    for name, tensor in clip.visual.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     # what `augment` and `preprocess` make of one picture with transparency: changes when their code does
     rng = random.Random(0)
     picture = Image.frombytes("RGBA", (60, 50), rng.randbytes(12000))
     views = [preprocess(augment(picture, 32, cfg.augment, rng), 32).numpy().tobytes() for _ in range(20)]
     return json.loads(json.dumps({
-        "image_tower": weights.hexdigest(), "pictures": pairs.fingerprint(), "count": pairs.image_count,
+        "image_tower": digest(clip.visual.state_dict()), "pictures": pairs.fingerprint(), "count": pairs.image_count,
         "views": cfg.cache_features, "augment": cfg.augment, "seed": cfg.seed,
         "visual": dataclasses.asdict(clip.config.visual), "embed_dim": clip.config.embed_dim, "block": BLOCK,
         "transform": hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest(),
-        "precision": str(model.precision(clip.logit_scale.device)),
+        "precision": str(clip.precision),
     }))
 
 
@@ -114,7 +112,7 @@ def cached_stream(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> CachedS
     with open(path, "r+b") as file, open(done_path, "r+b") as ticks, torch.inference_mode():
         bar = tqdm(start_workers(loader), "caching features", disable=None if rank() == 0 else True)
         for pixels, start in zip(bar, mine):
-            with model.autocast(device):
+            with model.autocast(clip):
                 features = model.normalise(clip.encode_image(pixels.to(device)))
             file.seek(start * row_bytes)
             file.write(features.half().cpu().numpy().tobytes())

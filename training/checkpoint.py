@@ -25,9 +25,10 @@ import model
 from common import rank, replace, sum_over_ranks, wait_for_all, world_size
 from sources.pairs import DataError, Pairs
 from training.chunks import Chunk, balanced
+from training.lora import split
 from training.processes import SIGNALS
 from training.recipes import Config, ConfigError, as_flag
-from weights.read import WeightsError
+from weights.read import WeightsError, digest
 
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")
 FREE = ("out", "device", "workers", "log_every", "save_minutes")  # the result does not depend on these
@@ -63,6 +64,8 @@ class Checkpoints:
         cannot be used, the previous one is; WeightsError if neither can. ConfigError if it belongs to another
         command or to other pairs, or if the ranks see different ones."""
         found, unusable = (0, [], 0), None
+        if self.cfg.lora:  # the frozen weights come from --init again; they have to be the same
+            self.setting["frozen"] = digest(split(clip)[1])
         for path in paths(self.cfg.out):
             try:
                 saved = read(path)
@@ -73,7 +76,7 @@ class Checkpoints:
                 print(f"   {unusable}; going on from {path}, step {saved['step']:,}")
             self.check_command(saved, path)
             self.newest_is_good = path == self.newest
-            clip.load_state_dict(saved["model"])
+            clip.load_state_dict(saved["model"], strict=not self.cfg.lora)
             optimizer.load_state_dict(saved["optimizer"])
             own_layout(optimizer)
             if saved["scaler"]:  # empty where no scaler was needed
@@ -104,8 +107,9 @@ class Checkpoints:
             what = {"pairs": "{} training pairs", "world_size": "{} processes"}
             said = what.get(name, as_flag(name) + " {!r}").format
             made = f"{path} was made with {said(before[name])}, this command has {said(value)}"
-            if name == "captions":
-                made = f"{path} was made with other captions than those that are in --data now"
+            if name in ("captions", "frozen"):
+                where = "captions than those that are in --data" if name == "captions" else "weights in --init"
+                made = f"{path} was made with other {where} now"
             if name not in INEXACT:
                 raise ConfigError(f"{made}; to go on, repeat the first command on the same pairs; to start "
                                   "anew, name another --out")
@@ -119,7 +123,7 @@ class Checkpoints:
             return
         self.finish()
         self.writing = self.writer.submit(self.write, on_host({
-            "model": clip.state_dict(), "config": json.dumps(dataclasses.asdict(clip.config)),
+            "model": split(clip)[0] if self.cfg.lora else clip.state_dict(), "config": json.dumps(dataclasses.asdict(clip.config)),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "step": step, "samples_seen": step * self.cfg.batch_size, "history": history,
             "flags": dataclasses.asdict(self.cfg) | {"chunk_size": chunk_size},  # the same after a restart
@@ -179,7 +183,7 @@ def read(path: str) -> dict:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = {key: saved[key] for key in (
             "model", "optimizer", "scaler", "step", "history", "flags", "world_size", "pairs")}
-        found |= {key: saved[key] for key in ("captions",) if key in saved}  # those of before had none
+        found |= {key: saved[key] for key in ("captions", "frozen") if key in saved}  # not in all of them
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
     for name, tensor in found["model"].items():
@@ -210,7 +214,7 @@ def check_finite(cfg: Config, step: int, loss: float, clip: model.ChineseCLIP, c
     """DataError, on all ranks, if the loss is not finite, or if the weights are not, or have grown so large
     that a feature of these pairs has no direction. Such weights would end every run that starts from them."""
     device = clip.logit_scale.device
-    with torch.compiler.set_stance("force_eager"), model.autocast(device):
+    with torch.compiler.set_stance("force_eager"), model.autocast(clip):
         features = clip.eval()(data.on_device(chunk.pictures[:4], device), chunk.ids[:4])[:2]
     fine = all(((x.norm(dim=1) - 1).abs() < 0.1).all() for x in features)
     fine = fine and all(x.isfinite().all() for x in clip.state_dict().values())

@@ -125,7 +125,7 @@ def trial(cfg: Config, clip: model.ChineseCLIP, most: int):
     pictures, ids = torch.zeros(most, *shape, device=device), torch.ones(most, cfg.context_length).long()
 
     def forward(n: int):
-        with model.autocast(device):
+        with model.autocast(clip):
             return clip(pictures[:n], ids[:n])
 
     return forward

@@ -12,6 +12,13 @@ from loss import gather
 from training.tiles import DENSE_LIMIT
 
 
+def load_teacher(name: str, student: model.ChineseCLIP) -> model.ChineseCLIP:
+    """The teacher from a file or a released name, frozen, on the student's device and in its precision."""
+    teacher = model.load(name, student.logit_scale.device)[0].requires_grad_(False)
+    teacher.precision = student.precision
+    return teacher
+
+
 @torch.no_grad()
 def teacher_features(teacher: model.ChineseCLIP, chunks) -> tuple:
     """What the teacher makes of a batch, at its own resolution: unit features of its images [b, E'] and of
@@ -21,7 +28,7 @@ def teacher_features(teacher: model.ChineseCLIP, chunks) -> tuple:
         pixels = data.on_device(chunk.pictures, device)
         if pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        with model.autocast(device):
+        with model.autocast(teacher):
             features.append(teacher(pixels, chunk.ids))
     images, texts, scales = zip(*features)
     return torch.cat(images), torch.cat(texts), scales[0]

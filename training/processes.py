@@ -29,8 +29,9 @@ def distribute(clip: model.ChineseCLIP) -> torch.nn.Module:
 def average_batchnorm(clip: model.ChineseCLIP):
     """Every process moves BatchNorm's running statistics by its own pairs. Set them to the mean over the
     processes, so that all measure and save the same model."""
-    moving = [buffer for buffer in clip.visual.buffers() if buffer.is_floating_point()]
-    if moving and clip.visual.training:
+    moving = [buffer for part in clip.visual.modules() if isinstance(part, torch.nn.BatchNorm2d)
+              and part.training for buffer in (part.running_mean, part.running_var)]
+    if moving:
         mean = mean_over_ranks(torch.cat([buffer.flatten() for buffer in moving]))  # one message for all
         for buffer, part in zip(moving, mean.split([buffer.numel() for buffer in moving])):
             buffer.copy_(part.view_as(buffer))

@@ -61,6 +61,9 @@ class Config:
     targets: str = flag("one-hot", "one-hot, as in the paper, or multi: pairs that share a picture or a "
                         "caption are no negatives of each other", choices=("one-hot", "multi"))
     cache_features: int = flag(0, "stage 1: encode so many views of every picture once; 0: at every step")
+    lora: int = flag(0, "if not 0, train matrices of this rank beside the weights, which stay as they are")
+    lora_on: str = flag("qkv", "the weights that get them: qkv of every attention, or all linear layers",
+                        choices=("qkv", "all"))
     teacher: str = flag("", "distil from this file or released name: learn its in-batch similarities too")
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
@@ -82,6 +85,9 @@ class Config:
     log_every: int = flag(10, "steps between log lines", low=1)
     workers: int = flag(-1, "processes that prepare pictures; -1: up to 8 with a GPU, 1 without", low=-1)
     device: str = flag("", "cpu or cuda; empty: cuda if there is one", choices=("", "cpu", "cuda"))
+    precision: str = flag("", "in which the towers compute: float32, bfloat16 or float16; empty: bfloat16 if "
+                          "the device has it and the model is large enough to gain, else float32 on a CPU, "
+                          "float16 on a GPU", choices=("", "float32", "bfloat16", "float16"))
     compile: bool = flag(False, "torch.compile both towers: the first steps are slow, the others faster")
     seed: int = flag(0, "seed of weights, order, augmentation and dropout", below=2**16)
 
@@ -110,6 +116,12 @@ def loader_processes(cfg: Config, device: torch.device) -> int:
     """Processes that prepare pictures for this one."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # this process's share
     return cfg.workers if cfg.workers >= 0 else max(1, min(8, cores)) if device.type == "cuda" else 1
+
+
+def choose_precision(cfg: Config, device: torch.device) -> torch.dtype:
+    """--precision, or what the device is good at. On a CPU small matrices gain nothing from bfloat16."""
+    small = device.type == "cpu" and model.MODELS[cfg.model].text.width < 512
+    return model.DTYPES.get(cfg.precision) or (torch.float32 if small else model.precision(device))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,7 +309,13 @@ def fill_in(act: str, flags: dict, given: dict, alone: bool) -> Config:
     if alone:
         return cfg
     # among several acts, these flags are for those that can use them
-    return dataclasses.replace(cfg, **dict(patch_drop=0.0) if cfg.freeze_image else dict(cache_features=0))
+    unusable = dict(patch_drop=0.0) if cfg.freeze_image else dict(cache_features=0)
+    return dataclasses.replace(cfg, **unusable, lora=cfg.lora * can_adapt(cfg))
+
+
+def can_adapt(cfg: Config) -> bool:
+    """Whether the towers that train start from trained weights, beside which LoRA may train others."""
+    return bool(cfg.init or cfg.text_init and (cfg.image_init or cfg.freeze_image))
 
 
 def as_flag(name: str) -> str:
@@ -334,6 +352,8 @@ def validate(cfg: Config):
         (cfg.patch_drop and not is_vit, f"--patch-drop: {cfg.model} has no patches to drop"),
         (cfg.patch_drop and cfg.freeze_image,
          "--patch-drop: a frozen image tower sees all patches; --cache-features saves its time"),
+        (cfg.lora and not can_adapt(cfg), "--lora: random weights are nothing to adapt; name trained ones by "
+         "--init, or by --text-init and --image-init"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no GPU here"),
     ):
         if wrong:

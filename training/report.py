@@ -49,9 +49,11 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     B, pairs, share = cfg.batch_size, len(stream.pairs), cfg.batch_size // world_size()
     frozen, vectors = (sum(p.numel() for p in clip.parameters() if test(p)) for test in (
         lambda p: not p.requires_grad, lambda p: p.requires_grad and p.ndim < 2))
+    whose = "" if cfg.lora else "the image tower's "
     say(f"{sum(p.numel() for p in clip.parameters()):,} parameters"
-        + f"; the image tower's {frozen:,} are frozen, the others train" * bool(frozen)
+        + f"; {whose}{frozen:,} are frozen, the others train" * bool(frozen)
         + f"; weight decay for all but {vectors:,} gains and biases" * bool(cfg.weight_decay))
+    say(f"the towers compute in {str(clip.precision)[6:]}, {why_precision(cfg, clip)}")
     say(f"{pairs:,} training pairs; validation: {valid.image_count:,} images, {len(valid.texts):,} texts")
     if valid.image_count < 100:
         say(f"so few are found by chance: guessing has an R@10 of {min(100, 1000 / valid.image_count):.0f} "
@@ -65,7 +67,7 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
         say(f"a batch is larger than the set: every pair occurs in it {B // pairs:,} or {B // pairs + 1:,} "
             f"times; --batch-size {max(2, 2 ** (pairs.bit_length() - 1))} lessens that, and --targets multi "
             "tells them from negatives")
-    if chunks > 1 and not cfg.freeze_image and isinstance(clip.visual, model.ModifiedResNet):
+    if chunks > 1 and not (cfg.freeze_image or cfg.lora) and isinstance(clip.visual, model.ModifiedResNet):
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
     where = f" from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else ""
     say(f"peak learning rate {cfg.peak_lr:.2e}"
@@ -80,6 +82,16 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     advice = f", which counts as wrong: the loss stays above {floor:.3f}; --targets multi counts it as right"
     say(f"guessing has a loss of ln {B:,} = {math.log(B):.2f}; {shared:.1%} of a batch share picture or "
         "caption with another" + (advice if floor > 0.01 and cfg.targets == "one-hot" else ""))
+
+
+def why_precision(cfg: Config, clip: model.ChineseCLIP) -> str:
+    """Why the towers compute in their precision, in words."""
+    device = clip.logit_scale.device
+    if cfg.precision:
+        return "as --precision says"
+    if clip.precision != model.precision(device):
+        return "as bfloat16 gains nothing for a model as small as this"
+    return f"as this {device.type.upper()} {'has' if clip.precision == torch.bfloat16 else 'lacks'} bfloat16"
 
 
 def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:

@@ -9,6 +9,7 @@ names (weights/names.py). A checkpoint is data: nothing in it is executed, and n
     RoBERTa-wwm, RBT3    pytorch_model.bin or model.safetensors
 """
 
+import hashlib
 import json
 import os
 
@@ -152,6 +153,15 @@ def plain(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     if total > 2 * os.path.getsize(path) + 4 * 21128 * 1024:
         raise WeightsError(f"{path}: its tensors claim {total:,} bytes, more than the file holds; refused")
     return state
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors and their names."""
+    sha = hashlib.sha256()
+    for name, tensor in state.items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]):

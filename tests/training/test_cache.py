@@ -159,9 +159,10 @@ def test_the_header_names_the_precision(pairs, tmp_path, monkeypatch):
     opened(tmp_path, pairs)
     header = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
     assert header["precision"] == "torch.float32"
-    monkeypatch.setattr(cache.model, "precision", lambda device: torch.float16)
+    other = tower()
+    other.precision = torch.float16
     with pytest.raises(DataError, match="features of another precision"):
-        opened(tmp_path, pairs)
+        opened(tmp_path, pairs, other)
 
 
 @pytest.mark.parametrize("how", ["none", "crop"])

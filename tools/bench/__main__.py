@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None):
     add("--device", default=devices[0], choices=devices)
     add("--models", nargs="+", default=["ViT-B-16"], choices=model.MODELS, metavar="NAME",
         help=", ".join(model.MODELS))
-    add("--stages", nargs="+", default=["1", "2"], choices=("1", "2"), help="stages of `train`")
+    add("--stages", nargs="+", default=["1", "2"], choices=("1", "2", "lora"), help="of `train` (1 2)")
+    add("--precision", default="", choices=model.DTYPES, help="of `train`, as train.py has it")
     add("--batch", type=int, default=8, help="pairs per step, or pictures encoded together (%(default)s)")
     add("--chunk", type=int, default=4, help="pairs per chunk, in the rows with chunks (%(default)s)")
     add("--batches", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="of `loss` (%(default)s)")

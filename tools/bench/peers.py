@@ -46,7 +46,7 @@ def peers_of(name: str, clip: model.ChineseCLIP) -> dict[str, torch.nn.Module]:
     size, device = clip.config.visual.resolution, clip.logit_scale.device
     pixels, ids = torch.randn(1, 3, size, size, device=device), tokenize([CAPTION]).to(device)
     for peer, theirs in found.items():
-        theirs.to(device).eval()
+        theirs.to(device).eval().precision = clip.precision if device.type == "cuda" else torch.float32
         with torch.inference_mode():
             cosine = torch.cosine_similarity(theirs.encode_image(pixels), clip.eval().encode_image(pixels))
             if peer == "official":

@@ -18,8 +18,11 @@ from sources.pairs import decode
 from tools.bench.peers import CAPTION, beside, measure, peers_of, version
 from train import set_train_mode
 from training.chunks import Chunk, backward_in_chunks, features_in_chunks
+from training.lora import add_lora
+from training.recipes import Config, choose_precision
 from training.tiles import DENSE_LIMIT, tiled_loss
 
+RANK = 8  # of LoRA
 PHOTOS = ((1440, 1080, 32), (500, 375, 200), (224, 224, 400))  # width, height, how many
 
 
@@ -33,11 +36,16 @@ def bench_train(args):
 
 def train_rows(name: str, stage: str, args):
     """A plain step of ours, one in chunks and, in stage 1, one with cached features, each beside the plain
-    step of each peer. MB are what a step holds at its peak beyond weights and moments, gradients included."""
+    step of each peer; "lora" is stage 2 with it. MB are what a step holds at its peak beyond weights and
+    moments, gradients included."""
+    cfg = Config(model=name, lora=RANK if stage == "lora" else 0, init=name, precision=args.precision)
     clip, frozen, batch = model.ChineseCLIP(model.MODELS[name]).to(args.device), stage == "1", args.batch
+    clip.precision = choose_precision(cfg, torch.device(args.device))
     if args.device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)
     peers, size = peers_of(name, clip), clip.config.visual.resolution
+    if cfg.lora:
+        add_lora(clip, cfg)
     pictures = torch.randn(batch, 3, size, size, device=args.device)
     ids = data.tokenize([CAPTION] * batch)  # [B, 52]; our model cuts the padding
     loss_of = tiled_loss if batch**2 > DENSE_LIMIT else contrastive_loss  # as train.py chooses
@@ -60,17 +68,18 @@ def train_rows(name: str, stage: str, args):
 def step_of(clip, pictures: torch.Tensor, ids: torch.Tensor, frozen: bool, chunk: int, loss_of):
     """-> a function that makes one step of a model, ours or a peer's, in chunks of `chunk` pairs. Pictures
     are [B, 3, S, S], or features [B, E] of the frozen tower."""
-    clip.visual.requires_grad_(not frozen)
+    if frozen:
+        clip.visual.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in clip.parameters() if p.requires_grad], lr=1e-6, fused=True)
     chunks = [Chunk(*part, seed) for seed, part in enumerate(zip(pictures.split(chunk), ids.split(chunk)))]
 
     def forward(one: Chunk):
         torch.manual_seed(one.seed)
-        with model.autocast(pictures.device):
+        with model.autocast(clip):
             return clip(one.pictures, one.ids)
 
     def step():
-        set_train_mode(clip, frozen)
+        set_train_mode(clip)
         features = forward(chunks[0]) if len(chunks) == 1 else features_in_chunks(forward, clip, chunks)
         loss_of(*features).backward()
         if len(chunks) > 1:

@@ -35,14 +35,15 @@ def bench_encode(args):
         pixels = torch.randn(args.batch, 3, size, size, device=args.device)
 
         def encode(who: str, what: str, count: int):
-            if what == "image":
-                return models[who].encode_image(pixels[:count])
-            if who in ours:
-                return encode_texts(models[who], CAPTIONS, batch_size=64)
-            return torch.cat([models[who].encode_text(part) for part in ids.split(64)])
+            with model.autocast(models[who]):
+                if what == "image":
+                    return models[who].encode_image(pixels[:count])
+                if who in ours:
+                    return encode_texts(models[who], CAPTIONS, batch_size=64)
+                return torch.cat([models[who].encode_text(part) for part in ids.split(64)])
 
         for what in (("image", args.batch), ("image", 1), ("captions", len(CAPTIONS))):
-            with torch.inference_mode(), model.autocast(torch.device(args.device)):
+            with torch.inference_mode():
                 actions = {who: functools.partial(encode, who, *what) for who in models}
                 if what[0] == "captions":
                     actions.pop("open_clip", None)  # its text tower is an English one

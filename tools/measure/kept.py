@@ -19,6 +19,7 @@ from common import rank, replace, write_json
 from data import preprocess, tokenize
 from eval import pair_features
 from sources.pairs import DataError, Pairs
+from weights.read import digest
 
 FILES = ("image_features.npy", "text_features.npy")
 
@@ -48,20 +49,11 @@ def origin_of(clip, pairs: Pairs, context_length: int) -> dict:
     which a digest of one preprocessed picture and one caption stands for."""
     picture = Image.frombytes("RGBA", (60, 50), np.random.default_rng(0).bytes(12000))  # with transparency
     transformed = preprocess(picture, 32).numpy().tobytes() + tokenize(["一只“Cat”"]).numpy().tobytes()
-    return {"model": digest(clip), "pictures": pairs.fingerprint(),
+    return {"model": digest(clip.state_dict()), "pictures": pairs.fingerprint(),
             "captions": hashlib.sha256(json.dumps(list(pairs.texts)).encode()).hexdigest(),
             "context_length": context_length, "preprocessing": hashlib.sha256(transformed).hexdigest(),
-            "precision": str(model.precision(clip.logit_scale.device)), "dtype": str(clip.dtype),
+            "precision": str(clip.precision), "dtype": str(clip.dtype),
             "shapes": [[count, clip.config.embed_dim] for count in (pairs.image_count, len(pairs.texts))]}
-
-
-def digest(clip) -> str:
-    """SHA-256 of the weights and their names."""
-    weights = hashlib.sha256()
-    for name, tensor in clip.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return weights.hexdigest()
 
 
 def read_features(folder: str, origin: dict) -> tuple[torch.Tensor, torch.Tensor]:

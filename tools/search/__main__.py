@@ -90,12 +90,11 @@ def main(argv: list[str] | None = None):
         if wrong:
             parser.error(text)
     warnings.filterwarnings("ignore", module="PIL")  # what it cannot read it refuses, and that is counted
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    units = torch.cpu.get_capabilities() if device == "cpu" else {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what is found
         clip = model.load(args.model, device)[0]
         index = Index(args.index, clip, roots)  # one for these weights, in whichever precision they compute
-        if any(units.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16")):
+        if device.type == "cpu" and model.precision(device) == torch.bfloat16:
             clip = model.load(args.model, device, dtype="bfloat16")[0]
         least = least_cosine(args, clip) if args.precision else 2.0
         if not args.serve:

@@ -27,7 +27,7 @@ from common import UserError, replace_text
 from eval import encode_images
 from sources.augment import as_rgb
 from sources.pairs import BROKEN, DataError, ahead, date_taken, decode, pictures_below, read_picture, upright
-from tools.measure.kept import digest
+from weights.read import digest
 
 TOGETHER = 64  # pictures in a transaction, and prepared while the model computes
 SMALLEST, LARGEST = 16, 2**28  # pixels of the shorter side, below which it is an icon, and bytes
@@ -58,7 +58,7 @@ class Index:
     Paths are bytes, so that any name can be kept; roots are those of `os.path.realpath`."""
 
     def __init__(self, folder: str, clip: model.ChineseCLIP, roots: list[bytes]):
-        self.folder, self.roots = os.path.join(folder, digest(clip)[:16]), roots
+        self.folder, self.roots = os.path.join(folder, digest(clip.state_dict())[:16]), roots
         self.width, self.resolution = clip.config.embed_dim, clip.config.visual.resolution
         self.features_path = os.path.join(self.folder, "features.f16")
         with self.errors():
