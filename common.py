@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import safetensors
 import torch
@@ -119,10 +120,7 @@ def replace(path: str, write_to):
 
 
 def replace_text(path: str, text: str):
-    def write_to(temporary: str):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    replace(path, write_to)
+    replace(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str, value):

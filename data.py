@@ -213,10 +213,8 @@ def first_position(step: int, batch_size: int, pairs: int) -> int:
     return step * (batch_size if epochs == 1 else epochs * pairs)
 
 
-def batches(
-    stream: Stream, batch_size: int, steps: range, context_length: int, workers: int,
-    rank: int = 0, world_size: int = 1, chunk: int = 0,
-) -> torch.utils.data.DataLoader:
+def batches(stream: Stream, batch_size: int, steps: range, context_length: int, workers: int, rank: int = 0,
+            world_size: int = 1, chunk: int = 0) -> torch.utils.data.DataLoader:
     """A loader over the batches of these steps, which worker processes prepare ahead. Rank r gets rows
     r * B / world_size to (r + 1) * B / world_size, the order in which `gather` joins the features of all
     ranks, in chunks of at most `chunk` pairs (0: in one)."""

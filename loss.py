@@ -58,10 +58,8 @@ def own_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(x), device=x.device) + rank() * len(x)
 
 
-def contrastive_loss(
-    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor,
-    keys: torch.Tensor | None = None,
-) -> torch.Tensor:
+def contrastive_loss(image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor,
+                     keys: torch.Tensor | None = None) -> torch.Tensor:
     """Symmetric cross-entropy over the global batch. Returns this rank's share, a scalar; the mean over ranks
     is the loss.
 

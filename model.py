@@ -79,7 +79,7 @@ class ChineseCLIP(nn.Module):
         # Cosines are divided by a temperature, which starts at 0.07 (CLIP paper, sec. 2.5). We learn t =
         # ln(1 / temperature) and multiply by exp(t), which is always positive.
         self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
-        self.precision = torch.float32  # in which `autocast` lets forward passes compute
+        self.precision = torch.float32  # of forward passes under `autocast`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,17 +124,14 @@ def normalise(features: torch.Tensor) -> torch.Tensor:
 
 def autocast(clip: ChineseCLIP):
     """A context in which forward passes compute in `clip.precision`. Parameters stay float32."""
-    half = clip.precision != torch.float32
-    return torch.autocast(clip.logit_scale.device.type, clip.precision, enabled=half)
+    return torch.autocast(clip.logit_scale.device.type, clip.precision, enabled=clip.precision.itemsize < 4)
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device computes in it; else float32 on a CPU, float16 on a GPU (V100, T4)."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    units = torch.cpu.get_capabilities()
-    has_bfloat16 = any(units.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    """float32 on a CPU, bfloat16 on a GPU, or float16 on one that only emulates bfloat16 (V100, T4)."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,9 +175,8 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     count = sum(p.numel() for p in clip.parameters())
     print(f"loaded {path} ({layout}): {describe(config, MODELS)}, {count:,} parameters in {dtype}"
           f"{left_out(everything, state)}")
-    clip.to(device).eval()
-    clip.precision = precision(clip.logit_scale.device) if clip.logit_scale.is_cuda else torch.float32
-    return clip, functools.partial(preprocess, resolution=config.visual.resolution)
+    clip.precision = precision(torch.device(device))
+    return clip.to(device).eval(), functools.partial(preprocess, resolution=config.visual.resolution)
 
 
 def load_from_name(name: str, device: str | torch.device | None = None, download_root: str | None = None,

@@ -85,15 +85,14 @@ def build(cfg: Config, device: torch.device) -> model.ChineseCLIP:
     clip.visual.requires_grad_(not cfg.freeze_image)
     clip.visual.patch_drop = cfg.patch_drop
     clip.set_grad_checkpointing(cfg.grad_checkpointing)
-    if cfg.lora:
-        add_lora(clip, cfg)
+    add_lora(clip, cfg)  # with --lora
     clip.to(device)
     clip.precision = choose_precision(cfg, device)
     if device.type == "cuda":
         if isinstance(clip.visual, model.ModifiedResNet):
             clip.visual.to(memory_format=torch.channels_last)  # the layout in which its convolutions are fast
-        # TF32 is a faster float32 with fewer digits, here for the loss, which runs outside of autocast. It
-        # moves the gradient by 5e-4 (imitated on a CPU, batch 4,096); bfloat16 features move it by 4e-3
+        # TF32, a faster float32 with fewer digits, is for the loss, which runs outside of autocast. It moves
+        # the gradient by 5e-4 (imitated on a CPU, batch 4,096), where bfloat16 features move it by 4e-3.
         torch.set_float32_matmul_precision("high")
     return clip
 
@@ -133,8 +132,7 @@ def train(act: str, cfg: Config) -> list[dict]:
     # 3. every process takes its share of a batch, in chunks if the share does not fit into memory
     set_train_mode(clip)
     chunk_size, chunk_count = choose_chunks(cfg, clip, chunk_size)
-    if cfg.compile:
-        compile_towers(cfg, clip, chunk_size)
+    compile_towers(cfg, clip, chunk_size)  # with --compile
     towers = distribute(clip)
     in_tiles = cfg.batch_size**2 / world_size() > DENSE_LIMIT  # are the logits [b, B] too many to hold?
     report.print_settings(cfg, clip, stream, valid, total, step, chunk_size)

@@ -240,6 +240,41 @@ def test_a_frozen_tower_keeps_no_activations():
     assert clip.encode_image(torch.randn(2, 3, 32, 32)).grad_fn is None
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_leaves_parameters_and_statistics_in_float32(precision, pairs, tmp_path, monkeypatch):
+    """On a CPU as on a GPU: only the towers compute in it, and float16 has a scaler, whose state is saved. A
+    step whose scaled gradients overflow is left out."""
+    computed, real, linear = set(), train.contrastive_loss, torch.nn.Linear.forward
+
+    def loss(image_features, text_features, *more):
+        assert image_features.dtype == text_features.dtype == torch.float32
+        return real(image_features, text_features, *more)
+    monkeypatch.setattr(train, "contrastive_loss", loss)
+
+    def forward(self, x):
+        computed.add((y := linear(self, x)).dtype)
+        return y
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    for how in ("float32", precision):
+        train.train("act", flags(pairs, tmp_path / how, model="RN-tiny", precision=how, log_every=1, eval_every=6))
+    assert computed == {torch.float32, getattr(torch, precision)}
+    exact, rounded = (load_file(tmp_path / how / "last.safetensors") for how in ("float32", precision))
+    assert {x.dtype for x in rounded.values()} == {torch.float32, torch.int64}
+    assert 0 < (exact["visual.bn1.running_mean"] - rounded["visual.bn1.running_mean"]).abs().max() < 0.01
+    logs = [[json.loads(line) for line in (tmp_path / how / "log.jsonl").open()] for how in ("float32", precision)]
+    one, other = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert one != other and one[0] == pytest.approx(other[0], abs=0.02)
+    state = torch.load(tmp_path / precision / "checkpoint.pt", weights_only=True)["scaler"]
+    assert bool(state) == (precision == "float16")
+
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
+    train.train("act", flags(pairs, tmp_path / "large", model="RN-tiny", precision=precision, steps=1, save_every=1))
+    state = torch.load(tmp_path / "large" / "checkpoint.pt", weights_only=True)
+    assert state["scaler"].get("scale", 2.0**39) == 2.0**39  # half of what was too much
+    moments = {float(moment["step"]) for moment in state["optimizer"]["state"].values()}
+    assert moments == ({1.0} if precision == "bfloat16" else moments - {1.0})
+
+
 def test_compiled_towers_train_the_same(pairs, tmp_path, monkeypatch):
     """Traced and differentiated as always, but not turned into C++, which takes minutes."""
     monkeypatch.setattr(torch.nn.Module, "compile",

@@ -82,7 +82,8 @@ def origin(cfg: Config, clip: model.ChineseCLIP, pairs: Pairs) -> dict:
     picture = Image.frombytes("RGBA", (60, 50), rng.randbytes(12000))
     views = [preprocess(augment(picture, 32, cfg.augment, rng), 32).numpy().tobytes() for _ in range(20)]
     return json.loads(json.dumps({
-        "image_tower": digest(clip.visual.state_dict()), "pictures": pairs.fingerprint(), "count": pairs.image_count,
+        "image_tower": digest(clip.visual.state_dict()),
+        "pictures": pairs.fingerprint(), "count": pairs.image_count,
         "views": cfg.cache_features, "augment": cfg.augment, "seed": cfg.seed,
         "visual": dataclasses.asdict(clip.config.visual), "embed_dim": clip.config.embed_dim, "block": BLOCK,
         "transform": hashlib.sha256(b"".join(views) + f"decoded at {DRAFT}".encode()).hexdigest(),

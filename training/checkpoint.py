@@ -107,9 +107,8 @@ class Checkpoints:
             what = {"pairs": "{} training pairs", "world_size": "{} processes"}
             said = what.get(name, as_flag(name) + " {!r}").format
             made = f"{path} was made with {said(before[name])}, this command has {said(value)}"
-            if name in ("captions", "frozen"):
-                where = "captions than those that are in --data" if name == "captions" else "weights in --init"
-                made = f"{path} was made with other {where} now"
+            if other := {"captions": "captions in --data", "frozen": "weights to start from"}.get(name):
+                made = f"{path} was made with other {other} than there are now"
             if name not in INEXACT:
                 raise ConfigError(f"{made}; to go on, repeat the first command on the same pairs; to start "
                                   "anew, name another --out")
@@ -123,7 +122,8 @@ class Checkpoints:
             return
         self.finish()
         self.writing = self.writer.submit(self.write, on_host({
-            "model": split(clip)[0] if self.cfg.lora else clip.state_dict(), "config": json.dumps(dataclasses.asdict(clip.config)),
+            "model": split(clip)[0] if self.cfg.lora else clip.state_dict(),
+            "config": json.dumps(dataclasses.asdict(clip.config)),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "step": step, "samples_seen": step * self.cfg.batch_size, "history": history,
             "flags": dataclasses.asdict(self.cfg) | {"chunk_size": chunk_size},  # the same after a restart

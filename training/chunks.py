@@ -107,8 +107,10 @@ def choose_chunks(cfg: Config, clip: model.ChineseCLIP, before: int) -> tuple[in
 
 
 def compile_towers(cfg: Config, clip: model.ChineseCLIP, chunk_size: int):
-    """torch.compile both towers. ConfigError if the second pass over a chunk would then draw other dropout
-    than the first: its gradient would be wrong, and no loss would show that."""
+    """With --compile, torch.compile both towers. ConfigError if the second pass over a chunk would then draw
+    other dropout than the first: its gradient would be wrong, and no loss would show that."""
+    if not cfg.compile:
+        return
     clip.visual.compile()
     clip.bert.encoder.compile()
     if chunk_size < cfg.batch_size // world_size():

@@ -1,10 +1,10 @@
 r"""
-LoRA: adapt a model by few numbers (Hu et al., 2021). Each adapted weight W [out, in] stays as it is, and
-W + ALPHA / rank * B A takes its place, with B [out, rank] and A [rank, in]. Only A, B and the temperature train,
-and the text projection if no file gave it. B starts at zero, so that the model starts as it was.
+LoRA: adapt a model by few numbers (Hu et al., 2021). An adapted weight W [out, in] is frozen, and
+W + ALPHA / rank * B A takes its place, with B [out, rank] and A [rank, in]. Only A, B and the temperature
+train, and the text projection if no file gave it. B starts at zero, so that the model starts as it was.
 
-W is parametrised (torch.nn.utils.parametrize): a module that reads its weight gets the sum, so no forward pass
-knows of A and B. state_dict() has the sum too, under the weight's own name, so that best.safetensors and
+W is parametrised (torch.nn.utils.parametrize): a module that reads its weight gets the sum, so no forward
+pass knows of A and B. state_dict() has the sum too, under the weight's own name, so best.safetensors and
 last.safetensors are plain weights. A checkpoint holds only what trains.
 """
 
@@ -20,14 +20,14 @@ QKV = ("query", "key", "value", "q_proj", "k_proj", "v_proj")  # of bert.py; of 
 
 
 class LowRank(nn.Module):
-    """W [out, in] -> W + ALPHA / rank * B A. A matrix that holds several, one below the other, as the ViT's
-    in_proj_weight holds those of q, k and v, gets a B [parts, out / parts, rank] and an A [parts, rank, in]."""
+    """W [out, in] -> W + ALPHA / rank * B A. A matrix of several parts, one below the other, as the ViT's
+    in_proj_weight of q, k and v, gets a B [parts, out / parts, rank] and an A [parts, rank, in]."""
 
     def __init__(self, weight: torch.Tensor, rank: int, parts: int):
         super().__init__()
-        self.A = nn.Parameter(torch.randn_like(weight[:1].expand(parts * rank, -1)).unflatten(0, (parts, rank)))
-        self.A.data.mul_(weight.shape[1] ** -0.5)
-        self.B = nn.Parameter(weight.new_zeros(parts, len(weight) // parts, rank))
+        out, width = weight.shape
+        self.A = nn.Parameter(torch.randn(parts, rank, width, dtype=weight.dtype) * width**-0.5)
+        self.B = nn.Parameter(torch.zeros(parts, out // parts, rank, dtype=weight.dtype))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):  # as exact as the merged weight
@@ -35,8 +35,11 @@ class LowRank(nn.Module):
 
 
 def add_lora(clip: model.ChineseCLIP, cfg: Config):
-    """Freeze the model, and put matrices of rank --lora beside those weights of the towers that train which
-    --lora-on names. Prints what they are. ConfigError if the rank is larger than such a weight."""
+    """With --lora, freeze the model and put matrices of that rank beside those weights, in the towers that
+    train, which --lora-on names. Prints what they are. ConfigError if the rank is larger than such a weight
+    allows."""
+    if not cfg.lora:
+        return
     towers = {"bert": clip.bert} | ({} if cfg.freeze_image else {"visual": clip.visual})
     clip.requires_grad_(False)
     clip.logit_scale.requires_grad_(True)

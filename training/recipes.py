@@ -120,8 +120,15 @@ def loader_processes(cfg: Config, device: torch.device) -> int:
 
 def choose_precision(cfg: Config, device: torch.device) -> torch.dtype:
     """--precision, or what the device is good at. On a CPU small matrices gain nothing from bfloat16."""
-    small = device.type == "cpu" and model.MODELS[cfg.model].text.width < 512
-    return model.DTYPES.get(cfg.precision) or (torch.float32 if small else model.precision(device))
+    large = model.MODELS[cfg.model].text.width >= 512
+    if not cfg.precision and device.type == "cpu" and large and cpu_has_bfloat16():
+        return torch.bfloat16
+    return model.DTYPES.get(cfg.precision) or model.precision(device)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16, which others only imitate."""
+    return any(map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16", "bf16")))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from sources.classes import TEMPLATES, read_templates
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs
 from training.compare import curves, table
-from training.recipes import Config, warmup_steps
+from training.recipes import Config, cpu_has_bfloat16, warmup_steps
 
 FONT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "font.ttf")
 SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc",
@@ -85,13 +85,14 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
 
 
 def why_precision(cfg: Config, clip: model.ChineseCLIP) -> str:
-    """Why the towers compute in their precision, in words."""
-    device = clip.logit_scale.device
+    """Why the towers compute in this precision, in words."""
     if cfg.precision:
         return "as --precision says"
-    if clip.precision != model.precision(device):
-        return "as bfloat16 gains nothing for a model as small as this"
-    return f"as this {device.type.upper()} {'has' if clip.precision == torch.bfloat16 else 'lacks'} bfloat16"
+    device = clip.logit_scale.device.type
+    if clip.precision == torch.bfloat16:
+        return f"which this {device.upper()} has units for"
+    small = device == "cpu" and cpu_has_bfloat16()
+    return "as so small a model gains nothing from bfloat16" if small else f"as this {device.upper()} has no bfloat16"
 
 
 def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:

@@ -142,7 +142,7 @@ def test_a_checkpoint_goes_on_only_beside_the_weights_that_it_was_made_with(whol
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     saved["flags"]["init"] = other
     torch.save(saved, out / "checkpoint.pt")
-    with pytest.raises(ConfigError, match="was made with other weights in --init"):
+    with pytest.raises(ConfigError, match="was made with other weights to start from than there are now"):
         train.train("act", flags(pairs, out, init=other, **RUN))
 
 
@@ -159,10 +159,10 @@ def test_what_cannot_be_adapted_is_refused(argv, said):
 def test_of_several_acts_those_adapt_that_start_from_trained_towers():
     assert [cfg.lora for cfg in parse(["--lora", "8"]).values()] == [0, 0, 8]  # the demo
     towers = ["--image-init", "a", "--text-init", "b"]
-    assert [cfg.lora for cfg in parse(["--recipe", "pretrain", "--data", "x", "--lora", "8", *towers]).values()
-            ] == [8, 8]
+    acts = parse(["--recipe", "pretrain", "--data", "x", "--lora", "8", *towers])
+    assert [cfg.lora for cfg in acts.values()] == [8, 8]
 
 
 def test_a_rank_above_the_width_is_refused(pairs, start, tmp_path):
-    with pytest.raises(ConfigError, match="--lora 33: bert.encoder.layer.0.attention.self.query has at most rank 32"):
+    with pytest.raises(ConfigError, match="--lora 33: bert.encoder.layer.0.* has at most rank 32"):
         train.train("act", flags(pairs, tmp_path, init=start, lora=33))

@@ -131,6 +131,15 @@ def test_cached_features_are_for_the_acts_with_a_frozen_tower():
         parse(["--recipe", "stage2", *TUNED, "--cache-features", "3"])
 
 
+@pytest.mark.parametrize("unit, flags, chosen", [
+    ("amx_bf16", [], "bfloat16"), ("", [], "float32"), ("avx512_bf16", ["--model", "RN-micro"], "float32"),
+    ("amx_bf16", ["--precision", "float32"], "float32"), ("", ["--precision", "float16"], "float16")])
+def test_a_cpu_computes_in_what_it_is_good_at(unit, flags, chosen, monkeypatch):
+    monkeypatch.setattr(recipes.torch.cpu, "get_capabilities", lambda: {unit: True, "avx2": True})
+    (cfg,) = parse(["--recipe", "muge", *TUNED, *flags]).values()
+    assert str(recipes.choose_precision(cfg, recipes.torch.device("cpu"))) == f"torch.{chosen}"
+
+
 def test_a_pattern_of_shards_is_not_its_own_validation_split(tmp_path):
     for source in ("a/{0..1}.tar", "a/0.tar,photos", "photos, a/*.tar"):
         with pytest.raises(ConfigError, match="--valid-data"):

@@ -26,6 +26,17 @@ def near(pixels: np.ndarray, colour) -> np.ndarray:
     return np.abs(pixels - colour).max(axis=-1) < 12
 
 
+@pytest.mark.parametrize("precision, has, cfg, words", [
+    ("bfloat16", True, {}, "which this CPU has units for"), ("float32", False, {}, "as this CPU has no bfloat16"),
+    ("float32", True, {}, "as so small a model gains nothing from bfloat16"),
+    ("float16", True, dict(precision="float16"), "as --precision says")])
+def test_a_run_says_why_it_computes_as_it_does(precision, has, cfg, words, monkeypatch):
+    monkeypatch.setattr(report, "cpu_has_bfloat16", lambda: has)
+    clip = model.ChineseCLIP(model.MODELS["ViT-tiny"])
+    clip.precision = model.DTYPES[precision]
+    assert report.why_precision(Config(**cfg), clip) == words
+
+
 def test_curve_is_a_picture_with_a_line_a_name(tmp_path):
     series = {"一": [[(0, 1.0), (50_000, 40.0), (100_000, 95.0)]], "二": [[(0, 90.0), (100_000, 5.0)]]}
     report.curve(str(tmp_path / "curve.png"), series, "召回 recall")

@@ -44,8 +44,7 @@ def train_rows(name: str, stage: str, args):
     if args.device == "cuda" and isinstance(clip.visual, model.ModifiedResNet):
         clip.visual.to(memory_format=torch.channels_last)
     peers, size = peers_of(name, clip), clip.config.visual.resolution
-    if cfg.lora:
-        add_lora(clip, cfg)
+    add_lora(clip, cfg)
     pictures = torch.randn(batch, 3, size, size, device=args.device)
     ids = data.tokenize([CAPTION] * batch)  # [B, 52]; our model cuts the padding
     loss_of = tiled_loss if batch**2 > DENSE_LIMIT else contrastive_loss  # as train.py chooses

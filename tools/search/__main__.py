@@ -28,6 +28,7 @@ from tools.measure.metrics import calibrate
 from tools.search.index import Index, shown
 from tools.search.query import Search
 from tools.search.server import serve
+from training.recipes import cpu_has_bfloat16
 from training.report import contact_sheet
 from weights.download import CACHE
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None):
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what is found
         clip = model.load(args.model, device)[0]
         index = Index(args.index, clip, roots)  # one for these weights, in whichever precision they compute
-        if device.type == "cpu" and model.precision(device) == torch.bfloat16:
+        if device.type == "cpu" and cpu_has_bfloat16():
             clip = model.load(args.model, device, dtype="bfloat16")[0]
         least = least_cosine(args, clip) if args.precision else 2.0
         if not args.serve:
