@@ -19,10 +19,11 @@ import torch
 
 import model
 from common import Flags, one_line_errors
+from sources.classes import text_lines
 from sources.layouts import find
 from sources.pairs import DataError
 from tools.curate import check
-from tools.curate.rewrite import WRITERS, read_words, rewrite
+from tools.curate.rewrite import WRITERS, rewrite
 
 
 def arguments() -> Flags:
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None):
     if args.command == "split" and not 0 < args.valid < 1:
         raise DataError(f"--valid {args.valid}: expected a share of the pairs, over 0 and under 1")
     if args.command == "filter":
-        args.words = read_words(args.words) if args.words else ()
+        args.words = [line for _, line in text_lines(args.words)] if args.words else ()
         args.clip = model.load(args.model, args.device)[0] if args.model else None
     layout = args.to or find(args.source, args.split)[0]
     rewrite(args.source, args.out, layout if layout in WRITERS else "folder", args.workers,

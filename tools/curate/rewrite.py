@@ -25,14 +25,11 @@ from common import write_json
 from eval import encode_images, encode_texts
 from sources.augment import as_rgb
 from sources.layouts import OfficialPairs, find, open_pairs, splits_of
-from sources.pairs import PICTURES, DataError, Pairs, SourceChanged, decode, upright
+from sources.pairs import DataError, Pairs, SourceChanged, decode, upright
 from tools.curate.check import digest, in_processes
 
 CHUNK = 256  # pictures that a process looks at before it reports
 SHARD = 10_000  # pairs in a shard, img2dataset's default
-UNSAFE = re.compile(  # in a path: Windows' devices, what it forbids, dots and spaces at an end, folders x.jpg
-    r'(?<![^/])(?=(con|prn|aux|nul|(com|lpt)\d)(\.|/|$))|[<>:"|?*\0-\x1f\x7f\ud800-\udfff]|[ .]+(?=/|$)'
-    rf"|\.(?=({'|'.join(PICTURES)})/)", re.IGNORECASE)
 
 # ------------------------------------------------------------------------------------------------------------
 # looking at pictures
@@ -83,16 +80,6 @@ def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int = 3) 
 
 # ------------------------------------------------------------------------------------------------------------
 # the rules
-
-
-def read_words(path: str) -> tuple[str, ...]:
-    """The words of a file, one on each line; empty lines and lines that begin with # are left out."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip() and not line.startswith("#"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as UTF-8 text ({error}); expected one word on each line") from None
 
 
 def take(source: str, split: str, rules: argparse.Namespace | None, workers: int):
@@ -191,21 +178,20 @@ def divide(source: str, pairs: Pairs, kept: list[int], digests: np.ndarray, shar
 
 
 def file_name(pairs: Pairs, row: int, split: str, content: bytes, taken: dict[str, str]) -> str:
-    """The path of a picture in the new folder: its path in the old one, or SPLIT/ID, safe and unique on any
-    system. Its ending fits the bytes `content` if these are new, or if it is none of a picture's. `taken`
-    holds the place of the picture for each path, in small letters, and gets this one's."""
-    place, name, end = pairs.place(row), str(pairs.image_id(row)), ending(content)
-    name = os.path.normpath(name if os.path.isfile(place) else f"{split}/{name[:80]}")
-    name = UNSAFE.sub("_", name.replace("\\", "/").lstrip("/"))
-    stem, _, old = name.rpartition(".")
-    if old.lower() not in PICTURES:
-        stem, old = name, end
-    elif end == "jpg" and old.lower() not in ("jpg", "jpeg") and content != pairs.picture(row):
-        old = end
-    path = f"{stem}.{old}"
-    while taken.setdefault(path.casefold(), place) != place:
-        row, path = row + 1, f"{stem}-{row}.{old}"
-    return path
+    """The path of a picture in the new folder: its path in the old one, with .jpg behind it if the bytes
+    `content` are a new JPEG, or SPLIT/ID. `taken` holds the place of the picture for each path, in small
+    letters, and gets this one's."""
+    place, name = pairs.place(row), os.path.normpath(str(pairs.image_id(row))).replace(os.sep, "/")
+    if not os.path.isfile(place) or os.path.isabs(name) or name.startswith("../"):
+        end = f".{ending(content)}"
+        safe = re.sub(r"[^\w.-]", "_", name.removesuffix(end)[-80:])  # for any system
+        name = f"{split}/{safe}{end}"
+    elif not name.lower().endswith((".jpg", ".jpeg")) and content != pairs.picture(row):
+        name += ".jpg"
+    while taken.setdefault(name.casefold(), place) != place:
+        stem, end = os.path.splitext(name)
+        name = f"{stem}-{row + 1}{end}"
+    return name
 
 
 def write_official(folder: str, split: str, pairs: Pairs, kept: list[int], picture):
