@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None):
     layout = args.to or find(args.source, args.split)[0]
     rewrite(args.source, args.out, layout if layout in WRITERS else "folder", args.workers,
             args if args.command == "filter" else None, args.resize, args.valid)
-    print(check.next_command(args.out))
+    print(check.next_step(args.out))
 
 
 if __name__ == "__main__":

@@ -124,25 +124,18 @@ class Piece(Findings):
         if not looks:
             return
         with self.noting(place), warnings.catch_warnings(action="ignore"):
-            image, kinds = decode(content, what), []
+            image = decode(content, what)
             self.sides[min(image.size)] += 1
-            if min(image.size) < 32:
-                kinds.append("tiny picture")
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                kinds.append("large picture")
-            if image.mode == "CMYK":
-                kinds.append("CMYK")
-            if image.mode[0] in "IF":
-                kinds.append("16 bits")
+            kinds = {"tiny picture": min(image.size) < 32, "CMYK": image.mode == "CMYK",
+                     "large picture": image.width * image.height > Image.MAX_IMAGE_PIXELS,
+                     "16 bits": image.mode[0] in "IF"}
             with contextlib.suppress(*BROKEN):  # damage in what training does not look at: EXIF, later frames
                 alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-                if alpha and alpha.getextrema()[0] < 255:
-                    kinds.append("transparent")
-                if image.getexif().get(0x0112, 1) in range(2, 9):  # the tag Orientation
-                    kinds.append("sideways")
-                if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: with a preview
-                    kinds.append("animated")
-            for kind in kinds:
+                kinds["transparent"] = alpha and alpha.getextrema()[0] < 255
+                kinds["sideways"] = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
+                # an MPO is a photo with a preview
+                kinds["animated"] = image.format != "MPO" and getattr(image, "is_animated", False)
+            for kind in filter(kinds.get, kinds):
                 self.fault(kind, place, f"{what}: {image.format} {image.mode} {image.width} x {image.height}")
 
 
@@ -413,53 +406,49 @@ def print_report(name: str, found: dict, show: int):
 
 
 def verdict(args: argparse.Namespace, found: dict) -> bool:
-    """Prints what a batch repeats, what train.py would do with the set and what to type next -> False if it
-    would not take it. The splits are opened as a run opens them: most errors stop it in one layout only."""
-    pairs, stop, flags = {}, "", "" if args.batch_size == BATCH else f" --batch-size {args.batch_size}"
+    """Prints what a batch repeats, whether train.py would take the set, and what to type next -> False if it
+    would not. The splits are opened as a run opens them: most errors stop it in one layout only."""
+    pairs, flags = {}, "" if args.batch_size == BATCH else f" --batch-size {args.batch_size}"
     fatal = {"train": {"no pairs"}, "valid": {"damaged picture", "broken base64", "not text"}}
+    print()
     try:  # training skips a broken pair, but recall is measured on all of them
         for split in [split for split in fatal if split in found]:
             pairs[split] = open_pairs(args.path, split)
-            texts = len(pairs[split].texts) if split == "valid" else 0
+            if split == "valid":
+                list(pairs[split].texts)  # of shards, a blank one stops a run
             if kinds := fatal[split] & found[split]["kinds"].keys():
                 raise DataError(f"{min(kinds)} in {split}")
     except (DataError, OSError) as error:
-        stop = str(error)
-    print()
+        print(f"train.py would stop at the errors above: {error}\nnext: mend them, and check again")
+        return False
     if "train" in pairs:
         shared, floor = repeats(Stream(pairs["train"], 0, 0, "none"), args.batch_size)
         advice = " --targets multi" * (floor > 0.01)  # as print_settings advises in a run
         flags += advice
         print(f"{shared:.1%} of a batch of {args.batch_size:,} share picture or caption with another"
               + f":{advice}" * bool(advice))
-    if args.split:
-        return True
-    if stop:
-        print(f"train.py would stop at the errors above: {stop}\n"
-              f"next: mend them, then python -m tools.curate check {shlex.quote(args.path)}")
-        return False
-    if "train" not in found:
-        print("no split train in it: this set is there to measure on")
-    elif "valid" not in found:
-        print("train.py would refuse this set without --valid-data: it has no split valid to measure on")
-    else:
-        print(f"train.py would take this set: {len(pairs['train']):,} pairs to train on, "
-              f"{pairs['valid'].image_count:,} pictures and {texts:,} captions to measure on"
-              + "; it would skip broken pairs of train" * bool({*ERRORS} & found["train"]["kinds"].keys()))
-    print(next_command(args.path, flags))
-    return "train" not in found or "valid" in found or args.path.endswith(".tar")
+        if {*ERRORS} & found["train"]["kinds"].keys():
+            print("train.py would skip the broken pairs of train")
+    if not args.split:
+        print(next_step(args.path, flags))
+    return bool(args.split) or "train" not in found or "valid" in found or args.path.endswith(".tar")
 
 
-def next_command(path: str, flags: str = "") -> str:
-    """What to type next on a set without errors, with these flags of train.py."""
-    splits, is_pattern, name = splits_of(path), path.endswith(".tar"), shlex.quote(path)
+def next_step(path: str, flags: str = "") -> str:
+    """Whether train.py takes a set without errors, and what to type next, with these flags of train.py."""
+    splits, name = splits_of(path), shlex.quote(path)
+    train = f"python train.py --recipe scratch --model RN-mini{flags} --data {name} --out out/"
     if "train" not in splits:
-        return f"next: python eval.py retrieval --model ViT-B-16 --data {name} --split {splits[0]}"
-    if "valid" not in splits and not is_pattern:
-        other = shlex.quote(f"{os.path.normpath(path)}-split")
-        return f"next: python -m tools.curate split {name} {other} --valid 0.1"
-    own = "shards --valid-data SET" if is_pattern else shlex.quote(os.path.basename(os.path.abspath(path)))
-    return f"next: python train.py --recipe scratch --model RN-mini{flags} --data {name} --out out/{own}"
+        return ("no split train in it: this set is there to measure on\n"
+                f"next: python eval.py retrieval --model ViT-B-16 --data {name} --split {splits[0]}")
+    if "valid" in splits:
+        own = shlex.quote(os.path.basename(os.path.abspath(path)))
+        return f"train.py would take this set\nnext: {train}{own}"
+    other = shlex.quote(f"{os.path.normpath(path)}-split")
+    following = (f"{train}shards --valid-data SET" if path.endswith(".tar") else
+                 f"python -m tools.curate split {name} {other} --valid 0.1")
+    return ("train.py would refuse this set without --valid-data: it has no split valid to measure on\n"
+            f"next: {following}")
 
 
 # ------------------------------------------------------------------------------------------------------------
