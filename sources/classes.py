@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from sources.pairs import DataError
+from sources.pairs import DataError, utf8
 
 LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "labels")
 TEMPLATES = os.path.join(LABELS, "templates.txt")
@@ -147,12 +147,8 @@ def text_lines(path: str):
 
 
 def read_text(path: str) -> str:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8, for example by "
-                            f"iconv -f GBK -t UTF-8 {path!r} > utf8.txt") from None
+    with open(path, "rb") as file:
+        return utf8(file.read(), path).replace("\r\n", "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

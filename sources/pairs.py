@@ -261,13 +261,20 @@ def read_csv(path: str):
             yield rows.reader.line_num, file.buffer.tell(), row
 
 
+def utf8(content: bytes, where: str) -> str:
+    """The text, without the mark that some editors begin a file with. DataError if it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8, for example by "
+                        "`iconv -f GBK -t UTF-8 OLD > NEW`", "not UTF-8") from None
+
+
 def parse_json(line: bytes, where: str) -> dict:
     """A JSON object in UTF-8. DataError if it is anything else."""
+    text = utf8(line, where)
     try:
-        item = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8, for example by "
-                        "`iconv -f GBK -t UTF-8`", "not UTF-8") from None
+        item = json.loads(text)
     except (ValueError, RecursionError) as error:
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         array = ", without [ and ] around all and commas between" if line.lstrip().startswith(b"[") else ""

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from sources.pairs import (
-    BROKEN, PICTURES, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp)
+    BROKEN, PICTURES, DataError, Pairs, as_text, kept, parse_json, read_at, require, stamp, utf8)
 
 ROLES = dict.fromkeys(PICTURES, "picture") | {"txt": "txt", "json": "json"}
 ROW = np.dtype([  # where the two members of a pair are: 29 bytes
@@ -242,7 +242,4 @@ def caption_in(content: bytes, is_json: bool, where: str):
     """The caption in a KEY.txt or KEY.json. DataError if there is none."""
     if is_json:
         return require(parse_json(content, where), (("caption",),), where)[0]
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); save it as UTF-8", "not UTF-8") from None
+    return utf8(content, where)

@@ -153,7 +153,7 @@ train --recipe scratch --data colon
 train --recipe scratch --data array
     1 error: array/train.jsonl line 1: not JSON (Expecting value at character 3); write one JSON object per line, without [ and ] around all and commas between
 train --recipe scratch --data gbk
-    1 error: gbk/train.jsonl line 1: not UTF-8 ('utf-8' codec can't decode byte 0xb9 in position 39: invalid start byte); save the file as UTF-8, for example by `iconv -f GBK -t UTF-8`
+    1 error: gbk/train.jsonl line 1: not UTF-8 (invalid start byte); save it as UTF-8, for example by `iconv -f GBK -t UTF-8 OLD > NEW`
 train --recipe scratch --data keys
     1 error: keys/train.jsonl line 1: no 'image'; expected image or file_name or filepath or dir and text or caption or title, got ['picture', 'text']
 train --recipe scratch --data absent
@@ -215,7 +215,7 @@ eval.py zeroshot --model vit.safetensors --data english
 eval.py zeroshot --model vit.safetensors --data goods --labels fruit
     1 error: fruit: neither a file with a class name on each line nor one of ...
 eval.py zeroshot --model vit.safetensors --data gbk-labels
-    1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by iconv -f GBK -t UTF-8 'gbk-labels/label_cn.txt' > utf8.txt
+    1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by `iconv -f GBK -t UTF-8 OLD > NEW`
 eval.py zeroshot --model vit.safetensors --data short
     1 error: short/test: no pictures of 1 of 3 classes, looked for 船 or 001; add them, or leave these classes out (the same name twice is two)
 tools.weights convert vit.safetensors official.pt --to official
@@ -228,7 +228,7 @@ tools.curate check potos
     1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
 tools.curate filter photos album
     1 error: album: already there; name a new folder
-tools.curate check album
+tools.curate check album --workers 0
     1 next: python -m tools.curate split album album-split --valid 0.1
 tools.curate split photos new --valid 0.1
     1 error: photos: has train, valid; expected a split train, and no split valid yet
@@ -237,7 +237,7 @@ tools.curate split album new --valid 2
 tools.measure classify --model vit.safetensors --data album --out found.csv
     1 error: album/label_cn.txt: not there; expected --labels, a file with a class name on each line, or one of labels/
 tools.measure zeroshot --model vit.safetensors --data goods --labels gbk-labels/label_cn.txt
-    1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by iconv -f GBK -t UTF-8 'gbk-labels/label_cn.txt' > utf8.txt
+    1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by `iconv -f GBK -t UTF-8 OLD > NEW`
 tools.measure retrieval --model vit.safetensors --data photos --predictions p.jsonl --split valid
     1 error: --top-k 10: every query of --predictions gets that many answers, but text-to-image has only 8 to choose from
 tools.measure reproduce table2 --model vit.safetensors --data photos
