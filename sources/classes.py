@@ -102,9 +102,8 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
     row = next((row for row, c in enumerate(order) if c is None or c in order[:row]), len(names))
     absent = [english[0] for c, english in enumerate(classes.english) if c not in order]
     if row < len(names) or absent:
-        few = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "") or "all have one"
-        got = repr(names[row]) if row < len(names) else "the end"
-        raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got}; "
+        few, got = ", ".join(absent[:3]) or "all have one", [*names, "the end"][row]
+        raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got!r}; "
                         "give English names in label.txt, or leave out --labels for those of label_cn.txt")
     return classes._replace(english=[classes.english[c] for c in order],
                             chinese=[classes.chinese[c] for c in order], numbered=True)

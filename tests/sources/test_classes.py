@@ -163,7 +163,7 @@ def test_numbers_mean_what_the_folders_own_file_says(tmp_path, files, listed):
 @pytest.mark.parametrize("name, text, parts", [
     ("label.txt", "boat\nfox\napple pie\n", ("label.txt line 2", "got 'fox'", "(Red Fox)")),
     ("label.txt", "boat\nboat\nred fox\n", ("label.txt line 2", "got 'boat'", "(apple pie)")),
-    ("label.txt", "boat\nred fox\n", ("label.txt line 3", "got the end", "(apple pie)")),
+    ("label.txt", "boat\nred fox\n", ("label.txt line 3", "got 'the end'", "(apple pie)")),
     ("label.txt", "boat\nred fox\napple pie\ncat\n", ("label.txt line 4", "got 'cat'", "all have one")),
     ("label.txt", "boat\n\napple pie\n", ("label.txt line 2", "empty")),
     ("label_cn.txt", "船\n狐狸\n苹果派\n", ("label_cn.txt line 2", "狐狸", "leave out --labels")),

@@ -1,12 +1,8 @@
 """The task `search`: how fast pictures are indexed, looked at again, and found."""
 
 import os
-import subprocess
-import sys
 import tempfile
-import time
 import timeit
-import urllib.request
 
 import numpy as np
 import torch
@@ -21,7 +17,6 @@ from tools.search.query import Search
 
 PHOTO, PHOTOS = (1500, 1000), TOGETHER  # pixels, pictures
 SIZES = (10_000, 100_000, 1_000_000)  # synthetic features
-PORT = 8797
 
 
 def bench_search(args):
@@ -55,8 +50,6 @@ def bench_search(args):
             times, memory = measure(actions, args)
             for what, seconds in times.items():
                 yield [f"{what} {count:,}", f"{seconds:.2f}", "", memory[what]]
-            if count == SIZES[1]:
-                yield [f"show the first of {count:,} on the page", first_hits(folder, clip), "", ""]
 
 
 def synthetic(folder: str, clip, count: int) -> Index:
@@ -80,26 +73,3 @@ def synthetic(folder: str, clip, count: int) -> Index:
         index.writer.executemany("INSERT INTO files VALUES (NULL, ?, ?, ?, ?, '')", (
             (path, *stamp, n) for n, (path, stamp) in enumerate(pictures_below(roots)[0].items())))
     return index
-
-
-def first_hits(folder: str, clip) -> str:
-    """Seconds from the command to the answer to the page's first question, and those of the imports alone."""
-    model.save(clip, f"{folder}/clip.safetensors")
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import tools.search.__main__"], check=True)
-    imports = time.perf_counter() - started
-    started = time.perf_counter()
-    command = ["-m", "tools.search", f"{folder}/photos", "--serve", "--port", str(PORT)]
-    server = subprocess.Popen([sys.executable, *command,
-                               "--model", f"{folder}/clip.safetensors", "--index", f"{folder}/index"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/search?q=%E7%8C%AB", timeout=60) as answer:
-                assert answer.read().count(b"path")
-            break
-        except OSError:
-            assert server.poll() is None, "the server has ended"
-            time.sleep(0.02)
-    server.kill()
-    return f"{time.perf_counter() - started:.1f}, imports alone {imports:.1f}"

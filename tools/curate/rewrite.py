@@ -18,7 +18,7 @@ import shutil
 import tarfile
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import write_json
@@ -261,11 +261,8 @@ def resized(pairs: Pairs, side: int, row: int) -> bytes:
     picture = pairs.picture(row)
     if side < 1 or min(Image.open(io.BytesIO(picture)).size) <= side:
         return picture
-    image = upright(decode(picture, "", side))
-    scale = side / min(image.size)
-    size = tuple(max(side, round(length * scale)) for length in image.size)
-    file = io.BytesIO()
-    as_rgb(image).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    image, file = as_rgb(upright(decode(picture, "", side))), io.BytesIO()
+    ImageOps.cover(image, (side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
