@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from sources.layouts import picture_path
 from sources.pairs import DataError, utf8
 
 LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "labels")
@@ -207,9 +208,7 @@ def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list
         if not tab or not fit or not (several or len(numbers) == 1):
             raise DataError(f"{path} line {number}: expected path<TAB>number from 0 to {last}"
                             f"{' or several' if several else ''}, got {line!r}")
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise DataError(f"{path} line {number}: there is no picture {name} in {folder}")
-        paths.append(os.path.join(folder, name))
+        paths.append(picture_path(folder, name, f"{path} line {number}"))
         shown.append(list(map(int, numbers)))
     return paths, shown
 

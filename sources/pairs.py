@@ -56,7 +56,7 @@ class DataError(UserError):
         self.kind = kind
 
 
-class SourceChanged(DataError):
+class SourceChanged(UserError):
     """A file is not what it was when the run began: nothing that is read from it can be trusted."""
 
 
