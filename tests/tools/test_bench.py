@@ -1,6 +1,7 @@
 """tools/bench does what it says on small shapes. No test looks at how fast anything is."""
 
 import argparse
+import os
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 
 from tools.bench import __main__ as bench
 from tools.bench import peers as bench_peers
+from tools.bench import search as bench_search
 from tools.bench import training as bench_training
 from tools.bench import use as bench_use
 import model
@@ -43,11 +45,15 @@ def rows_of(text: str) -> list[list[str]]:
 def small(monkeypatch):
     """Fewer and smaller things to measure."""
     monkeypatch.setattr(bench_training, "PHOTOS", [(*size, 2) for *size, _ in bench_training.PHOTOS])
+    monkeypatch.setattr(bench_search, "PHOTO", (60, 40))
+    monkeypatch.setattr(bench_search, "PHOTOS", 2)
+    monkeypatch.setattr(bench_search, "SIZES", (20, 30))
     monkeypatch.setattr(bench_use, "GALLERY", (20, 40))
     monkeypatch.setattr(bench_use, "CAPTIONS", bench_use.CAPTIONS[:4])
-    threads = torch.get_num_threads()
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     yield
     torch.set_num_threads(threads)  # `data` is for one core
+    os.sched_setaffinity(0, cores)  # and `search` first
 
 
 def test_tables_of_small_shapes(small, tmp_path, monkeypatch, capsys):
@@ -68,7 +74,8 @@ def test_tables_of_small_shapes(small, tmp_path, monkeypatch, capsys):
     steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     trained = [row for row in rows if row[2:3] == ["4 pairs"]]
     assert [row[1] for row in trained] == steps and {len(row) for row in trained} == {11}
-    for what in ("JPEG 500 x 375, for training", "20 x 40, both directions", "30 x 30, both directions", "32 |"):
+    for what in ("JPEG 500 x 375, for training", "20 x 40, both directions", "30 x 30, both directions", "32 |",
+                 "index 2 photos, cores: 1", "find by a picture ten of 30"):
         assert f"\n| {what}" in text
 
 
