@@ -2,6 +2,7 @@
 The rarer measurements, the paper's tables, and files for others to read; docs/measuring.md explains them all.
 
     python -m tools.measure zeroshot  --model ViT-B-16 --data path/to/voc-2007 --labels voc-2007
+    python -m tools.measure zeroshot  --model ViT-B-16 --data goods --shots some-goods --per-class 4
     python -m tools.measure reproduce table2 --model ViT-B-16 --data muge=path/to/MUGE
 """
 
@@ -26,6 +27,7 @@ from sources.pairs import PICTURES, DataError, Pairs, open_image, pictures_below
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
+from tools.measure.shots import open_shots
 from training.report import recall_table
 from weights.download import RELEASED
 
@@ -121,23 +123,29 @@ def run_calibrate(args, load) -> tuple[dict, str]:
 
 
 def run_zeroshot(args, load) -> tuple[dict, str]:
-    classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
+    classes, paths, labels = open_classes(args.data, args.labels)
+    get_image, templates = lambda row: open_image(paths[row]), templates_for(classes, args.templates)
+    shots = args.shots and open_shots(args.shots, args.labels, classes, paths, args.per_class, args.seed)
     data = args.labels or os.path.abspath(args.data)
     table, *where = published.figures_for(args.published, args.model, data, ("table12",))
     if args.submission and not classes.numbered:
         raise DataError(f"--submission: ELEVATER numbers the classes of {data} differently; expected "
                         f"label.txt in {args.data}, with ELEVATER's English class name on each line")
     rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
-    result, cosines = zeroshot.own_zero_shot(clip := load(), classes, get_image, labels, templates)
+    result, scores = zeroshot.own_zero_shot(clip := load(), classes, get_image, labels, templates, shots)
     value = result[classes.metric]
     line = "{0:.1f} % {metric} of {images:,} images in {classes} classes with {templates} templates".format(
         value, **result)
-    print(line, *class_lines(result["by_class"]), sep="\n")
+    if few := result.get("few_shots"):
+        count = " to ".join(map(str, sorted(set(few["shots"]))))  # "4", or "3 to 4"
+        line += (f"\nzero-shot {value:.1f} %, with {count} shots of each class {few[classes.metric]:.1f} % "
+                 f"(weight {few['weight']:g})")
+    print(line, *class_lines((few or result)["by_class"]), sep="\n")
     if args.page and rank() == 0:
         page.write_zeroshot(
-            args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, cosines, labels)
+            args.page, f"{args.model} on {args.data}", line, classes.chinese, get_image, scores, labels)
     if args.submission and rank() == 0:
-        write_json(args.submission, zeroshot.submission(clip, os.path.basename(data), cosines[rows]))
+        write_json(args.submission, zeroshot.submission(clip, os.path.basename(data), scores[rows]))
         print(f"{args.submission}: the predictions as ELEVATER takes them")
     if table:
         result["published"] = published.compare({where[0]: value}, table, *where, row_of(clip))
@@ -264,6 +272,10 @@ def main(argv: list[str] | None = None):
     add("--top-k", type=int, default=10, help="answers to each query (default: 10, as the scripts want it)")
     add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
     add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
+    add("--shots", default="", metavar="FOLDER", help="also classify with the help of these other pictures, "
+        "in folders of the same classes")
+    add("--per-class", type=int, default=0, metavar="K", help="of --shots, only K of each class (0: all)")
+    add("--seed", type=int, default=0, help="which K (default: 0)")
     for p in (commands.choices["retrieval"], commands.choices["zeroshot"]):
         p.add_argument("--page", **file, help="write a page to look at: curve or confusion matrix, failures")
         p.add_argument("--published", default="", metavar="'DATA SETUP'", help="compare with the paper's "
@@ -290,6 +302,10 @@ def main(argv: list[str] | None = None):
     args.typed = shlex.join(sys.argv[1:] if argv is None else argv)
     if getattr(args, "top_k", 1) < 1:
         parser.error(f"--top-k {args.top_k}: expected at least 1")
+    if getattr(args, "per_class", 0) < 0:
+        parser.error(f"--per-class {args.per_class}: expected at least 1, or 0 for all")
+    if getattr(args, "shots", "") and args.submission:
+        parser.error("--shots: --submission writes what no shots have helped; leave one of them out")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error(f"--precision {args.precision:g}, --prior {args.prior:g}: expected shares, from 0 to 1")
     run_command(parser, args, RUN[args.task])

@@ -15,6 +15,7 @@ from sources import scenes
 from sources.classes import Classes, by_class, read_text
 from sources.pairs import DataError
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
+from tools.measure.shots import few_shots
 
 # ELEVATER's names for data sets of labels/, where they differ
 ELEVATER = {"country-211": "country211", "eurosat": "eurosat_clip", "resisc-45": "resisc45_clip",
@@ -22,14 +23,27 @@ ELEVATER = {"country-211": "country211", "eurosat": "eurosat_clip", "resisc-45":
             "voc-2007": "voc-2007-classification"}
 
 
-def own_zero_shot(clip, classes: Classes, get_image, labels, templates) -> tuple[dict, torch.Tensor]:
-    """The data set's own measure with all templates, sizes, accuracy by class; and the cosines [N, C]."""
-    sentences = sentence_features(clip, classes.chinese, templates)  # [C, S, E]
-    cosines = encode_images(clip, get_image, len(labels)) @ ensemble(sentences).T  # [N, C]
-    value = own_measure(classes.metric, cosines, labels, clip.logit_scale.exp().item())
-    rows = by_class(classes.chinese, labels, hits(cosines, labels)) if labels.ndim == 1 else []
-    return {classes.metric: value, "metric": classes.metric, "classes": len(classes.chinese),
-            "images": len(labels), "templates": len(templates), "by_class": rows}, cosines
+def own_zero_shot(
+        clip, classes: Classes, get_image, labels, templates, shots=None) -> tuple[dict, torch.Tensor]:
+    """The data set's own measure with all templates, sizes, accuracy by class; and the cosines [N, C]. With
+    shots, which are (get_image, labels [n]), the result also has "few_shots", and the scores are theirs."""
+    class_features = ensemble(sentence_features(clip, classes.chinese, templates))  # [C, E]
+    images = encode_images(clip, get_image, len(labels))  # [N, E]
+
+    def measured(scores: torch.Tensor) -> dict:
+        value = own_measure(classes.metric, scores, labels, clip.logit_scale.exp().item())
+        rows = by_class(classes.chinese, labels, hits(scores, labels)) if labels.ndim == 1 else []
+        return {classes.metric: value, "by_class": rows}
+
+    scores = images @ class_features.T  # [N, C]
+    result = measured(scores) | {"metric": classes.metric, "classes": len(classes.chinese),
+                                 "images": len(labels), "templates": len(templates)}
+    if shots:
+        features, counts = encode_images(clip, shots[0], len(shots[1])), shots[1].bincount()
+        scores, weight = few_shots(images, class_features, features, shots[1])
+        result["few_shots"] = measured(scores) | {
+            "shots": [counts.min().item(), counts.max().item()], "weight": weight}
+    return result, scores
 
 
 def own_measure(metric: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float) -> float:
