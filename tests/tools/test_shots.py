@@ -23,17 +23,18 @@ NAMES = ["猫", "船", "花"]
 
 def test_two_classes_in_a_plane():
     """The shots (0, 0), (0, 4) | (2, 0), (2, 4) have the means (0, 2) and (2, 2), the covariance diag(0, 4)
-    and v = 2. With n = 4 and E = 2, P = (I + 3 / 2 * diag(0, 2))^-1 = diag(1, 1 / 4). Then P m is (0, 1 / 2)
-    and (2, 1 / 2), and m . P m / 2 is 1 / 2 and 5 / 2: the border is x1 = 1, wherever x2 is."""
+    and v = 2. With n = 4 and E = 2, s = 2 / 5, and P = (3 / 5 * diag(0, 2) + 2 / 5 * I)^-1 is
+    diag(5 / 2, 5 / 8). Then P m is (0, 5 / 4) and (5, 5 / 4), and m . P m / 2 is 5 / 4 and 25 / 4. So the two
+    are equally likely where x1 is 1."""
     points = torch.tensor([[0.0, 0], [0, 4], [2, 0], [2, 4]])
     weights, biases = discriminant(points, torch.tensor([0, 0, 1, 1]))
-    torch.testing.assert_close(weights, torch.tensor([[0, 2], [0.5, 0.5]], dtype=torch.float64))
-    torch.testing.assert_close(biases, torch.tensor([-0.5, -2.5], dtype=torch.float64))
+    torch.testing.assert_close(weights, torch.tensor([[0, 5], [1.25, 1.25]], dtype=torch.float64))
+    torch.testing.assert_close(biases, torch.tensor([-1.25, -6.25], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("C, each, E", [(3, 2, 5), (4, 9, 12), (2, 40, 3)])
 def test_it_is_scikit_learns_linear_discriminant_analysis(C, each, E):
-    """There the shrunk covariance is (1 - s) S + s v I; with s = E / (E + n - 1) its inverse is P / (s v)."""
+    """With the shrinkage s. There the shrunk covariance is (1 - s) S + s v I, so its inverse is P / v."""
     lda = pytest.importorskip("sklearn.discriminant_analysis", reason="scikit-learn is not installed")
     x, labels = features(0, C * each, E), torch.arange(C).repeat_interleave(each)
     s = E / (E + C * each - 1)
@@ -41,7 +42,7 @@ def test_it_is_scikit_learns_linear_discriminant_analysis(C, each, E):
     weights, biases = discriminant(x, labels)
     v = sum(((x[labels == c] - x[labels == c].mean(dim=0)) ** 2).sum() for c in range(C)) / (C * each * E)
     new = features(1, 50, E)
-    scores = (new @ weights + biases) / (s * v) - math.log(C)  # the logarithm of equal priors
+    scores = (new @ weights + biases) / v - math.log(C)  # the logarithm of equal priors
     expected = theirs.decision_function(new.numpy())
     if C == 2:  # gives the lead of the second class alone
         scores = scores[:, 1] - scores[:, 0]
@@ -54,7 +55,7 @@ def test_it_is_the_papers_formula_but_for_the_factor():
     means = torch.stack([x[labels == c].mean(dim=0) for c in range(3)])
     S = (x - means[labels]).T @ (x - means[labels]) / 12
     precision = 7 * torch.linalg.inv(11 * S + S.trace() * torch.eye(7))
-    torch.testing.assert_close(discriminant(x, labels)[0] / (S.trace() / 7), precision @ means.T)
+    torch.testing.assert_close(discriminant(x, labels)[0] / (S.trace() / 7) * 7 / 18, precision @ means.T)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -63,41 +64,49 @@ def test_one_shot_of_each_class_makes_the_nearest_mean_win(copies):
     one, new = features(0, 6, 5), features(1, 40, 5)
     weights, biases = discriminant(one.repeat_interleave(copies, dim=0),
                                    torch.arange(6).repeat_interleave(copies))
-    torch.testing.assert_close(weights, one.T)
+    torch.testing.assert_close(weights, one.T * (5 + 6 * copies - 1) / 5)
     assert torch.equal((new @ weights + biases).argmax(dim=1), torch.cdist(new, one).argmin(dim=1))
 
 
-def test_held_out_shots_choose_the_weight():
-    """Sentences that are right leave no shot wrong, so the smallest weight is chosen. Sentences that give each
-    class another's name need shots, with a weight that outdoes them."""
-    means, labels = torch.eye(4, 6), torch.arange(4).repeat_interleave(6)
-    near = torch.nn.functional.normalize(means[labels] + 0.3 * torch.randn(
-        24, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    new = torch.nn.functional.normalize(means + 0.1, dim=1)
-    scores, weight = few_shots(new, means, near, labels)
-    assert weight == 0
-    torch.testing.assert_close(scores, (new @ means.T).double())
-    scores, weight = few_shots(new, means.roll(1, dims=0), near, labels)
-    weights, biases = discriminant(near, labels)
-    assert weight in WEIGHTS[3:] and accuracy(scores, torch.arange(4)) == 100
-    torch.testing.assert_close(scores, new.double() @ means.roll(1, dims=0).T.double()
-                               + weight * (new.double() @ weights + biases))
+@pytest.mark.parametrize("noise, names, chosen", [(1, [0, 1, 2], 30), (1, [1, 2, 0], 30), (6, [0, 1, 2], 1)])
+def test_held_out_shots_choose_the_weight(noise, names, chosen):
+    """If all is right with every weight, the largest is chosen, and so if the sentences are those of other
+    classes; if the shots are hardly more than noise, a small one. In turn, each of four is held out."""
+    sentences, labels = torch.eye(3, 40)[names], torch.arange(3).repeat_interleave(4)
+    near = torch.nn.functional.normalize(torch.eye(3, 40)[labels] + noise / 6 * torch.randn(
+        12, 40, generator=torch.Generator().manual_seed(0)), dim=1)
+    right = dict.fromkeys(WEIGHTS, 0)
+    for turn in range(4):
+        held = torch.arange(12) % 4 == turn
+        W, biases = discriminant(near[~held], labels[~held])
+        for weight in WEIGHTS:
+            scores = near[held].double() @ (sentences.T.double() + weight * W) + weight * biases
+            right[weight] += (scores.argmax(dim=1) == labels[held]).sum().item()
+    new = features(1, 5, 40)
+    scores, weight = few_shots(new, sentences, near, labels)
+    assert weight == chosen == max(w for w in WEIGHTS if right[w] == max(right.values()))
+    W, biases = discriminant(near, labels)
+    torch.testing.assert_close(scores, new @ sentences.T.double() + weight * (new @ W + biases))
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 5, 9)])
 def test_a_class_with_a_single_shot_leaves_none_to_hold_out(counts):
     labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
-    assert few_shots(features(0, 4), features(1, 3), features(2, len(labels)), labels)[1] == 1
+    weight = few_shots(features(0, 4), features(1, 3), features(2, len(labels)), labels)[1]
+    assert weight == shots.LONE_WEIGHT
 
 
 def test_a_shot_never_judges_the_weight_that_it_was_fitted_with(monkeypatch):
-    """Each half of the shots is fitted once, at last all are; each class is halved."""
+    """With two shots in the smallest class there are two halves, of every class; at last all are fitted."""
     fitted, labels = [], torch.tensor([0, 0, 0, 1, 1])
     monkeypatch.setattr(shots, "discriminant",
                         lambda x, y: (fitted.append((x[:, 0].tolist(), y.tolist())), discriminant(x, y))[1])
     some = torch.arange(1.0, 11).view(5, 2)
     few_shots(features(0, 4, 2), features(1, 2, 2), some, labels)
     assert fitted == [([3, 9], [0, 1]), ([1, 5, 7], [0, 0, 1]), ([1, 3, 5, 7, 9], [0, 0, 0, 1, 1])]
+    fitted.clear()  # with many shots, quarters
+    few_shots(features(0, 4), features(1, 2), features(2, 16), torch.arange(2).repeat_interleave(8))
+    assert [len(labels) for _, labels in fitted] == [12, 12, 12, 12, 16]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from eval import hits
 from sources.classes import Classes, open_classes
 from sources.pairs import DataError, open_image
 
-WEIGHTS = (0, 0.1, 0.3, 1, 3, 10, 30)  # of the shots' scores, for the held-out shots to choose from
+WEIGHTS = (30, 10, 3, 1, 0.3, 0.1, 0)  # of the shots' scores, for held-out shots to choose from
+LONE_WEIGHT = 0.1
 
 
 def open_shots(folder: str, labels: str, classes: Classes, taken: list[str], per_class: int, seed: int):
@@ -47,35 +48,36 @@ def discriminant(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     the logarithm of its Gaussian at x, less what all classes share. Classes count as equally likely.
 
     features [n, E] are those of the shots, with labels [n] from 0 to C - 1. S is the covariance around the
-    class means, v = tr(S) / E the mean variance, and P = (I + (n - 1) / E * S / v)^-1. That is v times the
-    paper's estimate of S^-1, E * ((n - 1) S + tr(S) I)^-1 (Kubokawa and Srivastava, 2008), which shrinks S by
-    E / (E + n - 1) towards v I. The factor keeps the scores in the unit of a cosine. With one shot of each
-    class S is 0, so P is I, and the nearest mean scores highest."""
+    class means, v = tr(S) / E the mean variance, s = E / (E + n - 1), and P = ((1 - s) S / v + s I)^-1. It is
+    the paper's estimate of S^-1, E * ((n - 1) S + tr(S) I)^-1 (Kubokawa and Srivastava, 2008), but for a
+    factor that makes scores comparable with cosines. With one shot of each class S is 0 and P a multiple of
+    I, so the nearest mean scores highest."""
     features, (n, E) = features.double(), features.shape
     means = torch.stack([features[labels == c].mean(dim=0) for c in labels.unique()])  # [C, E]
     apart = features - means[labels]  # [n, E]
     covariance = apart.T @ apart / n
     variance = (covariance.trace() / E).clamp(min=1e-12)  # equal shots of a class differ by rounding alone
-    eye = torch.eye(E, dtype=features.dtype)
-    weights = torch.linalg.solve(eye + (n - 1) / E * covariance / variance, means.T)
+    shrinkage = E / (E + n - 1)
+    shrunk = (1 - shrinkage) * covariance / variance + shrinkage * torch.eye(E, dtype=features.dtype)
+    weights = torch.linalg.solve(shrunk, means.T)
     return weights, -(means.T * weights).sum(dim=0) / 2
 
 
 def few_shots(images, class_features, shots, labels) -> tuple[torch.Tensor, float]:
-    """Scores [N, C] of pictures, their cosines with the classes' sentences plus `weight` times their scores by
-    `discriminant`; and that weight. All features have unit length: images [N, E], class_features [C, E], and
-    shots [n, E] with labels [n] in ascending order. Two halves of the shots are each judged with the other
-    half fitted, and the weight is the one of WEIGHTS that gets most of them right, the smallest of several.
-    If a class has a single shot, none can be held out, and the weight is 1."""
+    """Scores [N, C] of pictures, their cosines with the classes' sentences plus `weight` times their scores
+    by `discriminant`; and that weight. All features have unit length: images [N, E], class_features [C, E],
+    shots [n, E] with labels [n] in ascending order. The weight is the one of WEIGHTS that gets most shots
+    right when a quarter of them at a time (of very few, a third or half) is judged by the rest; the largest
+    of several, because all shots together are worth more. If a class has a single shot, none can be held
+    out, and the weight is LONE_WEIGHT."""
     def parts(of, fitted) -> tuple[torch.Tensor, torch.Tensor]:
         weights, biases = discriminant(shots[fitted], labels[fitted])
         return of.double() @ class_features.double().T, of.double() @ weights + biases
 
-    counts = labels.bincount()
-    fold = torch.cat([torch.arange(count) % 2 for count in counts.tolist()])  # [n]
-    weight = 1
-    if counts.min() > 1:
-        judged = [(*parts(shots[fold == f], fold != f), labels[fold == f]) for f in (0, 1)]
+    counts, weight = labels.bincount(), LONE_WEIGHT
+    if (folds := min(4, counts.min().item())) > 1:
+        fold = torch.cat([torch.arange(count) % folds for count in counts.tolist()])  # [n]
+        judged = [(*parts(shots[fold == f], fold != f), labels[fold == f]) for f in range(folds)]
         weight = max(WEIGHTS, key=lambda w: sum(
             hits(cosines + w * scores, answers).sum().item() for cosines, scores, answers in judged))
     cosines, scores = parts(images, slice(None))
