@@ -1,15 +1,16 @@
 """
-Weights as a command, `python -m tools.weights`: download them, look into them, convert them, mix two models.
+Weights as a command, `python -m tools.weights`: download them, look into them, convert them, mix models.
 
     python -m tools.weights download ViT-B-16
     python -m tools.weights info vit-b-16.safetensors
     python -m tools.weights convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
-    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors between.safetensors
+    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors new.safetensors --sweep MUGE
 
 To convert is to load and to save in another layout. What `model.load` refuses is not converted, a file gets
 its final name only when it is complete, and nothing is overwritten.
 """
 
+import copy
 import math
 import os
 import shlex
@@ -21,6 +22,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
+from eval import retrieval
+from sources.layouts import open_pairs
+from training.report import curve
 from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
@@ -119,20 +123,58 @@ def convert(source: str, target: str, to: str):
     done(target, f"wrote {target}")
 
 
-def interpolate(first: str, second: str, target: str, share: float):
-    """Save (1 - share) of one model's weights plus `share` of another's (WiSE-FT, Wortsman et al., 2022).
-    WeightsError if the two have different sizes."""
-    if not 0 <= share <= 1:
-        raise WeightsError(f"--share {share}: expected 0 (all of A) to 1 (all of B)")
-    one, other = model.load(first)[0], model.load(second)[0]
-    if one.config != other.config:
-        raise WeightsError(f"{first} is {describe(one.config, model.MODELS)}, {second} is "
-                           f"{describe(other.config, model.MODELS)}; expected two of the same sizes")
-    with torch.no_grad():
-        for mine, theirs in zip(one.state_dict().values(), other.state_dict().values()):
-            mine.copy_(torch.lerp(mine, theirs, share) if mine.is_floating_point() else theirs)
-    model.save(one, target)
-    done(target, f"wrote {target}: {1 - share:.0%} of {first}, {share:.0%} of {second}")
+def interpolate(sources: list[str], target: str, share: float | None, sweep: list[str]):
+    """Save the mean of several models' weights (a uniform soup: "Model soups", Wortsman et al., 2022) or, of
+    two, (1 - share) of the first plus `share` of the second ("Robust fine-tuning of zero-shot models",
+    WiSE-FT, Wortsman et al., 2022). With data sets to `sweep`, measure the way between the two, draw it, and
+    let `share` be by default where the recall is best. WeightsError if the models have different sizes."""
+    if len(sources) < 2 or len(sources) > 2 and (sweep or share is not None):
+        raise WeightsError(f"{len(sources)} IN: expected two, or more without --share and --sweep")
+    if share is not None and not 0 <= share <= 1:
+        raise WeightsError(f"--share {share}: expected 0 (all of the first) to 1 (all of the second)")
+    pairs = {name: open_pairs(name, "valid") for name in sweep}  # a fault in them need not wait
+    clips = [model.load(source)[0] for source in sources]
+    for source, clip in zip(sources, clips):
+        if clip.config != clips[0].config:
+            raise WeightsError(f"{sources[0]} is {describe(clips[0].config, model.MODELS)}, {source} is "
+                               f"{describe(clip.config, model.MODELS)}; expected models of the same sizes")
+    mean, *others = (clip.state_dict() for clip in clips)
+    if sweep:
+        lines = recall_between(clips[0], mean, *others, pairs)
+        if share is None:
+            share = max(range(11), key=lambda n: sum(points[n][1] for points in lines.values())) / 10
+    for count, other in enumerate(others, 2):
+        mean = mixture(mean, other, 1 / count if share is None else share)
+    clips[0].load_state_dict(mean)
+    model.save(clips[0], target)
+    if sweep:
+        curve(f"{target}.png", {name[-30:]: [points] for name, points in lines.items()},
+              "mean recall (%) on validation pairs", f"% of {sources[1]}")
+        print(f"the curve: {target}.png")
+    done(target, f"wrote {target}: " + (f"the mean of {', '.join(sources)}" if share is None else
+                                        f"{1 - share:.0%} of {sources[0]}, {share:.0%} of {sources[1]}"))
+
+
+def mixture(one: dict, other: dict, share: float) -> dict[str, torch.Tensor]:
+    """The state dict (1 - share) * one + share * other; BatchNorm's counters are the other's."""
+    return {name: torch.lerp(value, other[name], share) if value.is_floating_point() else other[name]
+            for name, value in one.items()}
+
+
+def recall_between(clip, one: dict, other: dict, pairs: dict) -> dict[str, list[tuple[float, float]]]:
+    """The mean recall on each of the named pairs when a model like `clip` has 0, 10, ... 100 % of `other` and
+    the rest of `one`, printed as it is measured -> {name: [(percent, mean recall), ...]}."""
+    between = copy.deepcopy(clip).to("cuda" if torch.cuda.is_available() else "cpu")
+    lines = {name: [] for name in pairs}
+    print("share  mean recall  text to image R@1  image to text R@1")
+    for percent in range(0, 101, 10):
+        between.load_state_dict(mixture(one, other, percent / 100))
+        for name, some in pairs.items():
+            found = retrieval(between, some)
+            lines[name].append((percent, found["mean_recall"]))
+            print(f"{percent:3} %  {found['mean_recall']:11.1f}  {found['text_to_image']['R@1']:17.1f}  "
+                  f"{found['image_to_text']['R@1']:17.1f}   {name}", flush=True)
+    return lines
 
 
 LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}
@@ -153,11 +195,12 @@ def main(argv: list[str] | None = None):
     part.add_argument("source", metavar="IN", help=source)
     part.add_argument("target", metavar="OUT", help="a file; for huggingface a folder")
     part.add_argument("--to", required=True, choices=LAYOUTS, help="layout of OUT")
-    part = commands.add_parser("interpolate", help="write the weights between two models of the same sizes")
-    part.add_argument("first", metavar="A", help=source)
-    part.add_argument("second", metavar="B", help=source)
+    part = commands.add_parser("interpolate", help="write the mean of models, or a point between two")
+    part.add_argument("sources", nargs="+", metavar="IN", help=source)
     part.add_argument("target", metavar="OUT", help="a file, in our layout")
-    part.add_argument("--share", type=float, default=0.5, metavar="X", help="of B (default: %(default)s)")
+    part.add_argument("--share", type=float, metavar="X", help="of the second of two (default: the mean)")
+    part.add_argument("--sweep", nargs="+", default=[], metavar="DATA", help="measure recall on these sets' "
+                      "validation pairs at shares of 0, 0.1 ... 1, draw it in OUT.png, take the best share")
     arguments = vars(parser.parse_args(argv))  # under the names of the functions' parameters
     target = arguments.get("target", "")
     empty = arguments.get("to") == "huggingface" and os.path.isdir(target) and not os.listdir(target)

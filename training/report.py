@@ -221,9 +221,9 @@ def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | None:
     return None
 
 
-def curve(path: str, series: dict[str, list[list[tuple[float, float]]]], title: str):
-    """A PNG with a line for every name, the mean of its runs of points (pairs seen, percent), in a band from
-    the lowest run to the highest."""
+def curve(path: str, series: dict[str, list[list[tuple[float, float]]]], title: str, below="pairs seen"):
+    """A PNG with a line for every name, the mean of its runs of points (x, percent), in a band from the
+    lowest run to the highest. `below` says what x is."""
     width, height, left, top, right, bottom = 900, 520, 60, 50, 30, 60  # the last four are margins
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image, "RGBA")
@@ -242,7 +242,7 @@ def curve(path: str, series: dict[str, list[list[tuple[float, float]]]], title: 
     tick = next(step for step in (m * 10**e for e in range(12) for m in (1, 2, 5)) if x_max <= 6 * step)
     for x in range(0, int(x_max) + 1, tick):
         write(place(x, 0)[0], height - bottom + 8, f"{x / 1000:g}k" if x >= 1000 else f"{x}", anchor="ma")
-    write(width / 2, height - 24, "pairs seen", anchor="mm")
+    write(width / 2, height - 24, below, anchor="mm")
     for i, (name, runs) in enumerate(series.items()):
         colour, y = LINE_COLOURS[i % len(LINE_COLOURS)], height - bottom - 12 - 22 * (len(series) - i)
         columns = [(points[0][0], [value for _, value in points]) for points in zip(*runs)]

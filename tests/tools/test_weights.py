@@ -10,11 +10,14 @@ import safetensors.torch
 import torch
 import transformers
 from checkpoints import RN, TEXTS, VIT, agree, built, features, refusal, same, saved, theirs
-from conftest import ROOT, noise
+from conftest import ROOT, noise, says
 from PIL import Image
+from stand_ins import write_official
 
 import data
 import model
+from eval import retrieval
+from sources.layouts import open_pairs
 from tools import weights
 from weights.names import WeightsError
 
@@ -198,14 +201,87 @@ def test_interpolation(share, tmp_path, capsys):
             torch.testing.assert_close(value, (1 - share) * one[name] + share * other[name])
 
 
-def test_interpolation_does_not_leave_the_two(tmp_path):
-    assert "--share 50" in refusal(weights.interpolate, "a", "b", str(tmp_path / "c"), 50)
+def test_a_soup_is_the_mean_of_all(tmp_path, capsys):
+    """Of three, each counts a third."""
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        model.save(built(RN, seed), str(tmp_path / name))
+    weights.main(["interpolate", *(str(tmp_path / name) for name in "abcd")])
+    assert f"the mean of {tmp_path / 'a'}, {tmp_path / 'b'}, {tmp_path / 'c'}" in capsys.readouterr().out
+    states = [built(RN, seed).state_dict() for seed in (1, 2, 3)]
+    for name, value in model.load(str(tmp_path / "d"))[0].state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, sum(state[name] for state in states) / 3)
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """A folder to be in, with the models a and b, the second trained a little, and validation pairs."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        model.save(built(VIT, seed), name)
+    write_official(tmp_path / "MUGE", "valid", count=12)
+    return tmp_path
+
+
+def test_a_sweep_measures_the_way_between_two(two, capsys):
+    """Its ends are the recall of the two files, the best share is written, and the curve is drawn."""
+    weights.main(["interpolate", "a", "b", "new/c", "--sweep", "MUGE"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith(" MUGE")]
+    assert [line[0] for line in lines] == [str(percent) for percent in range(0, 101, 10)]
+    pairs = open_pairs("MUGE", "valid")
+    for line, name in (lines[0], "a"), (lines[-1], "b"):
+        found = retrieval(model.load(name)[0], pairs)
+        expected = found["mean_recall"], found["text_to_image"]["R@1"], found["image_to_text"]["R@1"]
+        assert line[2:5] == [f"{value:.1f}" for value in expected]
+    best = max(lines, key=lambda line: float(line[2]))
+    weights.main(["interpolate", "a", "b", "d", "--share", str(int(best[0]) / 100)])
+    assert same(model.load("new/c")[0].state_dict(), model.load("d")[0].state_dict())
+    with Image.open("new/c.png") as curve:
+        assert curve.format == "PNG"
+
+
+def test_the_share_of_a_sweep_is_the_best_on_all_its_sets_unless_one_is_given(two, monkeypatch):
+    """a is better on one set, b on the other by less, and 30 % of b on both together."""
+    def found(clip, pairs):
+        percent = round(100 * clip.logit_scale.item())  # which is the share, see below
+        mean = {"one": 60 - percent / 2, "other": 50 + percent / 4}[pairs] + 40 * (percent == 30)
+        return {"mean_recall": mean, "text_to_image": {"R@1": 0.0}, "image_to_text": {"R@1": 0.0}}
+
+    for name, scale in (("a", 0.0), ("b", 1.0)):
+        clip = built(VIT)
+        clip.logit_scale.data.fill_(scale)
+        model.save(clip, f"{name}1")
+    drawn = []
+    monkeypatch.setattr(weights, "open_pairs", lambda name, split: name)
+    monkeypatch.setattr(weights, "retrieval", found)
+    monkeypatch.setattr(weights, "curve", lambda path, series, *words: drawn.append((path, series)))
+    for target, flags, share in (("c", [], 0.3), ("d", ["--share", "0.9"], 0.9)):
+        weights.main(["interpolate", "a1", "b1", target, "--sweep", "one", "other", *flags])
+        assert model.load(target)[0].logit_scale.item() == pytest.approx(share)
+    path, series = drawn[0]
+    assert path == "c.png"
+    assert series["one"] == [[(n, 60 - n / 2 + 40 * (n == 30)) for n in range(0, 101, 10)]]
+    assert list(series) == ["one", "other"]
+
+
+@pytest.mark.parametrize("words, part", [
+    (["a", "b", "c", "--share", "50"], "--share 50"), (["a", "c"], "1 IN: expected two"),
+    (["a", "b", "a", "c", "--share", "0.1"], "3 IN: expected two"),
+    (["a", "b", "a", "c", "--sweep", "MUGE"], "3 IN: expected two")])
+def test_a_point_is_between_two(words, part, two):
+    assert part in refusal(weights.main, ["interpolate", *words])
+    assert not (two / "c").exists()
+
+
+def test_a_sweep_without_validation_pairs_loads_nothing(two, capsys):
+    says(lambda: weights.main(["interpolate", "a", "b", "c", "--sweep", "MUGE", "lost"]), "lost")
+    assert "loaded" not in capsys.readouterr().out
 
 
 def test_interpolation_between_different_models(tmp_path):
     for name, row in (("a", RN), ("b", VIT)):
         model.save(built(row), str(tmp_path / name))
-    with pytest.raises(WeightsError, match="RN-tiny.*ViT-tiny.*expected two of the same sizes"):
+    with pytest.raises(WeightsError, match="RN-tiny.*ViT-tiny.*expected models of the same sizes"):
         weights.main(["interpolate", *(str(tmp_path / name) for name in "abc")])
     assert not (tmp_path / "c").exists()
 
