@@ -86,6 +86,13 @@ def test_ticks_are_round(end, ticks, tmp_path, monkeypatch):
     assert written == ticks
 
 
+def test_what_x_is_stands_below_it(tmp_path):
+    for name, below in (("a", []), ("b", ["pairs seen"]), ("c", ["% of B"]), ("d", [""])):
+        report.curve(str(tmp_path / f"{name}.png"), {"one": [[(0, 1.0), (9, 2.0)]]}, "", *below)
+    a, b, c, d = (read(tmp_path / f"{name}.png")[485:] for name in "abcd")
+    assert (a == b).all() and not (a == c).all() and (d[5:] == 255).all()
+
+
 def test_contact_sheet_has_a_cell_a_picture_and_a_green_frame_around_the_right_one(tmp_path):
     greys = [Image.new("RGB", (40, 20), (value,) * 3) for value in (100, 120, 140)]
     rows = [
