@@ -21,7 +21,7 @@ from tokenizers.models import WordPiece
 
 from sources.augment import as_rgb, augment
 from sources.order import order
-from sources.pairs import DataError, Pairs, SourceChanged
+from sources.pairs import DataError, Pairs
 
 # ------------------------------------------------------------------------------------------------------------
 # captions to ids, in the three steps of BERT's tokenizer (Devlin et al., 2019):
@@ -190,8 +190,6 @@ class Stream(torch.utils.data.Dataset):
             try:
                 picture, caption = self.pair(index, position)
                 return Sample(picture, caption, self.keys(index, caption), problems)
-            except SourceChanged:  # the file was replaced during the run
-                raise
             except DataError as error:
                 problems.append(str(error))
                 index = others.randrange(len(self.pairs))

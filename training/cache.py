@@ -24,7 +24,7 @@ import model
 from common import rank, wait_for_all, world_size, write_json
 from data import DRAFT, Stream, preprocess
 from sources.augment import augment
-from sources.pairs import DataError, Pairs, SourceChanged
+from sources.pairs import DataError, Pairs
 from training.processes import start_workers
 from training.recipes import Config, loader_processes
 from weights.read import digest
@@ -67,8 +67,6 @@ class Views(torch.utils.data.Dataset):
         view, row = divmod(n, self.pairs.image_count)
         try:
             image = self.pairs.image(row, math.ceil(DRAFT * self.size))
-        except SourceChanged:
-            raise
         except DataError:
             return torch.full((3, self.size, self.size), torch.nan)
         rng = random.Random(f"{self.cfg.seed} view {view} of {row}")

@@ -90,9 +90,10 @@ def why_precision(cfg: Config, clip: model.ChineseCLIP) -> str:
         return "as --precision says"
     device = clip.logit_scale.device.type
     if clip.precision == torch.bfloat16:
-        return f"which this {device.upper()} has units for"
+        return f"which this {device.upper()} computes in"
     small = device == "cpu" and cpu_has_bfloat16()
-    return "as so small a model gains nothing from bfloat16" if small else f"as this {device.upper()} has no bfloat16"
+    return ("as small models gain nothing from bfloat16" if small else
+            f"as this {device.upper()} does not compute in bfloat16")
 
 
 def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:

@@ -27,8 +27,8 @@ def near(pixels: np.ndarray, colour) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision, has, cfg, words", [
-    ("bfloat16", True, {}, "which this CPU has units for"), ("float32", False, {}, "as this CPU has no bfloat16"),
-    ("float32", True, {}, "as so small a model gains nothing from bfloat16"),
+    ("bfloat16", True, {}, "which this CPU computes in"), ("float32", False, {}, "as this CPU does not compute in bfloat16"),
+    ("float32", True, {}, "as small models gain nothing from bfloat16"),
     ("float16", True, dict(precision="float16"), "as --precision says")])
 def test_a_run_says_why_it_computes_as_it_does(precision, has, cfg, words, monkeypatch):
     monkeypatch.setattr(report, "cpu_has_bfloat16", lambda: has)
