@@ -234,7 +234,7 @@ def command_flags(data: str) -> Flags:
     return flags
 
 
-def run_command(parser, args, run):
+def run_command(parser, args, run, load=model.load):
     """Call run(args, load) -> (result, what to do next), and write the result to --out. A run opens its data
     before it calls load(), which fetches the model: a fault in the data need not wait for that."""
     for flag in ("out", "page", "predictions", "submission"):  # before anything is computed
@@ -246,7 +246,7 @@ def run_command(parser, args, run):
         parser.error("--device cuda: torch finds no GPU here")
     device = join_processes(args.device)
     with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
-        result, then = run(args, lambda: model.load(args.model, device, dtype=args.dtype)[0])
+        result, then = run(args, lambda: load(args.model, device, dtype=args.dtype)[0])
         if result and args.out and rank() == 0:
             write_json(args.out, vars(args) | {"device": device.type} | result)
             print(f"The result is in {args.out}")

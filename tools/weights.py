@@ -4,13 +4,23 @@ Weights as a command, `python -m tools.weights`: download them, look into them, 
     python -m tools.weights download ViT-B-16
     python -m tools.weights info vit-b-16.safetensors
     python -m tools.weights convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
+<<<<<<< HEAD
     python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors new.safetensors --sweep MUGE
+=======
+    python -m tools.weights convert vit-b-16.safetensors vit-b-16-onnx --to onnx --dtype float16
+    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors between.safetensors
+>>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
 
 To convert is to load and to save in another layout. What `model.load` refuses is not converted, a file gets
 its final name only when it is complete, and nothing is overwritten.
 """
 
+<<<<<<< HEAD
 import copy
+=======
+import contextlib
+import dataclasses
+>>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
 import math
 import os
 import shlex
@@ -22,16 +32,20 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
+<<<<<<< HEAD
 from eval import retrieval
 from sources.layouts import open_pairs
 from training.report import curve
+=======
+from tools import onnx
+>>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
 from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
 from weights.sizes import HUGGING_FACE_TEXT, HUGGING_FACE_VISION, describe, guess, read_config
 
 # ------------------------------------------------------------------------------------------------------------
-# to the official code and to transformers
+# to the official code, to transformers and to ONNX
 
 
 def save_official(clip: model.ChineseCLIP, path: str):
@@ -43,13 +57,39 @@ def save_official(clip: model.ChineseCLIP, path: str):
 
 def save_hugging_face(clip: model.ChineseCLIP, target: str):
     """A folder that ChineseCLIPModel.from_pretrained and ChineseCLIPProcessor.from_pretrained open offline.
-    It gets its name when it is complete. WeightsError for a ResNet, for which transformers has no class."""
+    WeightsError for a ResNet, for which transformers has no class."""
     if not isinstance(clip.config.visual, model.ViTConfig):
         raise WeightsError(f"{target}: transformers has no Chinese CLIP with a ResNet; --to official or ours")
+    with whole_folder(target) as folder:
+        write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
+        save_preprocessing(clip.config.visual.resolution, folder)
+        write(os.path.join(folder, "model.safetensors"), to_hugging_face(clip.state_dict()), {"format": "pt"})
+
+
+def save_onnx(clip: model.ChineseCLIP, target: str, dtype: str = "float32"):
+    """A folder with both towers as ONNX files (tools/onnx.py), laid out as transformers.js expects it. A
+    ResNet's config.json holds our own config, for transformers has none."""
+    onnx.expect("onnx", "onnxruntime", "onnxscript")
+    is_vit = isinstance(clip.config.visual, model.ViTConfig)
+    config = hugging_face_config(clip.config) if is_vit else dataclasses.asdict(clip.config)
+    with whole_folder(target) as folder:
+        write_json(os.path.join(folder, "config.json"), config | {"logit_scale": clip.logit_scale.item()})
+        save_preprocessing(clip.config.visual.resolution, folder)
+        onnx.export(clip, os.path.join(folder, "onnx"), dtype)
+
+
+@contextlib.contextmanager
+def whole_folder(target: str):
+    """A new folder to write into, which gets the name `target` when it is complete."""
     folder = os.path.normpath(target) + ".tmp"
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-    resolution = clip.config.visual.resolution
-    write_json(os.path.join(folder, "config.json"), hugging_face_config(clip.config))
+    os.makedirs(folder)
+    yield folder
+    os.rename(folder, target)  # which may be an empty folder
+
+
+def save_preprocessing(resolution: int, folder: str):
+    """How pictures become pixels and captions become ids, as transformers and tokenizers read it."""
     write_json(os.path.join(folder, "preprocessor_config.json"), {
         "image_processor_type": "ChineseCLIPImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": resolution, "width": resolution}, "resample": 3,  # 3 is bicubic
@@ -63,8 +103,6 @@ def save_hugging_face(clip: model.ChineseCLIP, target: str):
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
     replace_text(os.path.join(folder, "tokenizer.json"), hugging_face_tokenizer().to_str(pretty=True))
     replace(os.path.join(folder, "vocab.txt"), lambda temporary: shutil.copy(data.VOCAB, temporary))
-    write(os.path.join(folder, "model.safetensors"), to_hugging_face(clip.state_dict()), {"format": "pt"})
-    os.rename(folder, target)  # which may be an empty folder
 
 
 def hugging_face_config(config: model.ModelConfig) -> dict:
@@ -87,7 +125,7 @@ def hugging_face_tokenizer() -> Tokenizer:
     same except for a few rare characters: ideographs 2B820 to 2B91F, and those newer than that library."""
     tokenizer = Tokenizer.from_str(data.wordpiece().to_str())
     # The library's own clean_text would also drop private-use characters, which BERT reads as [UNK].
-    clean = [("[“”]", '"'), (r"[\t\n\r\p{Zs}]", " "), (r"[\x{fffd}\p{Cc}\p{Cf}]", "")]
+    clean = [("[“”]", '"'), (r"[\t\n\r\p{Zs}]", " "), ("[\ufffd\\p{Cc}\\p{Cf}]", "")]
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(pattern), by) for pattern, by in clean]
         + [normalizers.BertNormalizer(clean_text=False, lowercase=True)])
@@ -101,9 +139,9 @@ def hugging_face_tokenizer() -> Tokenizer:
 # the command
 
 
-def done(path: str, said: str = ""):
+def done(path: str, said: str = "", then: str = "weights info"):
     """Print what was done, or the path, and a command to type next."""
-    print(f"{said or path}\nnext: python -m tools.weights info {shlex.quote(path)}")
+    print(f"{said or path}\nnext: python -m tools.{then} {shlex.quote(path)}")
 
 
 def info(file: str):
@@ -117,10 +155,10 @@ def info(file: str):
     print(f"   its tensors look like {guess(state, model.MODELS) or 'none of ' + ', '.join(model.MODELS)}")
 
 
-def convert(source: str, target: str, to: str):
-    """Load any file and save it in another layout."""
-    LAYOUTS[to](model.load(source)[0], target)
-    done(target, f"wrote {target}")
+def convert(source: str, target: str, to: str, dtype: str | None):
+    """Load any file and save it in another layout; dtype: of ONNX files, None for any other layout."""
+    LAYOUTS[to](model.load(source)[0], target, **({"dtype": dtype} if dtype else {}))
+    done(target, f"wrote {target}", "search ~/Pictures --serve --model" if to == "onnx" else "weights info")
 
 
 def interpolate(sources: list[str], target: str, share: float | None, sweep: list[str]):
@@ -177,7 +215,7 @@ def recall_between(clip, one: dict, other: dict, pairs: dict) -> dict[str, list[
     return lines
 
 
-LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face}
+LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face, "onnx": save_onnx}
 COMMANDS = {"download": lambda name, to: done(fetch(name, to)), "info": info,
             "convert": convert, "interpolate": interpolate}
 
@@ -193,17 +231,27 @@ def main(argv: list[str] | None = None):
     part.add_argument("file", metavar="FILE", help=source)
     part = commands.add_parser("convert", help="load any layout and write another")
     part.add_argument("source", metavar="IN", help=source)
-    part.add_argument("target", metavar="OUT", help="a file; for huggingface a folder")
+    part.add_argument("target", metavar="OUT", help="a file; for huggingface and onnx a folder")
     part.add_argument("--to", required=True, choices=LAYOUTS, help="layout of OUT")
+<<<<<<< HEAD
     part = commands.add_parser("interpolate", help="write the mean of models, or a point between two")
     part.add_argument("sources", nargs="+", metavar="IN", help=source)
+=======
+    part.add_argument("--dtype", choices=onnx.FILES, help="numbers of --to onnx (default: float32)")
+    part = commands.add_parser("interpolate", help="write the weights between two models of the same sizes")
+    part.add_argument("first", metavar="A", help=source)
+    part.add_argument("second", metavar="B", help=source)
+>>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
     part.add_argument("target", metavar="OUT", help="a file, in our layout")
     part.add_argument("--share", type=float, metavar="X", help="of the second of two (default: the mean)")
     part.add_argument("--sweep", nargs="+", default=[], metavar="DATA", help="measure recall on these sets' "
                       "validation pairs at shares of 0, 0.1 ... 1, draw it in OUT.png, take the best share")
     arguments = vars(parser.parse_args(argv))  # under the names of the functions' parameters
     target = arguments.get("target", "")
-    empty = arguments.get("to") == "huggingface" and os.path.isdir(target) and not os.listdir(target)
+    if arguments.get("dtype") and arguments["to"] != "onnx":
+        parser.error(f"--dtype {arguments['dtype']}: only --to onnx has a choice")
+    folder = arguments.get("to") in ("huggingface", "onnx")
+    empty = folder and os.path.isdir(target) and not os.listdir(target)
     if os.path.exists(target) and not empty:
         raise WeightsError(f"{target}: is there already; remove it or name another")
     if os.path.isfile(folder := os.path.dirname(target)):

@@ -24,6 +24,7 @@ from eval import (
 from sources.classes import class_lines, open_classes, read_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import PICTURES, DataError, Pairs, open_image, pictures_below
+from tools import onnx
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None):
         parser.error("--shots: --submission writes what no shots have helped; leave one of them out")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):
         parser.error(f"--precision {args.precision:g}, --prior {args.prior:g}: expected shares, from 0 to 1")
-    run_command(parser, args, RUN[args.task])
+    run_command(parser, args, RUN[args.task], onnx.load)
 
 
 if __name__ == "__main__":

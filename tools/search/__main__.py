@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import model
 from common import Flags, UserError, one_line_errors
 from sources.layouts import open_pairs
 from sources.pairs import open_image
+from tools import onnx
 from tools.measure.kept import kept_features
 from tools.measure.metrics import calibrate
 from tools.search.index import Index, shown
@@ -93,10 +93,10 @@ def main(argv: list[str] | None = None):
     warnings.filterwarnings("ignore", module="PIL")  # what it cannot read it refuses, and that is counted
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what is found
-        clip = model.load(args.model, device)[0]
+        clip = onnx.load(args.model, device)[0]
         index = Index(args.index, clip, roots)  # one for these weights, in whichever precision they compute
         if device.type == "cpu" and cpu_has_bfloat16():
-            clip = model.load(args.model, device, dtype="bfloat16")[0]
+            clip = onnx.load(args.model, device, dtype="bfloat16")[0]
         least = least_cosine(args, clip) if args.precision else 2.0
         if not args.serve:
             with tqdm(desc="indexing", unit=" pictures", leave=False, delay=1) as bar:
