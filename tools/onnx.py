@@ -125,8 +125,6 @@ class OnnxCLIP(model.ChineseCLIP):
     """A ChineseCLIP whose towers are the files of a folder. onnxruntime computes them on the CPU, in as many
     threads as torch has. The parameters have shapes, but no values, except logit_scale."""
 
-    precision = torch.float32  # which autocast leaves as it is
-
     def __init__(self, folder: str):
         """WeightsError if something in the folder is missing, damaged, or of another model than the rest."""
         expect("onnxruntime")

@@ -4,23 +4,16 @@ Weights as a command, `python -m tools.weights`: download them, look into them, 
     python -m tools.weights download ViT-B-16
     python -m tools.weights info vit-b-16.safetensors
     python -m tools.weights convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
-<<<<<<< HEAD
-    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors new.safetensors --sweep MUGE
-=======
     python -m tools.weights convert vit-b-16.safetensors vit-b-16-onnx --to onnx --dtype float16
-    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors between.safetensors
->>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
+    python -m tools.weights interpolate ViT-B-16 out/muge/muge/best.safetensors new.safetensors --sweep MUGE
 
 To convert is to load and to save in another layout. What `model.load` refuses is not converted, a file gets
 its final name only when it is complete, and nothing is overwritten.
 """
 
-<<<<<<< HEAD
-import copy
-=======
 import contextlib
+import copy
 import dataclasses
->>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
 import math
 import os
 import shlex
@@ -32,13 +25,10 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 import data
 import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
-<<<<<<< HEAD
 from eval import retrieval
 from sources.layouts import open_pairs
-from training.report import curve
-=======
 from tools import onnx
->>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
+from training.report import curve
 from weights.download import CACHE, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
@@ -233,15 +223,9 @@ def main(argv: list[str] | None = None):
     part.add_argument("source", metavar="IN", help=source)
     part.add_argument("target", metavar="OUT", help="a file; for huggingface and onnx a folder")
     part.add_argument("--to", required=True, choices=LAYOUTS, help="layout of OUT")
-<<<<<<< HEAD
+    part.add_argument("--dtype", choices=onnx.FILES, help="numbers of --to onnx (default: float32)")
     part = commands.add_parser("interpolate", help="write the mean of models, or a point between two")
     part.add_argument("sources", nargs="+", metavar="IN", help=source)
-=======
-    part.add_argument("--dtype", choices=onnx.FILES, help="numbers of --to onnx (default: float32)")
-    part = commands.add_parser("interpolate", help="write the weights between two models of the same sizes")
-    part.add_argument("first", metavar="A", help=source)
-    part.add_argument("second", metavar="B", help=source)
->>>>>>> a962252 (weights: convert --to onnx writes both towers for onnxruntime, OpenVINO and transformers.js; measure and search take such a folder)
     part.add_argument("target", metavar="OUT", help="a file, in our layout")
     part.add_argument("--share", type=float, metavar="X", help="of the second of two (default: the mean)")
     part.add_argument("--sweep", nargs="+", default=[], metavar="DATA", help="measure recall on these sets' "

@@ -3,6 +3,7 @@ How fast zhclip is, and how much memory it takes, beside the official code (cn_c
 are installed. Every time is a median after a warm-up, and all programs take turns.
 
     python -m tools.bench encode                         # pictures and captions per second
+    python -m tools.bench onnx                           # the same, beside onnxruntime and OpenVINO
     python -m tools.bench load                           # from a file to a model
     python -m tools.bench eval                           # recall; --squares 200000 for a large gallery
     python -m tools.bench train                          # steps of both stages, in chunks, from a cache
@@ -25,11 +26,11 @@ from common import Flags
 from tools.bench.peers import machine
 from tools.bench.search import bench_search
 from tools.bench.training import bench_data, bench_loss, bench_train
-from tools.bench.use import bench_encode, bench_eval, bench_load
+from tools.bench.use import bench_encode, bench_eval, bench_load, bench_onnx
 
 PAGE = os.path.join(os.path.dirname(model.__file__), "docs", "benchmarks.md")
-TASKS = {"load": bench_load, "encode": bench_encode, "eval": bench_eval, "train": bench_train,
-         "loss": bench_loss, "data": bench_data, "search": bench_search}
+TASKS = {"load": bench_load, "encode": bench_encode, "onnx": bench_onnx, "eval": bench_eval,
+         "train": bench_train, "loss": bench_loss, "data": bench_data, "search": bench_search}
 
 
 def lines_of(task: str, args: argparse.Namespace, command: str):

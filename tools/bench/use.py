@@ -1,6 +1,7 @@
-"""The tasks `encode`, `load` and `eval`: how fast a model is in use, and how much memory that takes."""
+"""The tasks `encode`, `onnx`, `load` and `eval`: how fast a model is in use, and in how much memory."""
 
 import functools
+import importlib.util
 import os
 import tempfile
 
@@ -10,7 +11,8 @@ import model
 from data import tokenize
 from eval import encode_texts, recall_at_k
 from tools.bench.peers import PEERS, TEXT_TOWERS, beside, measure, peers_of, version
-from tools.weights import save_official
+from tools.onnx import OnnxCLIP, towers_in
+from tools.weights import save_official, save_onnx
 
 SENTENCE = "清晨的海边有一只红色的小船和两个戴草帽的孩子在捡贝壳"
 CAPTIONS = [SENTENCE[start : start + 4 + length] for length in range(16) for start in range(6)] * 4  # 4 to 19
@@ -54,6 +56,53 @@ def bench_encode(args):
             for dtype in ours:
                 rates = beside(what[1], dtype, times)
                 yield [name, "%s, %d together" % what, dtype, *rates, memory[dtype], peers, cosines[dtype]]
+
+
+def bench_onnx(args):
+    """The same on the CPU, beside the towers that `tools.weights convert --to onnx` writes, in onnxruntime
+    and in OpenVINO. All programs get ids, padded to the longest. The 8 bits are those of `--dtype int8`."""
+    peers = ("bfloat16", "onnxruntime", "onnxruntime, 8 bits", "OpenVINO", "OpenVINO, 8 bits")
+    yield ["model", "what", "ours, 1/s", *(cell for peer in peers for cell in (peer, "ratio"))]
+    ids = tokenize(CAPTIONS, max(map(len, CAPTIONS)) + 2).split(64)
+    for name in args.models:
+        size = model.MODELS[name].visual.resolution
+        pixels = torch.randn(args.batch, 3, size, size)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(model.ChineseCLIP(model.MODELS[name]), f"{folder}/it")
+            models = {dtype: model.load(f"{folder}/it", dtype=dtype)[0] for dtype in ("float32", "bfloat16")}
+            models |= exported(models["float32"], folder)
+            for what, count in (("image", args.batch), ("image", 1), ("captions", len(CAPTIONS))):
+                actions = {who: functools.partial(clip.encode_image, pixels[:count]) if what == "image"
+                           else lambda clip=clip: [clip.encode_text(part) for part in ids]
+                           for who, clip in models.items()}
+                with torch.inference_mode():
+                    times, _ = measure(actions, args)
+                yield [name, f"{what}, {count} together", *beside(count, "float32", times, peers)]
+
+
+def exported(clip: model.ChineseCLIP, folder: str) -> dict:
+    """Peer -> the towers of `clip` in it, if it and what the export needs are installed."""
+    def installed(*packages: str) -> bool:
+        return all(map(importlib.util.find_spec, packages))
+
+    found = {}
+    if installed("onnx", "onnxscript", "onnxruntime"):
+        for dtype, ending in (("float32", ""), ("int8", ", 8 bits")):
+            save_onnx(clip, f"{folder}/{dtype}", dtype)
+            found[f"onnxruntime{ending}"] = OnnxCLIP(f"{folder}/{dtype}")
+            if installed("openvino"):
+                found[f"OpenVINO{ending}"] = OpenVINO(f"{folder}/{dtype}")
+    return found
+
+
+class OpenVINO:
+    """The towers of an exported folder in OpenVINO, in float32 and in as many threads as torch has."""
+
+    def __init__(self, folder: str):
+        import openvino
+        how = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        vision, text = (openvino.Core().compile_model(path, "CPU", how) for path in towers_in(folder))
+        self.encode_image, self.encode_text = lambda x: vision(x.numpy())[0], lambda ids: text(ids.numpy())[0]
 
 
 def bench_load(args):

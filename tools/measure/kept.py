@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import model
 from common import rank, replace, write_json
 from data import preprocess, tokenize
 from eval import pair_features
