@@ -92,9 +92,14 @@ class Config:
     seed: int = flag(0, "seed of weights, order, augmentation and dropout", below=2**16)
 
     @property
+    def usual_lr(self) -> float:
+        """The recipe's peak rate for this batch; LoRA takes three times as much (docs/experiments.md)."""
+        return self.recipe_lr * min(1.0, self.batch_size / self.lr_batch) * (3 if self.lora else 1)
+
+    @property
     def peak_lr(self) -> float:
-        """The peak learning rate: --lr, or the recipe's for this batch."""
-        return self.lr or self.recipe_lr * min(1.0, self.batch_size / self.lr_batch)
+        """The peak learning rate: --lr, or the usual one."""
+        return self.lr or self.usual_lr
 
 
 def warmup_steps(cfg: Config, total: int) -> int:

@@ -71,9 +71,10 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
         say("BatchNorm normalises each chunk by itself, so the result depends on --chunk-size")
     where = f" from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else ""
     say(f"peak learning rate {cfg.peak_lr:.2e}"
-        + f"; the recipe's is {cfg.recipe_lr:.2e}{where}" * (cfg.peak_lr != cfg.recipe_lr))
+        + f"; the recipe's is {cfg.recipe_lr:.2e}{where}" * (cfg.peak_lr != cfg.recipe_lr)
+        + ", and three times as much with --lora" * bool(cfg.lora))
     trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
-    if trained_before and cfg.peak_lr > 4 * cfg.recipe_lr * min(1, B / cfg.lr_batch):
+    if trained_before and cfg.peak_lr > 4 * cfg.usual_lr:
         say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
     warmup = warmup_steps(cfg, total)
     why = f", a tenth of the run; {cfg.warmup:,} would be over half" if warmup != cfg.warmup else ""
@@ -192,11 +193,10 @@ class Log:
         means a rate that is too low, or so high that all features became the same; a loss that left it while
         recall fell means a rate that is too high for weights that were trained before, or too few pairs."""
         cfg, late = self.cfg, self.losses[len(self.losses) // 2:]  # one batch's loss says little
-        usual = cfg.recipe_lr * min(1, cfg.batch_size / cfg.lr_batch)
         if late and not cfg.teacher and sum(late) / len(late) > 0.97 * math.log(cfg.batch_size):
             change = "take more steps"
-            if cfg.peak_lr > 2 * usual:
-                change = f"lower --lr {cfg.peak_lr:.1e} (the recipe's is {usual:.1e})"
+            if cfg.peak_lr > 2 * cfg.usual_lr:
+                change = f"lower --lr {cfg.peak_lr:.1e} (the recipe's is {cfg.usual_lr:.1e})"
             elif cfg.peak_lr < 1e-4:  # for example a recipe of fine-tuning at a small batch
                 change = f"raise --lr {cfg.peak_lr:.1e} (random weights of a small model take 1e-3)"
             return (f"the loss never left that of guessing: {change}, or see whether captions belong to "

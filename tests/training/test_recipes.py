@@ -77,6 +77,13 @@ def test_a_recipe_asks_for_what_it_needs(argv, words):
         parse(argv)
 
 
+def test_lora_takes_three_times_the_rate():
+    full, low_rank = (parse(["--recipe", "muge", *TUNED, "--batch-size", "128", *more])["muge"].peak_lr
+                      for more in ([], ["--lora", "8"]))
+    assert low_rank == pytest.approx(3 * full) == pytest.approx(3 * 5e-5 * 128 / 1024, rel=0.01)
+    assert parse(["--recipe", "muge", *TUNED, "--lora", "8", "--lr", "1e-3"])["muge"].peak_lr == 1e-3
+
+
 def test_rate_falls_with_the_batch_unless_it_was_given():
     muge = ["--recipe", "muge", "--model", "ViT-B-16", *TUNED]
     assert parse([*muge])["muge"].peak_lr == 2e-5  # table 9
