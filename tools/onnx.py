@@ -58,9 +58,9 @@ class TextTower(nn.Module):
 
 
 def export(clip: model.ChineseCLIP, folder: str, dtype: str):
-    """Write both towers of a float32 model. float16: all but input and output. int8: each column of a matrix
-    in 8 bits, and activations as they come; convolutions, the tables of words and positions, and the rest
-    stay float32. The 8 bits are unsigned, for signed ones overflow on CPUs without AVX512-VNNI."""
+    """Write both towers of a float32 model. float16: all but input and output. int8: matrices, each column
+    with a scale of its own, convolutions and tables in 8 bits, and activations rounded as they come. The 8
+    bits are unsigned, for signed ones overflow on CPUs without AVX512-VNNI."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers.float16 import convert_float_to_float16
