@@ -59,6 +59,7 @@ def small(monkeypatch):
 def test_tables_of_small_shapes(small, tmp_path, monkeypatch, capsys):
     for room in (bench_peers, bench_use, bench_training):
         monkeypatch.setattr(room, "version", lambda peer: "")
+    monkeypatch.setattr(bench_use, "exported", lambda clip, folder: {})  # an export takes ten seconds
     monkeypatch.setattr(bench, "PAGE", str(tmp_path / "benchmarks.md"))
     argv = ["all", "--models", "ViT-tiny", "--write", *SMALL]
     bench.main(argv)
@@ -70,6 +71,9 @@ def test_tables_of_small_shapes(small, tmp_path, monkeypatch, capsys):
         assert (exact[2], rounded[2]) == ("float32", "bfloat16") and float(exact[3].replace(",", "")) > 0
         assert exact[4:8] == ["-"] * 4 and float(exact[8]) >= 0 and exact[9:] == ["- / -", "-"]
         assert float(rounded[10]) > 0.999
+    for what in ("image x 4", "image x 1", "captions x 4"):
+        (row,) = (row for row in rows if row[:2] == ["ViT-tiny", what])
+        assert float(row[2].replace(",", "")) > 0 and float(row[4]) > 0 and row[5:] == ["-"] * 8
     assert [row[1] for row in rows if row[:2] in (["ViT-tiny", "ours"], ["ViT-tiny", "official"])] == ["ours", "official"]  # files
     steps = ["1", "1, chunks of 2", "1, cached features", "2", "2, chunks of 2"]
     trained = [row for row in rows if row[2:3] == ["4 pairs"]]

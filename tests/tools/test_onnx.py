@@ -100,7 +100,8 @@ def test_features_are_ours(name, batch, folders):
         expected = clip.encode_text(ids)
         assert farthest(theirs.encode_text(ids), expected) < 1e-5
         padded = torch.nn.functional.pad(ids, (0, 200 - length)).numpy()
-        assert farthest(session(folders[name, "float32"], "text").run(None, {"input_ids": padded})[0], expected) < 1e-5
+        found = session(folders[name, "float32"], "text").run(None, {"input_ids": padded})[0]
+        assert farthest(found, expected) < 1e-5
     torch.testing.assert_close(theirs.get_similarity(pixels, ids)[0], clip.get_similarity(pixels, ids)[0])
     assert theirs.config == clip.config and preprocess(noise(40, 30)).shape == (3, 32, 32)
 
@@ -174,7 +175,8 @@ def test_kept_features_know_the_folder_again(folders):
 def test_search(folders, tmp_path, capsys):
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
-    search.main([str(tmp_path), "红色", "--model", folders[RN, "float32"], "--alike", "2", "--index", str(tmp_path / "index")])
+    search.main([str(tmp_path), "红色", "--model", folders[RN, "float32"], "--index", str(tmp_path / "index"),
+                 "--alike", "2"])
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -183,7 +185,7 @@ def test_search(folders, tmp_path, capsys):
 
 
 def test_without_the_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else name)
+    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda package: None)
     model.save(built(VIT), str(tmp_path / "a"))
     message = refusal(weights.main, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "onnx"])
     assert message.endswith("pip install onnx onnxruntime onnxscript")
@@ -202,6 +204,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.filterwarnings("ignore:'tools.*found in sys.modules")
 def test_a_precision_for_another_layout():
     code, said = typed("python -m tools.weights", "convert", "a", "b", "--to", "ours", "--dtype", "int8")
     assert code == 2 and "only --to onnx" in said
@@ -212,12 +215,13 @@ def cut(folder):
 
 
 def from_a_resnet(folder):
-    (folder / "config.json").write_text(json.dumps({"logit_scale": 1.0} | dataclasses.asdict(model.MODELS["RN-micro"])))
+    config = dataclasses.asdict(model.MODELS["RN-micro"]) | {"logit_scale": 1.0}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("damage, part", [
     (lambda folder: (folder / "onnx" / "text_model.onnx").unlink(), "one text_model*.onnx"),
-    (lambda folder: shutil.copy(folder / "onnx" / "text_model.onnx", folder / "onnx" / "text_model_fp16.onnx"),
+    (lambda folder: shutil.copy(folder / "onnx/text_model.onnx", folder / "onnx/text_model_fp16.onnx"),
      "has vision_model.onnx, text_model.onnx, text_model_fp16.onnx in onnx/; expected one"),
     (lambda folder: (folder / "config.json").unlink(), "config.json beside onnx/"),
     (lambda folder: (folder / "config.json").write_text("{}"), "config.json: the config in it"),

@@ -77,7 +77,7 @@ def bench_onnx(args):
                            for who, clip in models.items()}
                 with torch.inference_mode():
                     times, _ = measure(actions, args)
-                yield [name, f"{what}, {count} together", *beside(count, "float32", times, peers)]
+                yield [name, f"{what} x {count}", *beside(count, "float32", times, peers)]
 
 
 def exported(clip: model.ChineseCLIP, folder: str) -> dict:
