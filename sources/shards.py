@@ -46,6 +46,8 @@ def expand_braces(pattern: str) -> list[str]:
     if not found:
         return [pattern]
     first, last, words = found.groups()
+    if first and int(last) - int(first) > 10**7:
+        raise DataError(f"{pattern}: {found[0]} are more than ten million shards; is that what you mean?")
     choices = words.split(",") if words else [
         str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return [path for choice in choices

@@ -176,7 +176,7 @@ def interpolate(sources: list[str], target: str, share: float | None, sweep: lis
     clips[0].load_state_dict(mean)
     model.save(clips[0], target)
     if sweep:
-        curve(f"{target}.png", {name[-30:]: [points] for name, points in lines.items()},
+        curve(f"{target}.png", {name: [points] for name, points in lines.items()},
               "mean recall (%) on validation pairs", f"% of {sources[1]}")
         print(f"the curve: {target}.png")
     done(target, f"wrote {target}: " + (f"the mean of {', '.join(sources)}" if share is None else
@@ -236,8 +236,10 @@ def main(argv: list[str] | None = None):
         parser.error(f"--dtype {arguments['dtype']}: only --to onnx has a choice")
     folder = arguments.get("to") in ("huggingface", "onnx")
     empty = folder and os.path.isdir(target) and not os.listdir(target)
-    if os.path.exists(target) and not empty:
-        raise WeightsError(f"{target}: is there already; remove it or name another")
+    picture = f"{target}.png" if arguments.get("sweep") else target
+    for path in (target, picture):
+        if os.path.exists(path) and not empty:
+            raise WeightsError(f"{path}: is there already; remove it or name another")
     if os.path.isfile(folder := os.path.dirname(target)):
         raise WeightsError(f"{target}: {folder} is a file; expected OUT in a folder, which need not exist")
     COMMANDS[arguments.pop("command")](**arguments)

@@ -32,7 +32,8 @@ from weights.read import WeightsError, digest
 
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")
 FREE = ("out", "device", "workers", "log_every", "save_minutes")  # the result does not depend on these
-INEXACT = ("chunk_size", "grad_checkpointing", "compile", "world_size")  # it does, but the run may go on
+# It does on these, but the run may go on.
+INEXACT = ("chunk_size", "grad_checkpointing", "compile", "precision", "computes", "world_size")
 
 
 class Stopped(Exception):
@@ -64,6 +65,7 @@ class Checkpoints:
         cannot be used, the previous one is; WeightsError if neither can. ConfigError if it belongs to another
         command or to other pairs, or if the ranks see different ones."""
         found, unusable = (0, [], 0), None
+        self.setting["computes"] = str(clip.precision)
         if self.cfg.lora:  # the frozen weights come from --init again; they have to be the same
             self.setting["frozen"] = digest(split(clip)[1])
         for path in paths(self.cfg.out):
@@ -97,14 +99,15 @@ class Checkpoints:
     def check_command(self, saved: dict, path: str):
         """ConfigError if the checkpoint was made by another command or on other data. Prints what prevents
         the run from continuing bit for bit."""
-        before, now = saved | saved["flags"], dataclasses.asdict(self.cfg) | self.setting
+        defaults = {flag.name: flag.default for flag in dataclasses.fields(Config)}  # for flags that are new
+        before, now = defaults | saved | saved["flags"], dataclasses.asdict(self.cfg) | self.setting
         share, size = max(1, self.cfg.batch_size // saved["world_size"]), self.cfg.chunk_size
         if size == 0 or before["chunk_size"] == balanced(min(size, share), share):
             now["chunk_size"] = before["chunk_size"]  # 0 would go by the memory that is free today
         for name, value in now.items():
             if name in FREE or before.get(name, value) == value:  # a captions' fingerprint is new
                 continue
-            what = {"pairs": "{} training pairs", "world_size": "{} processes"}
+            what = {"pairs": "{} training pairs", "world_size": "{} processes", "computes": "towers in {}"}
             said = what.get(name, as_flag(name) + " {!r}").format
             made = f"{path} was made with {said(before[name])}, this command has {said(value)}"
             if other := {"captions": "captions in --data", "frozen": "weights to start from"}.get(name):
@@ -183,7 +186,8 @@ def read(path: str) -> dict:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         found = {key: saved[key] for key in (
             "model", "optimizer", "scaler", "step", "history", "flags", "world_size", "pairs")}
-        found |= {key: saved[key] for key in ("captions", "frozen") if key in saved}  # not in all of them
+        newer = "captions", "frozen", "computes"  # those of before have none
+        found |= {key: saved[key] for key in newer if key in saved}
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise WeightsError(f"{path}: not a checkpoint of ours ({type(error).__name__})") from None
     for name, tensor in found["model"].items():

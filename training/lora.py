@@ -43,7 +43,7 @@ def add_lora(clip: model.ChineseCLIP, cfg: Config):
     towers = {"bert": clip.bert} | ({} if cfg.freeze_image else {"visual": clip.visual})
     clip.requires_grad_(False)
     clip.logit_scale.requires_grad_(True)
-    clip.text_projection.requires_grad_(not cfg.init)
+    clip.text_projection.requires_grad_(not cfg.init or bool(cfg.text_init))
     for tower, modules in towers.items():
         found = {}
         for path, module in list(modules.named_modules()):

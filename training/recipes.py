@@ -62,7 +62,8 @@ class Config:
                         "caption are no negatives of each other", choices=("one-hot", "multi"))
     cache_features: int = flag(0, "stage 1: encode so many views of every picture once; 0: at every step")
     lora: int = flag(0, "if not 0, train matrices of this rank beside the weights, which stay as they are")
-    lora_on: str = flag("qkv", "the weights that get them: qkv of every attention, or all linear layers",
+    lora_on: str = flag("qkv", "the weights that get them: qkv of every attention, or all linear layers in the "
+                        "towers' blocks",
                         choices=("qkv", "all"))
     teacher: str = flag("", "distil from this file or released name: learn its in-batch similarities too")
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
@@ -85,8 +86,8 @@ class Config:
     log_every: int = flag(10, "steps between log lines", low=1)
     workers: int = flag(-1, "processes that prepare pictures; -1: up to 8 with a GPU, 1 without", low=-1)
     device: str = flag("", "cpu or cuda; empty: cuda if there is one", choices=("", "cpu", "cuda"))
-    precision: str = flag("", "in which the towers compute: float32, bfloat16 or float16; empty: bfloat16 if "
-                          "the device has it and the model is large enough to gain, else float32 on a CPU, "
+    precision: str = flag("", "in which the towers compute: float32, bfloat16 or float16; empty: bfloat16 on "
+                          "a device that has it (on a CPU for large models alone), else float32 on a CPU, "
                           "float16 on a GPU", choices=("", "float32", "bfloat16", "float16"))
     compile: bool = flag(False, "torch.compile both towers: the first steps are slow, the others faster")
     seed: int = flag(0, "seed of weights, order, augmentation and dropout", below=2**16)

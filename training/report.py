@@ -72,7 +72,7 @@ def print_settings(cfg: Config, clip: model.ChineseCLIP, stream: data.Stream, va
     where = f" from batch {cfg.lr_batch:,} on" if cfg.lr_batch > 1 else ""
     say(f"peak learning rate {cfg.peak_lr:.2e}"
         + f"; the recipe's is {cfg.recipe_lr:.2e}{where}" * (cfg.peak_lr != cfg.recipe_lr)
-        + ", and three times as much with --lora" * bool(cfg.lora))
+        + f", with --lora three times that: {cfg.usual_lr:.2e} here" * bool(cfg.lora))
     trained_before = cfg.init or cfg.image_init or cfg.text_init  # a high rate can destroy that
     if trained_before and cfg.peak_lr > 4 * cfg.usual_lr:
         say("that is more than four times the recipe's rate for this batch: watch recall from step 0 on")
@@ -89,12 +89,12 @@ def why_precision(cfg: Config, clip: model.ChineseCLIP) -> str:
     """Why the towers compute in this precision, in words."""
     if cfg.precision:
         return "as --precision says"
-    device = clip.logit_scale.device.type
+    kind = "CPU" if clip.logit_scale.device.type == "cpu" else "GPU"
     if clip.precision == torch.bfloat16:
-        return f"which this {device.upper()} computes in"
-    small = device == "cpu" and cpu_has_bfloat16()
-    return ("as small models gain nothing from bfloat16" if small else
-            f"as this {device.upper()} does not compute in bfloat16")
+        return f"which this {kind} computes in"
+    if kind == "CPU" and cpu_has_bfloat16():
+        return "as small models gain nothing from bfloat16"
+    return f"as this {kind} does not compute in bfloat16"
 
 
 def repeats(stream: data.Stream, batch_size: int, batches: int = 0) -> tuple[float, float]:
@@ -197,7 +197,7 @@ class Log:
             change = "take more steps"
             if cfg.peak_lr > 2 * cfg.usual_lr:
                 change = f"lower --lr {cfg.peak_lr:.1e} (the recipe's is {cfg.usual_lr:.1e})"
-            elif cfg.peak_lr < 1e-4:  # for example a recipe of fine-tuning at a small batch
+            elif cfg.peak_lr < 1e-4 and not cfg.lora:  # for example a recipe of fine-tuning at a small batch
                 change = f"raise --lr {cfg.peak_lr:.1e} (random weights of a small model take 1e-3)"
             return (f"the loss never left that of guessing: {change}, or see whether captions belong to "
                     "their pictures")
@@ -254,7 +254,7 @@ def curve(path: str, series: dict[str, list[list[tuple[float, float]]]], title: 
         for cx, cy in middle:
             canvas.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colour)
         canvas.line((width - 330, y, width - 300, y), fill=colour, width=3)
-        write(width - 292, y, name, 16, "lm")
+        write(width - 292, y, name[-30:], 16, "lm")
     image.save(path)
 
 

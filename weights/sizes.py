@@ -129,6 +129,9 @@ def describe(config, models: dict) -> str:
 def check(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str, models: dict):
     """WeightsError unless `state` has every tensor of `wanted` and no other, each of the right shape and
     kind, and all values finite."""
+    if any(".parametrizations." in key for key in state):
+        raise WeightsError(f"{path}: a checkpoint of --lora holds only what trains; best.safetensors beside "
+                           "it is the whole model")
     misfits = {
         "missing": [k for k in wanted if k not in state],
         "unknown": [k for k in state if k not in wanted],

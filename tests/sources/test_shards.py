@@ -105,6 +105,7 @@ def test_which_shards_are_of_a_split(tmp_path):
     assert len(shards.shards_of(f"{tmp_path}/{{000..001}}.tar", "any")) == 2
     assert len(shards.shards_of(f"{tmp_path}/*.tar", "any")) == 3
     says(lambda: open_pairs(f"{tmp_path}/{{000..002}}.tar", "train"), "002.tar", "3")
+    says(lambda: shards.shards_of("{0..99999999}.tar", "train"), "ten million")
 
 
 # ------------------------------------------------------------------------------------------------------------

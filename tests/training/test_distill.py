@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import features, gradients
 
+import model
 from training import distill
-from training.distill import distillation_loss
+from training.distill import distillation_loss, load_teacher
 
 
 def test_distillation_by_hand_and_its_gradient():
@@ -22,6 +23,16 @@ def test_distillation_by_hand_and_its_gradient():
     # a student that says what the teacher says has the least loss: the teacher's entropy, no gradient
     value, *grads = gradients(lambda *x: distillation_loss(*x, teacher), *((x, True) for x in teacher))
     assert all(grad.abs().max() < 1e-12 for grad in grads)
+
+
+def test_the_teacher_computes_as_the_student_does(tmp_path):
+    student = model.ChineseCLIP(model.MODELS["ViT-tiny"])
+    student.precision = torch.bfloat16
+    model.save(student, str(tmp_path / "it"))
+    teacher = load_teacher(str(tmp_path / "it"), student)
+    with model.autocast(teacher):
+        assert teacher.encode_text(torch.tensor([[101, 102]])).dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("limit", [1, 12, 30, 10**6])

@@ -12,6 +12,7 @@ import train
 from training.checkpoint import Stopped
 from training.lora import ALPHA, LowRank, add_lora, split
 from training.recipes import Config, ConfigError, parse
+from weights.read import WeightsError
 from weights.sizes import describe
 
 
@@ -36,6 +37,7 @@ def test_the_sum_by_hand():
     expected = torch.eye(2) + ALPHA * torch.tensor([[3.0, 6.0], [4.0, 8.0]])
     assert torch.equal(low_rank(torch.eye(2)), expected)
     # of two parts, one below the other, each has an A and a B of its own; a larger rank divides ALPHA
+    assert 0.9 < LowRank(torch.zeros(300, 100), rank=50, parts=3).A.std() * 100**0.5 < 1.1
     low_rank = shake(LowRank(torch.zeros(4, 2), rank=2, parts=2))
     low_rank.B.data[0] = 0
     below = ALPHA / 2 * low_rank.B[1] @ low_rank.A[1]
@@ -103,6 +105,39 @@ def whole(pairs, start, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     train.train("act", flags(pairs, out, init=start, **RUN))
     return out
+
+
+def test_what_a_run_says_of_it(pairs, tmp_path, capsys):
+    train.train("act", flags(pairs, tmp_path, model="RN-tiny", steps=1, chunk_size=4, lora=2, lr=0.0))
+    said = capsys.readouterr().out
+    count = sum(p.numel() for p in model.ChineseCLIP(model.MODELS["RN-tiny"]).parameters())
+    assert f"; {count - 1 - 32 * 16:,} are frozen, the others train" in said  # not the temperature, projection
+    assert "peak learning rate 1.17e-06; the recipe's is 5.00e-05 from batch 1,024 on, with --lora three times " \
+           "that: 1.17e-06 here" in said
+    assert "BatchNorm" not in said
+
+
+def test_a_checkpoint_is_no_model_and_goes_on_with_lora_alone(whole, pairs, start, tmp_path):
+    with pytest.raises(WeightsError, match="a checkpoint of --lora holds only what trains; best.safetensors"):
+        model.load(str(whole / "checkpoint.pt"))
+    train.train("act", flags(pairs, tmp_path, init=start, steps=1, save_every=1))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for flag in ("lora", "lora_on", "precision"):  # as before there were such flags
+        del saved["flags"][flag]
+    del saved["computes"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    train.train("act", flags(pairs, tmp_path, init=start, steps=1, save_every=1))
+    with pytest.raises(ConfigError, match="made with --lora 0, this command has --lora 2"):
+        train.train("act", flags(pairs, tmp_path, init=start, steps=1, save_every=1, lora=2))
+
+
+def test_a_run_in_another_precision_says_so(pairs, start, tmp_path, monkeypatch, capsys):
+    """A run may go on on a machine that computes in bfloat16."""
+    train.train("act", flags(pairs, tmp_path, init=start, steps=1, save_every=1))
+    monkeypatch.setattr(train, "choose_precision", lambda *args: torch.bfloat16)
+    train.train("act", flags(pairs, tmp_path, init=start, steps=1, save_every=1))
+    said = capsys.readouterr().out
+    assert "was made with towers in torch.float32, this command has towers in torch.bfloat16: goes on, but" in said
 
 
 def test_a_run_leaves_a_plain_model_and_a_small_checkpoint(whole, start):

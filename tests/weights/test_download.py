@@ -1,10 +1,12 @@
 """weights/download.py against a local HTTP server that cuts, lies and forgets."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hub import CONTENT, FILE, NAME, PATH, SHA256
 
 from weights import download
@@ -200,11 +202,13 @@ def test_disk_that_fills_up_on_the_way(hub, tmp_path):
     assert "No space left" in refusal(tmp_path)
 
 
-def test_two_at_once(hub, tmp_path):
-    """A lock of a file keeps threads apart as it does processes."""
-    with ThreadPoolExecutor(2) as pool:
-        for path in pool.map(fetch, [NAME] * 2, [str(tmp_path)] * 2):
-            arrived(path, tmp_path)
+def test_two_processes_at_once(hub, tmp_path):
+    command = [sys.executable, "-c", f"from weights import download; print(download.fetch({NAME!r}))"]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    both = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    root = tmp_path / "zhclip"
+    for process in both:
+        arrived(process.communicate(timeout=60)[0].strip(), root)
     assert len([path for path, _ in hub.requests if path == "/bytes"]) == 1
 
 

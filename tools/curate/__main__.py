@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None):
     if args.command == "split" and not 0 < args.valid < 1:
         raise DataError(f"--valid {args.valid}: expected a share of the pairs, over 0 and under 1")
     if args.command == "filter":
+        if args.words and not os.path.isfile(args.words):
+            raise DataError(f"{args.words}: no such file; expected one word on each line")
         args.words = [line for _, line in text_lines(args.words)] if args.words else ()
         args.clip = model.load(args.model, args.device)[0] if args.model else None
     layout = args.to or find(args.source, args.split)[0]

@@ -277,10 +277,12 @@ def rewrite(source: str, out: str, layout: str, workers: int, rules: argparse.Na
     if os.path.exists(out):
         raise DataError(f"{out}: already there; name a new folder")
     splits = splits_of(source)
-    if not splits or rules and rules.split not in splits:
-        open_pairs(source, rules.split if rules else "train")  # raises a DataError that says what is missing
+    if not splits:
+        open_pairs(source, "train")  # raises a DataError that says what is missing
     if find(source, splits[0])[0] == "scenes":
         raise DataError(f"{source}: these scenes are drawn on demand, so there are no files to rewrite")
+    if rules and rules.split not in splits:
+        raise DataError(f"{source}: no split {rules.split!r} in it; it has {', '.join(splits)}")
     if valid and ("valid" in splits or "train" not in splits):
         raise DataError(f"{source}: has {', '.join(splits)}; expected a split train, and no split valid yet")
     writers = WRITERS | {"folder": functools.partial(write_folder, taken={})}

@@ -305,6 +305,8 @@ def main(argv: list[str] | None = None):
         parser.error(f"--top-k {args.top_k}: expected at least 1")
     if getattr(args, "per_class", 0) < 0:
         parser.error(f"--per-class {args.per_class}: expected at least 1, or 0 for all")
+    if getattr(args, "per_class", 0) and not args.shots:
+        parser.error(f"--per-class {args.per_class}: of which pictures? name a folder by --shots")
     if getattr(args, "shots", "") and args.submission:
         parser.error("--shots: --submission writes what no shots have helped; leave one of them out")
     if args.task == "calibrate" and not (0 < args.precision <= 1 and 0 <= args.prior < 1):

@@ -27,6 +27,8 @@ def open_shots(folder: str, labels: str, classes: Classes, taken: list[str], per
     if classes.metric == "map-11":
         raise DataError(f"{folder}: shots need one class each, but {labels} has pictures of several")
     own, paths, numbers = open_classes(folder, labels)
+    if len(set(classes.chinese)) < len(classes.chinese):
+        raise DataError(f"{folder}: shots are matched by names of classes, and two classes have the same one")
     rows_of = {name: [] for name in own.chinese}
     for row, number in enumerate(numbers.tolist()):
         rows_of[own.chinese[number]].append(row)
