@@ -62,9 +62,8 @@ class Config:
                         "caption are no negatives of each other", choices=("one-hot", "multi"))
     cache_features: int = flag(0, "stage 1: encode so many views of every picture once; 0: at every step")
     lora: int = flag(0, "if not 0, train matrices of this rank beside the weights, which stay as they are")
-    lora_on: str = flag("qkv", "the weights that get them: qkv of every attention, or all linear layers in the "
-                        "towers' blocks",
-                        choices=("qkv", "all"))
+    lora_on: str = flag("qkv", "the weights that get them: qkv of every attention, or all linear layers of "
+                        "the towers' blocks", choices=("qkv", "all"))
     teacher: str = flag("", "distil from this file or released name: learn its in-batch similarities too")
     distill: float = flag(1.0, "weight of the teacher's loss beside the contrastive one")
     epochs: float = flag(10.0, "passes over the training pairs")
