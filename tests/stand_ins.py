@@ -19,11 +19,11 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
-def write_folders(root, *names: str, count: int = 2) -> str:
+def write_folders(root, *names: str, count: int = 2, colour: str = "red") -> str:
     for name in names:
         (root / name).mkdir(parents=True)
         for n in range(count):
-            Image.new("RGB", (8, 8), "red").save(root / name / f"{n}.png")
+            Image.new("RGB", (8, 8), colour).save(root / name / f"{n}.png")
     return str(root)
 
 

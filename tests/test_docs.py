@@ -172,7 +172,7 @@ def write_stand_ins(folder: Path):
             text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
             (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
     write_folders(folder / "goods", "水果", "蔬菜")
-    write_folders(folder / "some-goods", "水果", "蔬菜", count=4)
+    write_folders(folder / "some-goods", "水果", "蔬菜", count=4, colour="blue")
     picture(0).save(folder / "photo.jpg")
     for name in ("MUGE", "emoji-cn"):
         for split in ("train", "valid", "test"):

@@ -157,7 +157,7 @@ def interpolate(sources: list[str], target: str, share: float | None, sweep: lis
     WiSE-FT, Wortsman et al., 2022). With data sets to `sweep`, measure the way between the two, draw it, and
     let `share` be by default where the recall is best. WeightsError if the models have different sizes."""
     if len(sources) < 2 or len(sources) > 2 and (sweep or share is not None):
-        raise WeightsError(f"{len(sources)} IN: expected two, or more without --share and --sweep")
+        raise WeightsError(f"{len(sources)} models: --share and --sweep take two, a mean two or more")
     if share is not None and not 0 <= share <= 1:
         raise WeightsError(f"--share {share}: expected 0 (all of the first) to 1 (all of the second)")
     pairs = {name: open_pairs(name, "valid") for name in sweep}  # a fault in them need not wait

@@ -265,9 +265,9 @@ def test_the_share_of_a_sweep_is_the_best_on_all_its_sets_unless_one_is_given(tw
 
 
 @pytest.mark.parametrize("words, part", [
-    (["a", "b", "c", "--share", "50"], "--share 50"), (["a", "c"], "1 IN: expected two"),
-    (["a", "b", "a", "c", "--share", "0.1"], "3 IN: expected two"),
-    (["a", "b", "a", "c", "--sweep", "MUGE"], "3 IN: expected two")])
+    (["a", "b", "c", "--share", "50"], "--share 50"), (["a", "c"], "1 models: --share"),
+    (["a", "b", "a", "c", "--share", "0.1"], "3 models: --share"),
+    (["a", "b", "a", "c", "--sweep", "MUGE"], "3 models: --share")])
 def test_a_point_is_between_two(words, part, two):
     assert part in refusal(weights.main, ["interpolate", *words])
     assert not (two / "c").exists()

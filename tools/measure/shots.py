@@ -8,7 +8,7 @@ CLIP-based Adaptation", ICLR 2024) add its scores to those of the class names.
 Shapes: n shots, N pictures, C classes, E joint width.
 """
 
-import os
+import hashlib
 import random
 
 import torch
@@ -40,9 +40,16 @@ def open_shots(folder: str, labels: str, classes: Classes, taken: list[str], per
                             f"{max(1, per_class)}; every class needs its shots")
         picked += rng.sample(rows, per_class or len(rows))
         shown += [number] * (per_class or len(rows))
-    if twice := {os.path.realpath(paths[row]) for row in picked} & set(map(os.path.realpath, taken)):
-        raise DataError(f"{min(twice)}: in --shots and in --data; what is measured must be other pictures")
+    known = {content_of(paths[row]): paths[row] for row in picked}
+    if twice := [known[content] for content in map(content_of, taken) if content in known]:
+        raise DataError(f"{twice[0]}: in --shots and in --data; what is measured must be other pictures")
     return lambda row: open_image(paths[picked[row]]), torch.tensor(shown)
+
+
+def content_of(path: str) -> bytes:
+    """A digest of a file, for a picture may be there twice under two names."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).digest()
 
 
 def discriminant(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
