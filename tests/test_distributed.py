@@ -57,8 +57,8 @@ def worker(rank: int, world_size: int, data: str, out: str):
         train.DENSE_LIMIT, tiles.TILE = (0, 3) if tiled else (2**25, 2048)
         stages = STAGES if WHOLE.get(way, 1) == 1 else {"stage2-RN": STAGES["stage2-RN"]}
         for (act, (name, how)), targets in itertools.product(stages.items(), ("one-hot", "multi")):
-            if name == "RN-tiny" and targets == "multi":
-                continue  # what BatchNorm does is the same for both
+            if (name == "RN-tiny" or "lora" in how) and targets == "multi":
+                continue  # what BatchNorm and LoRA do is the same for both
             train.train(act, train.Config(
                 model=name, data=data, batch_size=16, chunk_size=chunk, targets=targets, steps=2, lr=1e-2,
                 warmup=1, workers=0, device="cpu", eval_every=2, log_every=1,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import model
-from conftest import ROOT, says, typed
+from conftest import ROOT, says, typed, write_tar
 from sources import pairs as pairs_module
 from sources.layouts import find, open_pairs
 from sources.pairs import DataError
@@ -384,11 +384,14 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path):
         curate.main(["pack", source, str(tmp_path / "full")])
     with pytest.raises(DataError, match="nowhere"):
         curate.main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "out")])
-    with pytest.raises(OSError, match="words.txt"):
+    with pytest.raises(DataError, match="words.txt: no such file; expected one word on each line"):
         curate.main(["filter", source, str(tmp_path / "out"), "--words", str(tmp_path / "words.txt"),
                      "--workers", "0"])
     with pytest.raises(DataError, match="'trian'"):
         curate.main(["filter", source, str(tmp_path / "out"), "--split", "trian", "--workers", "0"])
+    shard = write_tar(tmp_path / "shards" / "000.tar", [("0.txt", b"a")])  # a pattern has a split train alone
+    with pytest.raises(DataError, match="no split 'valid' in it; it has train"):
+        curate.main(["filter", shard, str(tmp_path / "out"), "--split", "valid", "--workers", "0"])
     with pytest.raises(DataError, match="no files to rewrite"):
         curate.main(["pack", "scenes-zh", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
