@@ -28,7 +28,7 @@ from bert import Bert, BertConfig
 from data import preprocess, tokenize  # noqa: F401  (tokenize is part of this module's interface)
 from resnet import ModifiedResNet, ResNetConfig
 from vit import VisionTransformer, ViTConfig
-from weights.download import RELEASED, SOURCES
+from weights.download import COMPLETE, SOURCES
 from weights.names import ONE_TOWER, WeightsError, left_out, whole_model
 from weights.read import find, read, write
 from weights.sizes import SkipInit, check, describe, guess, read_config
@@ -140,7 +140,7 @@ def precision(device: torch.device) -> torch.dtype:
 
 def available_models() -> list[str]:
     """The released models, which `load` and `load_from_name` fetch by name. MODELS has more to train."""
-    return list(RELEASED)
+    return list(COMPLETE)
 
 
 def load(name: str, device: str | torch.device = "cpu", jit: bool = False, download_root: str | None = None,
@@ -154,7 +154,7 @@ def load(name: str, device: str | torch.device = "cpu", jit: bool = False, downl
     name, dtype = str(name), DTYPES.get(dtype, dtype)
     if jit or dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r}, jit={jit}: expected {', '.join(DTYPES)}, and jit=False")
-    if name in SOURCES and name not in RELEASED:
+    if name in SOURCES and name not in COMPLETE:
         raise WeightsError(f"{name}: {ONE_TOWER}")
     path = find(name, download_root or "")
     everything, said, layout = read(path)  # `said`: the config in the file, as text

@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from sources.pairs import DataError  # noqa: E402
 from training.recipes import Config  # noqa: E402
-from weights import download  # noqa: E402
+from weights import transfer  # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:  # many threads only wait for each other in models as small as these
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -159,10 +159,14 @@ def hub(monkeypatch):
     from hub import Hub
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", server.endpoint)
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
+    for variable in ("HF_TOKEN", "ZHCLIP_HUB"):
+        monkeypatch.delenv(variable, raising=False)
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):  # whatever this machine has
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(download, "CHUNK", 1000)
+    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "CHUNK", 1000)
     yield server
     server.shutdown()
     server.server_close()

@@ -1,9 +1,12 @@
-"""A local server in the place of Hugging Face, which can cut, lie and forget."""
+"""A local server in the place of Hugging Face and ModelScope, which can cut, lie and forget."""
 
 import hashlib
 import http.server
+import json
 import random
+import re
 import threading
+import urllib.parse
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -12,18 +15,21 @@ PATH = f"/OFA-Sys/chinese-clip-vit-base-patch16/resolve/main/{FILE}"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves CONTENT as Hugging Face does: an answer with X-Linked-ETag that redirects to where the bytes
-    are."""
+    """Serves files as Hugging Face does: an answer with X-Linked-ETag that redirects to where the bytes are;
+    and as ModelScope does: the bytes at once, and SHA-256 in a list."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {PATH: CONTENT}  # path on Hugging Face -> bytes; every .pt that is none of them is CONTENT
         self.ranges = True  # does it know Range?
-        self.etag = f'"{SHA256}"'
-        self.cuts = []  # bytes after which the next answers end
+        self.etag = None  # instead of the SHA-256
+        self.cuts = []  # bytes after which the next answers end, those to a question for one byte left out
         self.statuses = []  # of the next answers, instead of a file
-        self.requests = []  # (path, Range) of those that came
+        self.down = ()  # of "huggingface" and "modelscope", which always answer 503
+        self.requests = []  # (path, Range) of those that came, those for one byte left out
+        self.tokens = []  # (path, Authorization) of those that had one
         self.length = True  # does it say Content-Length?
         self.wrong_range = False
         self.content_type = "application/octet-stream"
@@ -34,32 +40,64 @@ class Hub(http.server.ThreadingHTTPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def add(self, path: str, content: bytes):
+        """path: owner/name/file or datasets/owner/name/file"""
+        repository, file = path.rsplit("/", 1)
+        self.files[f"/{repository}/resolve/main/{file}"] = content
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub: Hub = self.server
-        asked = self.headers.get("Range")
-        hub.requests.append((self.path, asked))
+        asked, path = self.headers.get("Range"), urllib.parse.unquote(self.path)
+        if asked != "bytes=0-0":
+            hub.requests.append((self.path, asked))
+        if token := self.headers.get("Authorization"):
+            hub.tokens.append((self.path, token))
         if hub.statuses:
             return self.answer(hub.statuses.pop(0), {"Content-Length": "0"})
-        if self.path == PATH:
-            etag = {"X-Linked-ETag": hub.etag} if hub.etag else {}
-            return self.answer(302, {"Location": "/bytes", "Content-Length": "0"} | etag)
-        if self.path != "/bytes" and not self.path.endswith(".pt"):
+        host = "modelscope" if path.startswith("/api/v1/models/") else "huggingface"
+        if host in hub.down:
+            return self.answer(503, {"Content-Length": "0"})
+        if listed := re.fullmatch(r"/api/v1/models/AI-ModelScope/([^/]+)/repo/files\?Revision=master", path):
+            start = f"/OFA-Sys/{listed[1]}/resolve/main/"
+            files = [{"Path": name.removeprefix(start), "Sha256": (hub.etag or hashlib.sha256(content).hexdigest()).strip('"')}
+                     for name, content in hub.files.items() if name.startswith(start)]
+            body = json.dumps({"Data": {"Files": files}}).encode()
+            self.answer(200, {"Content-Length": str(len(body))})
+            return self.wfile.write(body)
+        if path in hub.files:
+            etag = f'"{hashlib.sha256(hub.files[path]).hexdigest()}"' if hub.etag is None else hub.etag
+            return self.answer(302, {"Location": "/bytes" + self.path, "Content-Length": "0"}
+                               | ({"X-Linked-ETag": etag} if etag else {}))
+        if one := re.fullmatch(r"/api/v1/models/AI-ModelScope/(.+)/repo\?Revision=master&FilePath=(.+)", path):
+            path = f"/bytes/OFA-Sys/{one[1]}/resolve/main/{one[2]}"
+        content = hub.files.get(path.removeprefix("/bytes"), CONTENT if path.endswith(".pt") else None)
+        if content is None:
             return self.answer(404, {"Content-Length": "0"})
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and hub.ranges else 0
-        if start >= len(CONTENT):
-            return self.answer(416, {"Content-Range": f"bytes */{len(CONTENT)}", "Content-Length": "0"})
-        headers = {"Content-Length": str(len(CONTENT) - start)} if hub.length else {"Connection": "close"}
+        return self.send(hub, content, asked)
+
+    def send(self, hub: Hub, content: bytes, asked: str | None):
+        start, stop = 0, len(content)
         if asked and hub.ranges:
-            first = start - 1 if hub.wrong_range else start
-            headers["Content-Range"] = f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}"
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, stop = int(first), min(stop, int(last) + 1 if last else stop)
+        if start >= len(content):
+            return self.answer(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+        headers = {"Content-Length": str(stop - start)} if hub.length else {"Connection": "close"}
+        if asked and hub.ranges:
+            wrong = hub.wrong_range and start
+            headers["Content-Range"] = f"bytes {start - 1 if wrong else start}-{stop - 1}/{len(content)}"
         headers["Content-Type"] = hub.content_type
         self.answer(206 if asked and hub.ranges else 200, headers)
-        stall, hub.stall = hub.stall, 0
-        threading.Event().wait(stall)
-        cut = hub.cuts.pop(0) if hub.cuts else len(CONTENT)
-        self.wfile.write(CONTENT[start : start + cut])
+        if stop - start > 1 or not hub.ranges:
+            stall, hub.stall = hub.stall, 0
+            threading.Event().wait(stall)
+            stop = min(stop, start + (hub.cuts.pop(0) if hub.cuts and asked != "bytes=0-0" else stop))
+        try:
+            self.wfile.write(content[start:stop])
+        except OSError:  # whoever asked has heard enough
+            pass
         self.close_connection = True
         return None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from hub import FILE, NAME
+from hub import FILE, NAME, PATH
 from checkpoints import VIT, built, official
 
 from sources import order, shards
@@ -27,8 +27,7 @@ def read(page: str) -> str:
 def test_snippet_of_the_released_models(language, hub, tmp_path, monkeypatch, capsys):
     """With a small model in the official layout, from a local server in the place of Hugging Face."""
     torch.save(official(built(VIT).state_dict()), tmp_path / FILE)
-    monkeypatch.setattr("hub.CONTENT", (tmp_path / FILE).read_bytes())
-    hub.etag = ""
+    hub.files[PATH] = (tmp_path / FILE).read_bytes()
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), "orange").save("photo.jpg")

@@ -3,28 +3,27 @@ Published weights by name: each file is downloaded once, resumed if the connecti
 
     python -m tools.weights download ViT-B-16  # into ~/.cache/zhclip/ViT-B-16/
 
-An unfinished file is called NAME.part, and the next download continues it. If two processes want the same
-file, one waits for the other. The host publishes the checksum: OpenAI's addresses contain it, and Hugging
-Face sends it as X-Linked-ETag. A file gets its name only when the checksum is right.
+If two processes want the same file, one waits for the other. ZHCLIP_HUB=modelscope asks ModelScope before
+Hugging Face; of two hosts that have a file, the other one is asked if the first does not answer. HF_ENDPOINT
+and MODELSCOPE_DOMAIN name mirrors. How the bytes come: weights/transfer.py.
 """
 
-import hashlib
+import contextlib
 import os
-import re
 import sys
-import time
 
 import filelock
-import requests
-from tqdm import tqdm
 
 from weights.names import WeightsError
+from weights.transfer import TRIES, USER_CACHE, HostError, ask, download
 
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zhclip")
+CACHE = os.path.join(USER_CACHE, "zhclip")
+HUBS = ("huggingface", "modelscope")
 
 # name -> owner/repository/file on Hugging Face, or a whole address. The first five are the released Chinese
-# CLIPs (paper, table 1) in the repositories that cn_clip 1.6.0 names. The others initialise towers (app.
-# A.2): OpenAI's addresses are from its clip package, LAION's is from open_clip, and the last three are HFL's.
+# CLIPs (paper, table 1) in the repositories that cn_clip 1.6.0 names; the next four, of the same sizes, are
+# QA-CLIP's (Tencent, Apache-2.0). The others initialise towers (app. A.2): OpenAI's addresses are from its
+# clip package, LAION's is from open_clip, and the last three are HFL's.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 SOURCES = {
     "RN50": "OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt",
@@ -32,6 +31,10 @@ SOURCES = {
     "ViT-L-14": "OFA-Sys/chinese-clip-vit-large-patch14/clip_cn_vit-l-14.pt",
     "ViT-L-14-336": "OFA-Sys/chinese-clip-vit-large-patch14-336px/clip_cn_vit-l-14-336.pt",
     "ViT-H-14": "OFA-Sys/chinese-clip-vit-huge-patch14/clip_cn_vit-h-14.pt",
+    "qa-RN50": "TencentARC/QA-CLIP/QA-CLIP-RN50.pt",
+    "qa-ViT-B-16": "TencentARC/QA-CLIP/QA-CLIP-base.pt",
+    "qa-ViT-L-14": "TencentARC/QA-CLIP/QA-CLIP-large.pt",
+    "qa-ViT-L-14-336": "TencentARC/QA-CLIP/QA-CLIP-large-336.pt",
     "openai-RN50":
         f"{OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
     "openai-ViT-B-32":
@@ -48,119 +51,76 @@ SOURCES = {
     "rbt3": "hfl/rbt3/pytorch_model.bin",
 }
 RELEASED = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14")
-
-TIMEOUT = (10, 30)  # seconds: to connect, and between two bytes
-TRIES = 5  # in a row that bring no byte
-CHUNK = 1 << 20  # bytes
+COMPLETE = (*RELEASED, *(name for name in SOURCES if name.startswith("qa-")))  # with both towers
 
 
-def address(name: str) -> str:
-    """A name of SOURCES -> its URL. HF_ENDPOINT takes the place of Hugging Face's host."""
-    source = SOURCES[name]
+def addresses(source: str) -> list[str]:
+    """A value of SOURCES, or the like of a data set -> its URLs, the one to try first in front."""
     if "://" in source:
-        return source
-    owner, repository, file = source.split("/")
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return f"{endpoint.rstrip('/')}/{owner}/{repository}/resolve/main/{file}"
+        return [source]
+    first = os.environ.get("ZHCLIP_HUB") or HUBS[0]
+    if first not in HUBS:
+        raise WeightsError(f"ZHCLIP_HUB is {first!r}; expected one of {', '.join(HUBS)}")
+    repository, file = source.rsplit("/", 1)
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    urls = {"huggingface": f"{endpoint}/{repository}/resolve/main/{file}"}
+    owner, name = repository.rsplit("/", 1)
+    if owner == "OFA-Sys":  # the released Chinese CLIPs; of the others and of data sets ModelScope has none
+        domain = (os.environ.get("MODELSCOPE_DOMAIN") or "modelscope.cn").rstrip("/")
+        domain = domain if "://" in domain else f"https://{domain}"
+        where = f"{domain}/api/v1/models/AI-ModelScope/{name}"
+        urls["modelscope"] = f"{where}/repo?Revision=master&FilePath={file}"
+    return sorted(urls.values(), key=lambda url: url != urls.get(first))
 
 
 def fetch(name: str, root: str = "") -> str:
     """The path of a published file, which is downloaded if it is not there: root/name/file, where `root` is
     CACHE by default. A released model is also found at root/file, where cn_clip puts it. WeightsError if
     there is no such file and none can be downloaded."""
-    url = address(name)
-    folder, file_name = os.path.join(root or CACHE, name), url.rsplit("/", 1)[-1]
-    path, official = os.path.join(folder, file_name), os.path.join(root or CACHE, file_name)
-    if os.path.isfile(path):
-        return path
-    if name in RELEASED and os.path.isfile(official):
+    file_name = SOURCES[name].rsplit("/", 1)[-1]
+    path, official = (os.path.join(root or CACHE, *parts) for parts in ((name, file_name), (file_name,)))
+    if name in RELEASED and os.path.isfile(official) and not os.path.isfile(path):
         return official
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with filelock.FileLock(path + ".lock"):  # the system releases it if its holder is killed
-            if not os.path.isfile(path):  # another process may have downloaded it while this one waited
-                print(f"{name}: {url} -> {path}", file=sys.stderr)
-                fetch_part(url, path)
-    except OSError as error:  # of the disk, or of requests for a wrong address, which no repetition helps
-        raise WeightsError(f"{url} -> {path}: {error.strerror or error}; check HF_ENDPOINT and HTTPS_PROXY, "
-                           "or make room (what came is kept), or use another folder, by XDG_CACHE_HOME or by "
-                           "`python -m tools.weights download NAME --to FOLDER`") from None
+    fetch_file(SOURCES[name], path)
     return path
 
 
-def fetch_part(url: str, path: str):
-    """Download `url` to path.part in as many requests as it takes, and rename it once its checksum is
-    right."""
-    part, tries, furthest, sha256 = path + ".part", 0, size_of(path + ".part"), None
-    while sha256 is None:
-        try:
-            sha256 = transfer(url, part)
-        except (requests.ConnectionError, requests.Timeout,
-                requests.exceptions.ChunkedEncodingError) as error:
-            tries = 1 if size_of(part) > furthest else tries + 1
-            furthest = max(furthest, size_of(part))
-            reason = str(error).rsplit(": ", 1)[-1].strip("')(\" ")[:120]  # the innermost error
-            reason += ")" * (reason.count("(") - reason.count(")"))
-            if tries >= TRIES:
-                raise WeightsError(
-                    f"{url}: nothing came in {TRIES} tries ({reason}); {size_of(part):,} bytes are kept, and "
-                    "the same command continues. If this machine is offline, put the file yourself at "
-                    f"{path}; behind a firewall, set HTTPS_PROXY, or HF_ENDPOINT to a mirror") from None
-            pause = 2 ** (tries - 1)
-            print(f"{reason}; next try in {pause} s, from byte {size_of(part):,}", file=sys.stderr)
-            time.sleep(pause)
-    if not sha256:
-        print(f"{url}: its host publishes no SHA-256, so the file is not checked", file=sys.stderr)
-    else:
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            os.remove(part)
-            raise WeightsError(f"{url}: SHA-256 is {found}, expected {sha256}; what came was removed. "
-                               "Repeat the command; if it happens again, the mirror is wrong")
-    os.replace(part, path)
+def to_fetch(name: str) -> int | None:
+    """The bytes that `fetch` would download: 0 if the file is there, None if no host says."""
+    path = os.path.join(CACHE, name, SOURCES[name].rsplit("/", 1)[-1])
+    return 0 if os.path.isfile(path) else size_at_host(SOURCES[name])
 
 
-def transfer(url: str, part: str) -> str:
-    """Append to `part` by one request -> the SHA-256 that the host publishes, or "". ConnectionError of
-    requests if another request may bring more."""
-    have = size_of(part)
-    # identity: no compression on the way, so that lengths and ranges are those of the file
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if status == 416 and content_range.endswith(f"/{have}"):  # nothing is left to send
-            return published_sha256(url, response)
-        if have and (status == 416 or status == 206 and not content_range.startswith(f"bytes {have}-")):
-            os.remove(part)
-            raise requests.ConnectionError(f"asked for byte {have:,}, another one came; starting again")
-        if status == 429 or status >= 500:
-            raise requests.ConnectionError(f"the server says {status}")
-        if status not in (200, 206) or response.headers.get("Content-Type", "").startswith("text/html"):
-            raise WeightsError(f"{url}: the server says {status} {response.reason}, or sends a web page; is "
-                               "HF_ENDPOINT a mirror of Hugging Face, and does this network ask for a login?")
-        if status == 200:  # the whole file, also from a server that does not know ranges
-            have = 0
-        total = have + int(response.headers.get("Content-Length", 0)) or None
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(part)) as bar:
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-        return published_sha256(url, response)
+def size_at_host(source: str) -> int | None:
+    for url in addresses(source):
+        with contextlib.suppress(HostError, OSError):
+            return ask(url).size
+    return None
 
 
-def published_sha256(url: str, response: requests.Response) -> str:
-    """The file's SHA-256 in lower case, or "". It stands in OpenAI's address, or in Hugging Face's answer
-    before it redirects to the server that has the bytes."""
-    etags = [answer.headers.get("X-Linked-ETag", "") for answer in [*response.history, response]]
-    for candidate in url.split("/") + [etag.removeprefix("W/").strip('"') for etag in etags]:
-        if re.fullmatch("[0-9a-fA-F]{64}", candidate):
-            return candidate.lower()
-    return ""
-
-
-def size_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
+def fetch_file(source: str, path: str):
+    """Download a value of SOURCES to `path` if it is not there, from the first host that has it."""
+    if os.path.isfile(path):
+        return None
+    *others, last = addresses(source)
+    errors = []
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with filelock.FileLock(path + ".lock"):  # the system releases it if its holder is killed
+            for url in (*others, last):
+                if os.path.isfile(path):  # another process may have downloaded it while this one waited
+                    return None
+                print(f"{url} -> {path}", file=sys.stderr)
+                try:
+                    return download(url, path, TRIES if url == last else 2)
+                except HostError as error:
+                    errors.append(str(error))
+                    if url != last:
+                        print(f"{error}; trying the next host", file=sys.stderr)
+    except OSError as error:  # of the disk, or of requests for a wrong address, which no repetition helps
+        raise WeightsError(f"{last} -> {path}: {error.strerror or error}; check HF_ENDPOINT and HTTPS_PROXY, "
+                           "or make room (what came is kept), or use another folder, by XDG_CACHE_HOME or by "
+                           "`python -m tools.weights download NAME --to FOLDER`") from None
+    raise WeightsError(f"{'; '.join(errors)}; what came is kept, and the same command continues. If this "
+                       f"machine is offline, put the file yourself at {path}; behind a firewall, set "
+                       "HTTPS_PROXY, HF_ENDPOINT to a mirror, or ZHCLIP_HUB=modelscope")
