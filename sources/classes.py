@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from sources.layouts import picture_path
+from sources.named import at_hand, bare_name
 from sources.pairs import DataError, utf8
 
 LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "labels")
@@ -117,11 +118,6 @@ def numbers_of(classes: Classes) -> dict[str, int]:
     return {bare_name(name): c for name, c in spelled.items()} | spelled
 
 
-def bare_name(name: str) -> str:
-    """Apple_pie, apple-pie -> applepie, since folders spell names freely."""
-    return "".join(c for c in name.lower() if c.isalnum()) or name
-
-
 def templates_for(classes: Classes, path: str = "") -> list[str]:
     """The templates of the file at `path`, or else those of the data set and then the general ones."""
     if path:
@@ -155,9 +151,11 @@ def read_text(path: str) -> str:
 # pictures
 
 
-def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], torch.Tensor]:
+def open_classes(folder: str, labels: str = "", own_first: bool = False):
     """The classes of a data set, named by `labels` (a file, or one of labels/), its label_cn.txt or folders
-    -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C])."""
+    -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C]). With
+    own_first, names are those of label_cn.txt, if it is there, and the rest is what `labels` says."""
+    folder = at_hand(folder)
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")
     own, list_path, test = (os.path.join(folder, name) for name in ("label_cn.txt", "test.txt", "test"))
@@ -165,7 +163,11 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
     if os.path.isfile(list_path) and not labels and not os.path.isfile(own):
         raise DataError(f"{own}: not there; expected the names of the numbers in {list_path}, line 1 for 0")
     classes = read_classes(labels or own) if labels or os.path.isfile(own) else named_by_folders(root, own)
-    classes = in_its_own_order(classes, folder, labels) if labels else classes
+    if own_first and labels and os.path.isfile(own):
+        names = read_names(own)
+        classes = classes._replace(english=[[] for _ in names], chinese=names, numbered=True)
+    elif labels:
+        classes = in_its_own_order(classes, folder, labels)
     if os.path.isfile(list_path):
         paths, shown = read_list(list_path, folder, classes)
     elif classes.metric == "map-11":

@@ -7,6 +7,7 @@ A source is one of these; what is there tells which:
     folder with {split}_imgs.tsv + {split}_texts.jsonl   the official layout (MUGE, Flickr30K-CN, COCO-CN)
     folder with {split}.jsonl or {split}.csv             lines that each name a picture in it and its text
     folder with tar shards, or a pattern {000..999}.tar  WebDataset, as img2dataset writes it
+    muge, flickr30k-cn, coco-cn                          downloaded once (sources/named.py)
     scenes-en, scenes-zh, scenes-zh-6000                 drawn in memory, so many (sources/scenes.py)
     several of these, with commas between                read as one
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from sources import scenes
+from sources.named import at_hand
 from sources.pairs import (
     LIST_KEYS, DataError, Pairs, as_text, check_unchanged, kept, lines_of, parse_json, read_at, read_csv,
     read_jsonl, read_picture, require, stamp)
@@ -80,6 +82,7 @@ def find(source: str, split: str) -> tuple[str, list[str]]:
         return "joined", []
     if re.fullmatch(r"scenes-(en|zh)(-[1-9]\d*)?", source):
         return "scenes", []
+    source = at_hand(source)
     for layout, *names in FILES:
         files = [os.path.join(source, name.format(split)) for name in names]
         if any(map(os.path.isfile, files)):  # captions that have lost their pictures: the reader says so
@@ -95,6 +98,7 @@ def splits_of(source: str) -> list[str]:
         return list(dict.fromkeys(split for one in split_outside_braces(source) for split in splits_of(one)))
     if source.endswith(".tar"):
         return ["train"]
+    source = at_hand(source)
     names = sorted(os.listdir(source)) if os.path.isdir(source) else []
     found = (re.fullmatch(r"(.+)_(imgs\.tsv|texts\.jsonl)", name) for name in names)
     splits = dict.fromkeys(("train", "valid", "test", *(match[1] for match in found if match)))

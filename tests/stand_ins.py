@@ -4,12 +4,16 @@ import base64
 import io
 import json
 import os
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
 from conftest import noise
+from sources.classes import read_classes
+from sources.named import OTHERWISE
 from sources.pairs import DataError, Pairs, as_text
 
 TEXTS = ["一只猫", "两只红色的小猫在草地上", "猫", "雪地上有三棵树，左边还有一座房子", "a cat", "船", "两艘帆船", "花"]
@@ -52,6 +56,35 @@ def write_official(folder, split: str, count: int = 12, answers: bool = True) ->
                     "image_ids": [100 + n] if answers else []}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return str(folder)
+
+
+def write_zip(path, members: dict[str, bytes], compression=zipfile.ZIP_DEFLATED) -> bytes:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return Path(path).read_bytes()
+
+
+def elevater(folder, names, train: int = 1) -> bytes:
+    """ELEVATER_all.zip with a zip for each of these data sets: one picture of every class to test on, and as
+    many as `train` says to train on."""
+    folder.mkdir(exist_ok=True)
+    outer = {}
+    for name in names:
+        classes = read_classes(name)
+        english, chinese = [spellings[0] for spellings in classes.english], classes.chinese
+        members = {"label.txt": "\n".join(english).encode(), "label_cn.txt": "\n".join(chinese).encode()}
+        for part, count in (("test", 1), ("train", train)):
+            for c in range(len(english)):
+                for n in range(count):
+                    png = io.BytesIO()
+                    picture(1000 * n + c).save(png, "PNG")
+                    number = f"{c:03d}" if len(english) > 10 else str(c)
+                    members[f"{part}/{number}/{n}.png"] = png.getvalue()
+        if classes.metric == "map-11":
+            members["test.txt"] = "".join(f"test/{c:03d}/0.png\t{c}\n" for c in range(len(english))).encode()
+        outer[f"ELEVATER_all/{OTHERWISE.get(name, name)}.zip"] = write_zip(folder / "inner.zip", members)
+    return write_zip(folder / "outer.zip", outer, zipfile.ZIP_STORED)
 
 
 def lines_of(path) -> list[dict]:

@@ -16,7 +16,7 @@ FOLDERS = [".ci", "assets", "docs", "labels", "sources", "tests", "tools", "trai
 # room -> rooms that it may import: the arrows of the house, which run downward. tools may import anything.
 ARROWS = {
     "common": set(), "vit": {"common"}, "bert": {"common"}, "resnet": {"common"}, "loss": {"common"},
-    "sources": {"common"},
+    "sources": {"weights", "common"},  # data sets are downloaded as weights are
     "data": {"sources", "common"},
     "weights": {"vit", "bert", "resnet", "common"},
     "model": {"vit", "bert", "resnet", "data", "weights", "sources", "common"},

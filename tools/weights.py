@@ -1,7 +1,7 @@
 """
 Weights as a command, `python -m tools.weights`: download them, look into them, convert them, mix models.
 
-    python -m tools.weights download ViT-B-16
+    python -m tools.weights download ViT-B-16 muge       # data sets, too
     python -m tools.weights info vit-b-16.safetensors
     python -m tools.weights convert vit-b-16.safetensors clip_cn_vit-b-16.pt --to official
     python -m tools.weights convert vit-b-16.safetensors vit-b-16-onnx --to onnx --dtype float16
@@ -27,9 +27,10 @@ import model
 from common import Flags, one_line_errors, replace, replace_text, write_json
 from eval import retrieval
 from sources.layouts import open_pairs
+from sources.named import CLASSES, PAIRS, at_hand
 from tools import onnx
 from training.report import curve
-from weights.download import CACHE, SOURCES, fetch
+from weights.download import CACHE, HUBS, SOURCES, fetch
 from weights.names import WeightsError, to_hugging_face
 from weights.read import find, read, write
 from weights.sizes import HUGGING_FACE_TEXT, HUGGING_FACE_VISION, describe, guess, read_config
@@ -134,6 +135,16 @@ def done(path: str, said: str = "", then: str = "weights info"):
     print(f"{said or path}\nnext: python -m tools.{then} {shlex.quote(path)}")
 
 
+def download(names: list[str], to: str, hub: str):
+    """Fetch published files, from `hub` if it has them."""
+    os.environ["ZHCLIP_HUB"] = hub
+    for name in names:
+        if name in SOURCES:
+            done(fetch(name, to))
+        else:
+            done(at_hand(name, to), then="curate check")
+
+
 def info(file: str):
     """Print what a file is, without building a model."""
     path = find(file)
@@ -206,17 +217,19 @@ def recall_between(clip, one: dict, other: dict, pairs: dict) -> dict[str, list[
 
 
 LAYOUTS = {"ours": model.save, "official": save_official, "huggingface": save_hugging_face, "onnx": save_onnx}
-COMMANDS = {"download": lambda name, to: done(fetch(name, to)), "info": info,
-            "convert": convert, "interpolate": interpolate}
+COMMANDS = {"download": download, "info": info, "convert": convert, "interpolate": interpolate}
 
 
 def main(argv: list[str] | None = None):
     parser = Flags("python -m tools.weights", description=__doc__.strip().split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     source = "a file, a folder of Hugging Face's, or a published name"
-    part = commands.add_parser("download", help="fetch published weights (mirror: HF_ENDPOINT)")
-    part.add_argument("name", choices=SOURCES)
-    part.add_argument("--to", default=CACHE, metavar="FOLDER", help="default: %(default)s, for model.load")
+    part = commands.add_parser("download", help="fetch published weights and data (mirror: HF_ENDPOINT)")
+    part.add_argument("names", nargs="+", choices=(*SOURCES, *PAIRS, *CLASSES), metavar="NAME",
+                      help="weights: " + ", ".join(SOURCES) + "; data: " + ", ".join((*PAIRS, *CLASSES)))
+    part.add_argument("--to", default=CACHE, metavar="FOLDER", help="default: %(default)s, where names are found")
+    part.add_argument("--from", dest="hub", default=os.environ.get("ZHCLIP_HUB", HUBS[0]), choices=HUBS,
+                      help="the host to ask first (default: %(default)s, or ZHCLIP_HUB)")
     part = commands.add_parser("info", help="say what a file is")
     part.add_argument("file", metavar="FILE", help=source)
     part = commands.add_parser("convert", help="load any layout and write another")
