@@ -11,7 +11,7 @@ import torch
 from conftest import typed
 from PIL import Image
 from stand_ins import lines_of, write_folders, write_official
-from hub import FILE, NAME
+from hub import FILE, NAME, PATH
 from stand_ins import TEXTS, picture
 from checkpoints import VIT, built, official
 
@@ -45,80 +45,7 @@ def weights(clip, tmp_path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the paper's tables
-
-
-def test_table_2_by_name_from_a_server(hub, clip, tmp_path, monkeypatch, capsys):
-    """Download by name, data in the official layout, the table beside the paper's, and JSON."""
-    torch.save(official(clip.state_dict()), tmp_path / FILE)
-    monkeypatch.setattr("hub.CONTENT", (tmp_path / FILE).read_bytes())
-    hub.etag = ""
-    monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(model.MODELS, NAME, model.MODELS[VIT])
-    data, out = write_official(tmp_path / "MUGE", "valid"), tmp_path / "table2.json"
-    measure.main(["reproduce", "table2", "--model", NAME, "--data", f"muge={data}", "--out", str(out),
-                  "--device", "cpu"])
-    printed = capsys.readouterr().out
-    result = json.loads(out.read_text(encoding="utf-8"))
-    expected = retrieval(clip, layouts.open_pairs(data, "valid"))["text_to_image"]
-    rows = {row["column"]: row for row in result["rows"]}
-    published = {"RN50": 42.6, "ViT-B-16": 52.1}[NAME]
-    assert rows["t2i_R@1"]["published"] == published and result["row"] == NAME
-    assert rows["t2i_R@1"]["measured"] == pytest.approx(expected["R@1"])
-    assert rows["t2i_R@1"]["gap"] == pytest.approx(expected["R@1"] - published)
-    assert rows["MR"]["measured"] == pytest.approx(expected["mean"])
-    assert f"{published:.1f}" in printed and "49.5 R2D2 ViT-L-14" in printed
-
-
-@pytest.mark.parametrize("table, data, columns, published", [
-    ("table3", "Flickr30K-CN", 6, 62.7), ("table4", "coco-cn", 6, 62.2), ("table10", "icr", 7, 55.4)])
-def test_the_other_retrieval_tables(small_b16, weights, tmp_path, table, data, columns, published):
-    folder, out = write_official(tmp_path / "set", "test"), tmp_path / "out.json"
-    measure.main(["reproduce", table, "--model", weights, "--data", f"{data}={folder}",
-                  "--out", str(out), "--device", "cpu"])
-    result = json.loads(out.read_text(encoding="utf-8"))
-    assert len(result["rows"]) == columns and result["rows"][0]["published"] == published
-    assert result["setup"] == ("finetune" if table == "table10" else "zero-shot")
-
-
-def test_tables_of_classification(small_b16, weights, tmp_path, capsys):
-    eurosat = write_folders(tmp_path / "a", *(f"test/{c:03d}" for c in range(10)))
-    sst = write_folders(tmp_path / "b", "negative", "positive")
-    out = tmp_path / "out.json"
-    measure.main(["reproduce", "table12", "--model", weights, "--out", str(out),
-                  "--device", "cpu", "--data", f"eurosat={eurosat}", f"Rendered_SST2={sst}"])
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert [row["data"] for row in rows] == ["eurosat", "rendered-sst2"]
-    assert [row["published"] is None for row in rows] == [False, False]
-    assert [row["best_baseline_model"] for row in rows] == ["CLIP", ""]
-    measure.main(["reproduce", "table5", "--model", weights, "--data", f"eurosat={eurosat}",
-                  "--device", "cpu"])
-    assert "52.0" in capsys.readouterr().out  # CN-CLIP in Table 5
-
-
-@pytest.mark.parametrize("table", ["table2", "table12"])
-def test_the_papers_tables_are_measured_on_official_pixels(table, small_b16, weights, tmp_path, monkeypatch):
-    """Of a picture that is transparent with red below, the official code sees black."""
-    seen, encode_images = [], core.encode_images
-
-    def spy(clip, get_image, count):
-        seen.extend(squash(get_image(row), 32).unique().tolist() for row in range(count))
-        return encode_images(clip, get_image, count)
-    for module in (core, measure.zeroshot):
-        monkeypatch.setattr(module, "encode_images", spy)
-    monkeypatch.setattr("sources.pairs.decode", lambda *_: Image.new("RGBA", (40, 30), (255, 0, 0, 0)))
-    data = f"muge={write_official(tmp_path / 'MUGE', 'valid')}" if table == "table2" else (
-        f"rendered-sst2={write_folders(tmp_path / 'a', 'negative', 'positive')}")
-    measure.main(["reproduce", table, "--model", weights, "--data", data, "--device", "cpu"])
-    assert seen and all(values == [0] for values in seen)
-
-
-@pytest.mark.parametrize("data, part", [
-    ([], "MUGE; .* --data MUGE=path/to/it, got nothing"),
-    (["flickr=x"], "flickr=x"), (["muge"], "MUGE=path"), (["muge="], "MUGE=path")])
-def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, part):
-    with pytest.raises(DataError, match=part):
-        measure.main(["reproduce", "table2", "--model", "ViT-B-16", "--device", "cpu", "--data", *data])
+# the paper's figures
 
 
 def test_published_figures_beside_a_retrieval_that_asks_for_them(weights, tmp_path, capsys):

@@ -3,7 +3,7 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 
     python -m tools.measure zeroshot  --model ViT-B-16 --data path/to/voc-2007 --labels voc-2007
     python -m tools.measure zeroshot  --model ViT-B-16 --data goods --shots some-goods --per-class 4
-    python -m tools.measure reproduce table2 --model ViT-B-16 --data muge=path/to/MUGE
+    python -m tools.measure reproduce table2 --model ViT-B-16
 """
 
 import collections
@@ -17,7 +17,6 @@ import sys
 import torch
 from PIL import Image
 
-import model
 from common import Flags, one_line_errors, rank, replace_text, sum_over_ranks, write_json
 from eval import (
     FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
@@ -28,6 +27,7 @@ from tools import onnx
 from tools.measure import page, published, zeroshot
 from tools.measure.kept import kept_features
 from tools.measure.metrics import at_threshold, calibrate, nearest
+from tools.measure.reproduce import row_of, run_reproduce
 from tools.measure.shots import open_shots
 from training.report import recall_table
 from weights.download import RELEASED
@@ -154,12 +154,6 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
     return result, f"next: open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
-def open_classification(data: str, labels: str, templates: str = ""):
-    """A folder of classes -> (classes, get_image, labels, templates)."""
-    classes, paths, numbers = open_classes(data, labels)
-    return classes, lambda row: open_image(paths[row]), numbers, templates_for(classes, templates)
-
-
 def run_classify(args, load) -> tuple[dict, str]:
     """Writes a CSV: each picture below --data, its most likely class, and the probability of that class among
     all. Pictures that cannot be decoded have an empty class, and stderr names them."""
@@ -207,49 +201,14 @@ def run_prompts(args, load) -> tuple[dict, str]:
         return {"negation": found}, ""
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
-    classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
-    found = zeroshot.prompts(load(), classes, get_image, labels, templates)
+    classes, paths, labels = open_classes(args.data, args.labels)
+    templates = templates_for(classes, args.templates)
+    found = zeroshot.prompts(load(), classes, lambda row: open_image(paths[row]), labels, templates)
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
     for template, value in found.items():
         print(f"{value:6.1f}  {template}")
     then = "next: write the best into a file, one on each line, and measure zeroshot with --templates FILE"
     return {"metric": classes.metric, "prompts": found}, then
-
-
-def row_of(clip) -> str:
-    """The paper's name of this model, which its shape tells; "" if it is none of the five."""
-    return next((name for name in RELEASED if model.MODELS[name] == clip.config), "")
-
-
-def run_reproduce(args, load) -> tuple[dict, str]:
-    """One of the paper's tables, for the data sets given by NAME=PATH. Pictures are read as by the official
-    code, which shrinks before it converts: transparency is black, and a palette loses its smooth edges."""
-    table, rows, paper = args.table, [], published.read_paper()[args.table]
-    args.data = published.data_folders(table, args.data)
-    setup, context_length = ("finetune", 128) if table == "table10" else (args.setup, 52)  # ICR: app. A.4
-    opened = {data: open_pairs(folder, paper.get("split", "test")) if table in published.RETRIEVAL
-              else open_classification(folder, data) for data, folder in args.data.items()}
-    ours = row_of(clip := load())
-
-    def official(get_image, size=(clip.config.visual.resolution,) * 2):
-        return lambda row: get_image(row).resize(size).convert("RGB")  # Pillow's default is bicubic
-
-    for data, what in opened.items():
-        print(f"{data}: {args.data[data]}")
-        if table in published.RETRIEVAL:
-            what.image = official(what.image)
-            result = retrieval(clip, what, context_length)
-            measured = published.retrieval_columns(result, table)
-        else:
-            classes, get_image, *rest = what
-            result, _ = zeroshot.own_zero_shot(clip, classes, official(get_image), *rest)
-            measured = {data: result[result["metric"]]}
-        rows += published.compare(measured, table, data, setup, ours)
-    if table == "table12" and len(args.data) == len(published.places_of(table)):
-        average = {"average": sum(row["measured"] for row in rows) / len(rows)}
-        rows += published.compare(average, table, "average", setup, ours)
-    print(f"{paper['title']}: {ours or args.model}, {setup}\n" + published.comparison_table(rows))
-    return {"title": paper["title"], "row": ours, "setup": setup, "rows": rows}, ""
 
 
 RUN = {"retrieval": run_retrieval, "zeroshot": run_zeroshot, "classify": run_classify, "prompts": run_prompts,
@@ -297,8 +256,16 @@ def main(argv: list[str] | None = None):
                        "use those that are there; all processes must see the folder")
     add = command("reproduce", "", "a table of the paper, beside the paper's figures").add_argument
     add("table", choices=(*published.RETRIEVAL, *published.CLASSIFICATION))
-    add("--data", nargs="*", default=[], metavar="NAME=PATH", help="the table's data sets: muge=path/to/MUGE")
+    add("--models", "--model", nargs="+", default=list(RELEASED), help="files, or published names such as "
+        "qa-ViT-B-16 (default: the paper's five)")
+    add("--data", nargs="*", default=[], metavar="NAME[=PATH]", help="some of its data sets, and where they "
+        "are: muge=path/to/MUGE (default: all, fetched by name)")
     add("--setup", default="zero-shot", choices=published.SETUPS, help="rows (default: zero-shot)")
+    add("--train", action="store_true", help="of --setup finetune: run the paper's recipe first")
+    add("--names", default="theirs", choices=("theirs", "ours"), help="class names of the data set's own "
+        "label_cn.txt if it has one (default), or of labels/")
+    add("--templates", **file, help="sentences to use, with {} for the class name (default: ours)")
+    add("--into", default="reproduced", metavar="FOLDER", help="of tables and features (default: reproduced)")
     args = parser.parse_args(argv)
     args.typed = shlex.join(sys.argv[1:] if argv is None else argv)
     if getattr(args, "top_k", 1) < 1:

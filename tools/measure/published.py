@@ -16,6 +16,7 @@ PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "ass
 RETRIEVAL = ("table2", "table3", "table4", "table10")  # MUGE, Flickr30K-CN, COCO-CN, ICR
 CLASSIFICATION = ("table5", "table12")  # Table 5 has the baselines, Table 12 the five models
 SETUPS = ("zero-shot", "finetune")
+REPRODUCED = 0.2  # points: the paper rounds to 0.1, and float16 may move a figure by as much
 
 
 def read_paper() -> dict:
@@ -49,15 +50,20 @@ def figures_for(published: str, name: str, path: str, tables: tuple[str, ...]) -
     return *places.get(bare_name(wanted), ("", "")), setup or "zero-shot"
 
 
-def data_folders(table: str, items: list[str]) -> dict[str, str]:
-    """The folders of `reproduce --data NAME=PATH ...` by the table's names of the data sets."""
+def data_sets(table: str, items: list[str]) -> dict[str, str]:
+    """What `reproduce --data NAME=PATH NAME ...` names, by the table's names of the data sets: a path, or a
+    name that can be fetched; all sets of the table if there are no items."""
     places = places_of(table)
-    folders = {bare_name(item.partition("=")[0]): item.partition("=")[2] for item in items}
-    if not folders or not folders.keys() <= places.keys() or "" in folders.values():
-        names = [data for _, data in places.values()]
-        raise DataError(f"{table} is measured on {', '.join(names)}; expected one of these or more, such as "
-                        f"--data {names[0]}=path/to/it, got {' '.join(items) or 'nothing'}")
-    return {places[name][1]: folder for name, folder in folders.items()}
+    items = items or [data.lower() for _, data in places.values()]
+    sets = {bare_name(item.partition("=")[0]): item.partition("=")[2] if "=" in item else item.lower()
+            for item in items}
+    names = [data for _, data in places.values()]
+    if not sets.keys() <= places.keys() or "" in sets.values():
+        raise DataError(f"{table} is measured on {', '.join(names)}; expected one of these or more, by name "
+                        f"or such as --data {names[0]}=path/to/it, got {' '.join(items)}")
+    if closed := [places[name][1] for name, source in sets.items() if source == "icr"]:
+        raise DataError(f"{closed[0]} is not public; expected --data {closed[0]}=path/to/it")
+    return {places[name][1]: source for name, source in sets.items()}
 
 
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
@@ -85,6 +91,12 @@ def compare(measured: dict[str, float], table: str, data: str, setup: str, ours:
                      "gap": None if published is None else value - published,
                      "best_baseline": best, "best_baseline_model": whose})
     return rows
+
+
+def verdict(rows) -> str:
+    """Whether rows of `compare` agree with the paper: all within REPRODUCED points."""
+    gaps = [abs(row["gap"]) for row in rows if row["gap"] is not None]
+    return "" if not gaps else "reproduced" if max(gaps) <= REPRODUCED + 1e-9 else f"off by {max(gaps):.1f}"
 
 
 def comparison_table(rows: list[dict]) -> str:

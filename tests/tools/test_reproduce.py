@@ -1,0 +1,243 @@
+"""tools/measure/reproduce.py: from names to the paper's tables, on stand-ins that a local server publishes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import VIT, built, official
+from conftest import ROOT
+from hub import FILE, NAME, PATH
+from PIL import Image
+from stand_ins import elevater, write_folders, write_official, write_zip
+
+import eval as core
+import model
+from data import squash
+from eval import retrieval
+from sources import layouts, named
+from sources.pairs import DataError
+from tools.measure import __main__ as measure
+from tools.measure import reproduce
+from weights import download
+
+RELEASE = "datasets/OFA-Sys/chinese-clip-eval"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return built(VIT).eval()
+
+
+@pytest.fixture
+def small(clip, tmp_path, monkeypatch):
+    """The released names stand for small weights in the official format -> the file of one."""
+    monkeypatch.chdir(tmp_path)
+    for name in download.RELEASED:
+        monkeypatch.setitem(model.MODELS, name, model.MODELS[VIT])
+    monkeypatch.setattr(reproduce, "row_of", lambda clip: NAME)
+    torch.save(official(clip.state_dict()), tmp_path / "clip.pt")
+    return str(tmp_path / "clip.pt")
+
+
+@pytest.fixture
+def published(hub, small, tmp_path, monkeypatch):
+    """A server that has the five models, QA-CLIP's, the three retrieval sets and all of ELEVATER."""
+    monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
+    content = Path(small).read_bytes()
+    for name in (*download.RELEASED, "qa-ViT-B-16"):
+        hub.add(download.SOURCES[name], content)
+    for split, file in (("valid", "MUGE"), ("test", "Flickr30k-CN"), ("test", "COCO-CN")):
+        folder = Path(write_official(tmp_path / "made", split))
+        members = {f"{file}/{path.name}": path.read_bytes() for path in folder.iterdir() if path.name.startswith(split)}
+        hub.add(f"{RELEASE}/{file}.zip", write_zip(tmp_path / "made.zip", members))
+    hub.add(f"{RELEASE}/ELEVATER_all.zip", elevater(tmp_path / "elevater", named.CLASSES))
+    return hub
+
+
+def run(*arguments) -> dict:
+    measure.main(["reproduce", *arguments, "--device", "cpu", "--out", "out.json"])
+    return json.loads(Path("out.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from names alone
+
+
+def test_table_2_from_nothing_but_its_name(published, clip, tmp_path, capsys):
+    """Weights and pairs are fetched, and the recall is that of the files that they were made of."""
+    rows = {row["column"]: row for row in run("table2", "--model", NAME)["rows"]}
+    said = capsys.readouterr().out
+    expected = retrieval(clip, layouts.open_pairs(str(tmp_path / "made"), "valid"))["text_to_image"]
+    assert rows["t2i_R@1"]["measured"] == pytest.approx(expected["R@1"])
+    assert rows["MR"]["measured"] == pytest.approx(expected["mean"])
+    assert rows["t2i_R@1"]["published"] == 52.1 and rows["t2i_R@1"]["row"] == NAME
+    assert rows["t2i_R@1"]["gap"] == pytest.approx(expected["R@1"] - 52.1)
+    assert re.search(rf"{NAME}: 0\.\d\d GB to fetch\nmuge: 0\.\d\d GB to fetch\n", said)  # before anything else
+    assert re.search(rf"{NAME}: .+ pictures and .+ captions a second here\n   MUGE: 29,806 pictures, 5,008 sentences, "
+                     "about .+ minutes", said)
+    assert "49.5 R2D2 ViT-L-14" in said and said.endswith(os.path.join("reproduced", "table2-zero-shot.md") + "\n")
+    lines = Path("reproduced/table2-zero-shot.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2:6] == ["|  |  | t2i_R@1 | t2i_R@5 | t2i_R@10 | MR | verdict |", "|---|---|---|---|---|---|---|",
+                          lines[4], f"| {NAME} | published | 52.1 | 76.7 | 84.4 | 71.1 |  |"]
+    assert lines[4].startswith(f"| {NAME} | measured | {expected['R@1']:.1f} | ") and "| off by " in lines[4]
+    assert [line for line in lines if line.startswith("| R2D2_{ViT-L/14} | published | 49.5 | ")]
+
+
+@pytest.mark.parametrize("table, sets, figures", [("table3", 1, 6), ("table4", 1, 6), ("table5", 10, 1), ("table12", 20, 1)])
+def test_every_table_from_its_name(table, sets, figures, published):
+    rows = run(table, "--models", NAME)["rows"]
+    assert len([row for row in rows if row["model"] == NAME]) == sets * figures + (table == "table12")
+    assert all(row["published"] is not None for row in rows)
+    text = Path(f"reproduced/{table}-zero-shot.md").read_text(encoding="utf-8")
+    assert text.count("off by") == 1
+    assert not [path for path in Path(download.CACHE).rglob("*") if "train" in path.parts or path.suffix in (".zip", ".part")]
+
+
+def test_the_average_and_the_best_of_several(published):
+    rows = run("table12", "--models", NAME, "RN50")["rows"]
+    for name in (NAME, "RN50"):
+        mine = {row["column"]: row["measured"] for row in rows if row["model"] == name}
+        assert mine.pop("average") == pytest.approx(sum(mine.values()) / 20)
+    rows = run("table5", "--models", NAME, "RN50")["rows"]
+    assert len(rows) == 30 and rows[-1]["model"] == reproduce.BEST and rows[-1]["measured"] == max(
+        row["measured"] for row in rows[:-1] if row["data"] == rows[-1]["data"])
+
+
+def test_qa_clip_is_measured_without_the_papers_figures(published):
+    rows = run("table2", "--models", "qa-ViT-B-16")["rows"]
+    assert len(rows) == 4 and all(row["published"] is None for row in rows)
+
+
+def test_what_is_measured_is_not_encoded_again(published, monkeypatch, capsys):
+    first = run("table12", "--models", NAME, "--data", "mnist", "dtd")
+    count = len(published.requests)
+    monkeypatch.setattr("tools.measure.kept.pair_features", None)
+    capsys.readouterr()
+    assert run("table12", "--models", NAME, "--data", "mnist", "dtd")["rows"] == first["rows"]
+    assert len(published.requests) == count
+    assert "the features of its pictures are kept" in capsys.readouterr().out
+
+
+def test_a_set_that_fails_does_not_stop_the_others(published, capsys):
+    hub = published
+    inner = hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"]
+    at = inner.index(b"label_cn.txt", inner.index(b"dtd.zip"))  # within the member, in dtd.zip's own list
+    hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"] = inner[: at + 60] + b"\0\0\0\0" + inner[at + 64 :]
+    with pytest.raises(DataError, match="table12: 1 failed; .*dtd.zip: '.*' is broken"):
+        run("table12", "--models", NAME, "--data", "dtd", "mnist")
+    assert "mnist" in Path("reproduced/table12-zero-shot.md").read_text(encoding="utf-8")
+    assert not (Path(download.CACHE) / "dtd").exists()
+
+
+def test_names_and_templates_of_the_authors(published, tmp_path):
+    """label_cn.txt in the folder is taken first; --names ours takes labels/."""
+    found = {}
+    for name in ("theirs", "ours"):
+        run("table12", "--models", NAME, "--data", "mnist", "--names", name)
+        label_cn = Path(download.CACHE) / "mnist" / "label_cn.txt"
+        if name == "theirs":
+            label_cn.write_text("\n".join("猫狗船花树鱼鸟车山海"), encoding="utf-8")
+        seen = []
+        original = reproduce.sentence_features
+        reproduce.sentence_features = lambda clip, names, templates: seen.append((names, templates)) or original(
+            clip, names, templates)
+        (tmp_path / "mine.txt").write_text("{}\n", encoding="utf-8")
+        run("table12", "--models", NAME, "--data", "mnist", "--names", name, "--templates", "mine.txt")
+        reproduce.sentence_features = original
+        found[name] = seen[0]
+    assert found["theirs"] == (list("猫狗船花树鱼鸟车山海"), ["{}"])
+    assert found["ours"][0] == named_by_us("mnist") and found["ours"][1] == ["{}"]
+
+
+def named_by_us(name: str) -> list[str]:
+    from sources.classes import read_classes
+    return read_classes(name).chinese
+
+
+def test_finetuned_rows(published, monkeypatch):
+    """The recipe is printed, and run if --train says so; then its best weights are measured."""
+    command = ("table2", "--setup", "finetune", "--models", NAME)
+    with pytest.raises(DataError, match="not there; add --train, or first run torchrun .* --recipe muge"):
+        run(*command)
+    ran = []
+
+    def train(arguments):
+        ran.append(arguments[2:])
+        folder = Path("reproduced/finetuned") / NAME / "muge"
+        folder.mkdir(parents=True)
+        model.save(built(VIT), str(folder / "best.safetensors"))
+        return subprocess.CompletedProcess(arguments, 0)
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
+    rows = run(*command, "--train")["rows"]
+    out = os.path.join("reproduced", "finetuned", NAME)
+    assert ran == [["--recipe", "muge", "--model", NAME, "--init", NAME, "--data", "muge", "--out", out]]
+    assert rows[0]["published"] == 60.6 or rows[0]["published"] is not None
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda arguments: subprocess.CompletedProcess(arguments, 3))
+    with pytest.raises(DataError, match="ended with 3; the same command continues"):
+        run(*command, "--train")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# data and weights by path
+
+
+@pytest.mark.parametrize("table, data, columns, published", [
+    ("table3", "Flickr30K-CN", 6, 62.7), ("table4", "coco-cn", 6, 62.2), ("table10", "icr", 7, 55.4)])
+def test_the_other_retrieval_tables(small, tmp_path, table, data, columns, published):
+    folder, out = write_official(tmp_path / "set", "test"), tmp_path / "out.json"
+    measure.main(["reproduce", table, "--models", small, "--data", f"{data}={folder}",
+                  "--out", str(out), "--device", "cpu"])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == columns and result["rows"][0]["published"] == published
+    assert result["setup"] == ("finetune" if table == "table10" else "zero-shot")
+
+
+def test_tables_of_classification(small, tmp_path, capsys):
+    eurosat = write_folders(tmp_path / "a", *(f"test/{c:03d}" for c in range(10)))
+    sst = write_folders(tmp_path / "b", "negative", "positive")
+    out = tmp_path / "out.json"
+    measure.main(["reproduce", "table12", "--models", small, "--out", str(out),
+                  "--device", "cpu", "--data", f"eurosat={eurosat}", f"Rendered_SST2={sst}"])
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["data"] for row in rows] == ["eurosat", "rendered-sst2"]
+    assert [row["published"] is None for row in rows] == [False, False]
+    assert [row["best_baseline_model"] for row in rows] == ["CLIP", ""]
+    measure.main(["reproduce", "table5", "--models", small, "--data", f"eurosat={eurosat}",
+                  "--device", "cpu"])
+    assert "52.0" in capsys.readouterr().out  # CN-CLIP in Table 5
+
+
+@pytest.mark.parametrize("table", ["table2", "table12"])
+def test_the_papers_tables_are_measured_on_official_pixels(table, small, tmp_path, monkeypatch):
+    """Of a picture that is transparent with red below, the official code sees black."""
+    seen, encode_images = [], core.encode_images
+
+    def spy(clip, get_image, count):
+        seen.extend(squash(get_image(row), 32).unique().tolist() for row in range(count))
+        return encode_images(clip, get_image, count)
+    for module in (core,):
+        monkeypatch.setattr(module, "encode_images", spy)
+    monkeypatch.setattr("sources.pairs.decode", lambda *_: Image.new("RGBA", (40, 30), (255, 0, 0, 0)))
+    data = f"muge={write_official(tmp_path / 'MUGE', 'valid')}" if table == "table2" else (
+        f"rendered-sst2={write_folders(tmp_path / 'a', 'negative', 'positive')}")
+    measure.main(["reproduce", table, "--models", small, "--data", data, "--device", "cpu"])
+    assert seen and all(values == [0] for values in seen)
+
+
+@pytest.mark.parametrize("data, part", [
+    (["flickr=x"], "flickr=x"), (["muge="], "MUGE=path"), (["dtd"], "measured on MUGE"), (["muge=nowhere"], "nowhere: no such")])
+def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, part):
+    with pytest.raises(DataError, match=part):
+        measure.main(["reproduce", "table2", "--model", "ViT-B-16", "--device", "cpu", "--data", *data])
+
+
+def test_icr_is_not_public(small):
+    with pytest.raises(DataError, match="ICR is not public; expected --data ICR=path/to/it"):
+        measure.main(["reproduce", "table10", "--models", small, "--device", "cpu"])
