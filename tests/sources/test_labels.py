@@ -165,3 +165,20 @@ def test_pets_are_sorted_whatever_the_case_and_countries_have_their_codes():
     assert pets == sorted(pets)
     codes = [english[0] for english, _ in read("country-211")[3]]
     assert all(re.fullmatch("[A-Z]{2}", code) for code in codes) and len(set(codes)) == 211
+
+
+def test_a_cars_year_is_first_and_a_sign_has_its_shape():
+    """2012款奥迪A5 reads right in every template, and a sign is told by what one sees from afar."""
+    for (english, *_), chinese in read("stanford-cars")[3]:
+        assert chinese.startswith(f"{english[-4:]}款") and chinese.count("款") == 1
+    looks = re.compile("(红边白底|白底灰色斜线|蓝色|白边黄底|红色|红底白色横杠).*(圆形|三角形|菱形|八角形).*“.+”标志")
+    signs = [chinese for _, chinese in read("gtsrb")[3]]
+    assert all(looks.fullmatch(sign) for sign in signs) and not any("“" in line for line in read("gtsrb")[2])
+    for word, shape in (("triangle", "三角形"), ("diamond", "菱形"), ("blue", "蓝色")):
+        assert [word in english[0] for english, _ in read("gtsrb")[3]] == [shape in sign for sign in signs]
+
+
+def test_every_aircraft_ends_in_its_kind():
+    """A word on some names only would raise or lower their scores."""
+    kinds = ("客机", "公务机", "运输机", "战斗机", "教练机", "双翼机", "小型飞机")
+    assert all(chinese.endswith(kinds) for _, chinese in read("fgvc-aircraft")[3])
