@@ -32,10 +32,14 @@ METRICS = ("accuracy", "mean-per-class", "roc-auc", "map-11")
 class Classes(NamedTuple):
     english: list[list[str]]  # [C], spellings by which a folder or a line of label.txt may call the class
     chinese: list[str]  # [C], the name that stands in the sentences
+    usual: list[str]  # [C], the same, or the name that people write where the tokenizer lacks part of it
     metric: str = "accuracy"  # one of METRICS
     templates: tuple[str, ...] = ()  # of this data set, to be used before the general ones
     alone: bool = False  # True if the general templates, which are made for objects, do not fit
     numbered: bool = True  # False if a number n in the data set need not mean class n
+
+    def usually_named(self, wanted: bool) -> "Classes":
+        return self._replace(chinese=self.usual) if wanted else self
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -43,31 +47,32 @@ class Classes(NamedTuple):
 
 
 def read_classes(name_or_path: str) -> Classes:
-    """From a plain list of names, labels/NAME.txt or a file like it. There a line is `English<TAB>Chinese`,
-    with other English spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template:
-    TEXT with {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for others."""
+    """From a plain list of names, labels/NAME.txt or a file like it, of lines `English<TAB>Chinese` (maybe
+    `<TAB>usual name`; other English spellings after a bar: `AD|Andorra`), `# note`, `metric: NAME`, `template:
+    TEXT with {}`, `templates: alone`, `order: not as in ELEVATER`. DataError with the line for others."""
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
         raise DataError(f"{name_or_path}: neither a file with a class name on each line nor one of {known}")
     if not any(re.search("^(metric|templates?|order): |\t", line.strip()) for _, line in text_lines(path)):
         names = read_names(path)
-        return Classes([[] for _ in names], names)
-    metric, templates, english, chinese, marks, taken = "", [], [], [], set(), set()
+        return Classes([[] for _ in names], names, names)
+    metric, templates, english, chinese, usual, marks, taken = "", (), [], [], [], set(), set()
     for number, line in text_lines(path):
         key, _, value = line.partition(": ")
         names = [name.strip() for name in line.split("\t")]
-        if len(names) == 2 and "" not in names:
+        if len(names) in (2, 3) and "" not in names:
             english.append(names[0].split("|"))
             chinese.append(names[1])
-            for bare, name in {bare_name(name): name for name in (*english[-1], names[1])}.items():
+            usual.append(names[-1])
+            for bare, name in {bare_name(name): name for name in (*english[-1], *names[1:])}.items():
                 if bare in taken:
                     raise DataError(f"{path} line {number}: {name} again; two classes need different names")
                 taken.add(bare)
         elif key == "metric" and value in METRICS:
             metric = value
         elif key == "template" and "{}" in value:
-            templates.append(value)
+            templates += (value,)
         elif line in ("templates: alone", "order: not as in ELEVATER"):
             marks.add(key)
         else:
@@ -80,7 +85,7 @@ def read_classes(name_or_path: str) -> Classes:
         raise DataError(f"{path}: `templates: alone`, but no line `template: ` with {{}} in it")
     if metric == "roc-auc" and len(english) != 2:
         raise DataError(f"{path}: roc-auc needs two classes, but there are {len(english)}")
-    return Classes(english, chinese, metric, tuple(templates), "templates" in marks, "order" not in marks)
+    return Classes(english, chinese, usual, metric, templates, "templates" in marks, "order" not in marks)
 
 
 def read_names(path: str) -> list[str]:
@@ -106,14 +111,14 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
         few, got = ", ".join(absent[:3]) or "all have one", [*names, "the end"][row]
         raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got!r}; "
                         "give English names in label.txt, or leave out --labels for those of label_cn.txt")
-    return classes._replace(english=[classes.english[c] for c in order],
-                            chinese=[classes.chinese[c] for c in order], numbered=True)
+    english, chinese, usual = ([names[c] for c in order] for names in classes[:3])
+    return classes._replace(english=english, chinese=chinese, usual=usual, numbered=True)
 
 
 def numbers_of(classes: Classes) -> dict[str, int]:
-    """Class numbers by every name of the class, English or Chinese, as it is and as a bare name."""
-    spelled = {name: c for c, (english, chinese) in enumerate(zip(classes.english, classes.chinese))
-               for name in (*english, chinese)}
+    """Class numbers by every name of the class, English, Chinese or usual, as it is and as a bare name."""
+    names = zip(classes.english, classes.chinese, classes.usual)
+    spelled = {name: c for c, (english, *chinese) in enumerate(names) for name in (*english, *chinese)}
     return {bare_name(name): c for name, c in spelled.items()} | spelled
 
 
@@ -155,9 +160,9 @@ def read_text(path: str) -> str:
 # pictures
 
 
-def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], torch.Tensor]:
+def open_classes(folder: str, labels: str = "", usual: bool = False) -> tuple[Classes, list, torch.Tensor]:
     """The classes of a data set, named by `labels` (a file, or one of labels/), its label_cn.txt or folders
-    -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C])."""
+    -> (classes, usually_named(usual), paths [N], class numbers [N]; for map-11 1 for those shown [N, C])."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")
     own, list_path, test = (os.path.join(folder, name) for name in ("label_cn.txt", "test.txt", "test"))
@@ -181,7 +186,7 @@ def open_classes(folder: str, labels: str = "") -> tuple[Classes, list[str], tor
         few = ", ".join(map(" or ".join, called[:5])) + (" ..." if len(empty) > 5 else "")
         raise DataError(f"{root}: no pictures of {len(empty)} of {len(classes.chinese)} classes, looked for "
                         f"{few}; add them, or leave these classes out (the same name twice is two)")
-    return classes, paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
+    return classes.usually_named(usual), paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
 
 
 def named_by_folders(root: str, own: str) -> Classes:
@@ -193,7 +198,7 @@ def named_by_folders(root: str, own: str) -> Classes:
         raise DataError(f"{os.path.join(root, *other[:1])}: {what}; put the pictures of each class into a "
                         f"folder with its Chinese name, such as 水果, or write the names into {own}, line 1 "
                         "for folder 000, or give --labels, a file or one of labels/")
-    return Classes([[] for _ in names], names, numbered=False)
+    return Classes([[] for _ in names], names, names, numbered=False)
 
 
 def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:

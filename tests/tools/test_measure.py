@@ -404,6 +404,26 @@ def test_pictures_without_classes_are_classified_into_a_table(clip, weights, tmp
         assert float(row["score"]) == pytest.approx(shares.max().item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("flags, names", (([], ["漏斗菜", "玫瑰"]), (["--usual-names"], ["耧斗菜", "玫瑰"])))
+def test_usual_names_stand_in_the_sentences(weights, tmp_path, monkeypatch, flags, names):
+    """In both programs, whatever the folders are called; shots are matched all the same."""
+    (tmp_path / "two.txt").write_text("metric: accuracy\na\t漏斗菜\t耧斗菜\nb\t玫瑰\n", encoding="utf-8")
+    data = write_folders(tmp_path / "set", "a", "b")
+    shots = write_folders(tmp_path / "more", "a", "b", colour="blue")
+    asked, real = [], core.sentence_features
+    for module in (core, measure, zeroshot):
+        monkeypatch.setattr(module, "sentence_features",
+                            lambda clip, names, some: asked.append(names) or real(clip, names, some))
+    common = ["--model", weights, "--data", data, "--labels", str(tmp_path / "two.txt"), "--device", "cpu", *flags]
+    core.main(["zeroshot", *common])
+    measure.main(["zeroshot", *common, "--shots", shots])
+    measure.main(["prompts", *common])
+    measure.main(["classify", *common, "--out", str(tmp_path / "found.csv")])
+    assert asked == [names] * 4
+    rows = (tmp_path / "found.csv").read_text("utf-8-sig").splitlines()[1:]
+    assert {row.split(",")[1] for row in rows} <= set(names)
+
+
 @pytest.mark.parametrize("task", measure.RUN)
 def test_every_command_has_help(task, capsys):
     with pytest.raises(SystemExit) as caught:

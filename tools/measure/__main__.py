@@ -124,7 +124,7 @@ def run_calibrate(args, load) -> tuple[dict, str]:
 
 
 def run_zeroshot(args, load) -> tuple[dict, str]:
-    classes, paths, labels = open_classes(args.data, args.labels)
+    classes, paths, labels = open_classes(args.data, args.labels, args.usual_names)
     get_image, templates = lambda row: open_image(paths[row]), templates_for(classes, args.templates)
     shots = args.shots and open_shots(args.shots, args.labels, classes, paths, args.per_class, args.seed)
     data = args.labels or os.path.abspath(args.data)
@@ -154,9 +154,9 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
     return result, f"next: open {args.page} in a browser" if args.page else FAILURES.format(args.typed)
 
 
-def open_classification(data: str, labels: str, templates: str = ""):
+def open_classification(data: str, labels: str, templates: str = "", usual: bool = False):
     """A folder of classes -> (classes, get_image, labels, templates)."""
-    classes, paths, numbers = open_classes(data, labels)
+    classes, paths, numbers = open_classes(data, labels, usual)
     return classes, lambda row: open_image(paths[row]), numbers, templates_for(classes, templates)
 
 
@@ -165,9 +165,8 @@ def run_classify(args, load) -> tuple[dict, str]:
     all. Pictures that cannot be decoded have an empty class, and stderr names them."""
     own = os.path.join(args.data, "label_cn.txt")
     if not args.labels and not os.path.isfile(own):
-        raise DataError(f"{own}: not there; expected --labels, a file with a class name on each line, or one "
-                        "of labels/")
-    classes = read_classes(args.labels or own)
+        raise DataError(f"{own}: not there; expected --labels, a file of class names or one of labels/")
+    classes = read_classes(args.labels or own).usually_named(args.usual_names)
     templates = templates_for(classes, args.templates)
     folder = os.fsencode(args.data)
     files = sorted(os.fsdecode(os.path.relpath(path, folder)) for path in pictures_below([folder])[0])
@@ -207,8 +206,8 @@ def run_prompts(args, load) -> tuple[dict, str]:
         return {"negation": found}, ""
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
-    classes, get_image, labels, templates = open_classification(args.data, args.labels, args.templates)
-    found = zeroshot.prompts(load(), classes, get_image, labels, templates)
+    classes, *rest, templates = open_classification(args.data, args.labels, args.templates, args.usual_names)
+    found = zeroshot.prompts(load(), classes, *rest, templates)
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
     for template, value in found.items():
         print(f"{value:6.1f}  {template}")
@@ -273,8 +272,7 @@ def main(argv: list[str] | None = None):
     add("--top-k", type=int, default=10, help="answers to each query (default: 10, as the scripts want it)")
     add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
     add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
-    add("--shots", default="", metavar="FOLDER", help="also classify with the help of these other pictures, "
-        "in folders of the same classes")
+    add("--shots", default="", metavar="FOLDER", help="also use these other pictures, sorted like --data")
     add("--per-class", type=int, default=0, metavar="K", help="of --shots, only K of each class (0: all)")
     add("--seed", type=int, default=0, help="which K (default: 0)")
     for p in (commands.choices["retrieval"], commands.choices["zeroshot"]):
