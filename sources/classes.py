@@ -48,8 +48,8 @@ class Classes(NamedTuple):
 
 def read_classes(name_or_path: str) -> Classes:
     """From a plain list of names, labels/NAME.txt or a file like it, of lines `English<TAB>Chinese` (maybe
-    `<TAB>usual name`; other English spellings after a bar: `AD|Andorra`), `# note`, `metric: NAME`, `template:
-    TEXT with {}`, `templates: alone`, `order: not as in ELEVATER`. DataError with the line for others."""
+    `<TAB>usual name`; other English spellings after a bar: `AD|Andorra`), `# note`, `metric: NAME`,
+    `template: TEXT with {}`, `templates: alone`, `order: not as in ELEVATER`. DataError for other lines."""
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
