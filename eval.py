@@ -23,11 +23,10 @@ import torch
 from tqdm import tqdm
 
 import model
-from common import (
-    Flags, join_processes, leave_processes, one_line_errors, rank, sum_over_ranks, wait_for_all, world_size,
-    write_json)
+from common import (Flags, join_processes, leave_processes, one_line_errors, rank, sum_over_ranks,
+                    wait_for_all, world_size, write_json)
 from data import squash, to_pixels, tokenize
-from sources.classes import by_class, class_lines, open_classes, templates_for
+from sources.classes import NAMES, by_class, class_lines, open_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, ahead, open_image
 
@@ -162,8 +161,7 @@ def sentence_features(clip, names: list[str], templates: list[str]) -> torch.Ten
 
 
 def ensemble(sentences: torch.Tensor) -> torch.Tensor:
-    """One unit feature for each class [C, E]: the mean of its sentences' unit features [C, S, E], normalised
-    again (prompt ensembling: CLIP paper, sec. 3.1.4)."""
+    """Prompt ensembling (CLIP paper, sec. 3.1.4): the mean over the sentences [C, E], normalised again."""
     return model.normalise(sentences.mean(dim=1))
 
 
@@ -202,7 +200,7 @@ def run_retrieval(args, load) -> tuple[dict, str]:
 
 
 def run_zeroshot(args, load) -> tuple[dict, str]:
-    classes, paths, labels = open_classes(args.data, args.labels)
+    classes, paths, labels = open_classes(args.data, args.labels, args.names)
     templates = templates_for(classes, args.templates)
     if labels.ndim == 2:
         raise DataError(f"{args.data}: there is no accuracy for pictures of several classes, but "
@@ -230,6 +228,8 @@ def command_flags(data: str) -> Flags:
     elif data == "classes":
         add("--data", required=True, help="a folder with a folder of pictures for each class, or test.txt")
         add("--labels", default="", help="names: a file or one of labels/ (default: label_cn.txt in --data)")
+        add("--names", default="ours", choices=NAMES, help="of labels/: ours (default), as people write them "
+            "even with [UNK] in them (usual), or instead those of the set's own label_cn.txt (theirs)")
         add("--templates", default="", metavar="FILE", help="sentences to use, with {} for the class name")
     return flags
 

@@ -27,16 +27,21 @@ LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 TEMPLATES = os.path.join(LABELS, "templates.txt")
 TWO_ORDERS = ("may mean two classes, because ELEVATER numbers them differently; expected {} with an English "
               "class name on each line, line 1 for number 0, or folders named after the classes")
+NAMES = ("ours", "usual", "theirs")
 METRICS = ("accuracy", "mean-per-class", "roc-auc", "map-11")
 
 
 class Classes(NamedTuple):
     english: list[list[str]]  # [C], spellings by which a folder or a line of label.txt may call the class
     chinese: list[str]  # [C], the name that stands in the sentences
+    usual: list[str]  # [C], the same, or the name that people write where the tokenizer lacks part of it
     metric: str = "accuracy"  # one of METRICS
     templates: tuple[str, ...] = ()  # of this data set, to be used before the general ones
     alone: bool = False  # True if the general templates, which are made for objects, do not fit
     numbered: bool = True  # False if a number n in the data set need not mean class n
+
+    def usually_named(self, wanted: bool) -> "Classes":
+        return self._replace(chinese=self.usual) if wanted else self
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,31 +49,32 @@ class Classes(NamedTuple):
 
 
 def read_classes(name_or_path: str) -> Classes:
-    """From a plain list of names, labels/NAME.txt or a file like it. There a line is `English<TAB>Chinese`,
-    with other English spellings after a bar (`AD|Andorra`), or one of `# note`, `metric: NAME`, `template:
-    TEXT with {}`, `templates: alone` and `order: not as in ELEVATER`. DataError with the line for others."""
+    """From a plain list of names, labels/NAME.txt or a file like it, of lines `English<TAB>Chinese` (maybe
+    `<TAB>usual name`; other English spellings after a bar: `AD|Andorra`), `# note`, `metric: NAME`,
+    `template: TEXT with {}`, `templates: alone`, `order: not as in ELEVATER`. DataError for other lines."""
     path = name_or_path if os.path.isfile(name_or_path) else os.path.join(LABELS, f"{name_or_path}.txt")
     if not os.path.isfile(path) or os.path.samefile(path, TEMPLATES):
         known = ", ".join(name.removesuffix(".txt") for name in visible(LABELS) if name != "templates.txt")
         raise DataError(f"{name_or_path}: neither a file with a class name on each line nor one of {known}")
     if not any(re.search("^(metric|templates?|order): |\t", line.strip()) for _, line in text_lines(path)):
         names = read_names(path)
-        return Classes([[] for _ in names], names)
-    metric, templates, english, chinese, marks, taken = "", [], [], [], set(), set()
+        return Classes([[] for _ in names], names, names)
+    metric, templates, english, chinese, usual, marks, taken = "", (), [], [], [], set(), set()
     for number, line in text_lines(path):
         key, _, value = line.partition(": ")
         names = [name.strip() for name in line.split("\t")]
-        if len(names) == 2 and "" not in names:
+        if len(names) in (2, 3) and "" not in names:
             english.append(names[0].split("|"))
             chinese.append(names[1])
-            for bare, name in {bare_name(name): name for name in (*english[-1], names[1])}.items():
+            usual.append(names[-1])
+            for bare, name in {bare_name(name): name for name in (*english[-1], *names[1:])}.items():
                 if bare in taken:
                     raise DataError(f"{path} line {number}: {name} again; two classes need different names")
                 taken.add(bare)
         elif key == "metric" and value in METRICS:
             metric = value
         elif key == "template" and "{}" in value:
-            templates.append(value)
+            templates += (value,)
         elif line in ("templates: alone", "order: not as in ELEVATER"):
             marks.add(key)
         else:
@@ -81,7 +87,7 @@ def read_classes(name_or_path: str) -> Classes:
         raise DataError(f"{path}: `templates: alone`, but no line `template: ` with {{}} in it")
     if metric == "roc-auc" and len(english) != 2:
         raise DataError(f"{path}: roc-auc needs two classes, but there are {len(english)}")
-    return Classes(english, chinese, metric, tuple(templates), "templates" in marks, "order" not in marks)
+    return Classes(english, chinese, usual, metric, templates, "templates" in marks, "order" not in marks)
 
 
 def read_names(path: str) -> list[str]:
@@ -107,14 +113,14 @@ def in_its_own_order(classes: Classes, folder: str, labels: str) -> Classes:
         few, got = ", ".join(absent[:3]) or "all have one", [*names, "the end"][row]
         raise DataError(f"{path} line {row + 1}: expected one more of labels {labels} ({few}), got {got!r}; "
                         "give English names in label.txt, or leave out --labels for those of label_cn.txt")
-    return classes._replace(english=[classes.english[c] for c in order],
-                            chinese=[classes.chinese[c] for c in order], numbered=True)
+    english, chinese, usual = ([names[c] for c in order] for names in classes[:3])
+    return classes._replace(english=english, chinese=chinese, usual=usual, numbered=True)
 
 
 def numbers_of(classes: Classes) -> dict[str, int]:
-    """Class numbers by every name of the class, English or Chinese, as it is and as a bare name."""
-    spelled = {name: c for c, (english, chinese) in enumerate(zip(classes.english, classes.chinese))
-               for name in (*english, chinese)}
+    """Class numbers by every name of the class, English, Chinese or usual, as it is and as a bare name."""
+    names = zip(classes.english, classes.chinese, classes.usual)
+    spelled = {name: c for c, (english, *chinese) in enumerate(names) for name in (*english, *chinese)}
     return {bare_name(name): c for name, c in spelled.items()} | spelled
 
 
@@ -151,10 +157,10 @@ def read_text(path: str) -> str:
 # pictures
 
 
-def open_classes(folder: str, labels: str = "", own_first: bool = False):
+def open_classes(folder: str, labels: str = "", names: str = "ours"):
     """The classes of a data set, named by `labels` (a file, or one of labels/), its label_cn.txt or folders
-    -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C]). With
-    own_first, names are those of label_cn.txt, if it is there, and the rest is what `labels` says."""
+    -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C]). `names`,
+    where `labels` has several: ours, usual, or theirs, those of label_cn.txt if it is there."""
     folder = at_hand(folder)
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")
@@ -163,9 +169,9 @@ def open_classes(folder: str, labels: str = "", own_first: bool = False):
     if os.path.isfile(list_path) and not labels and not os.path.isfile(own):
         raise DataError(f"{own}: not there; expected the names of the numbers in {list_path}, line 1 for 0")
     classes = read_classes(labels or own) if labels or os.path.isfile(own) else named_by_folders(root, own)
-    if own_first and labels and os.path.isfile(own):
-        names = read_names(own)
-        classes = classes._replace(english=[[] for _ in names], chinese=names, numbered=True)
+    if names == "theirs" and labels and os.path.isfile(own):
+        theirs = read_names(own)
+        classes = classes._replace(english=[[] for _ in theirs], chinese=theirs, usual=theirs, numbered=True)
     elif labels:
         classes = in_its_own_order(classes, folder, labels)
     if os.path.isfile(list_path):
@@ -183,6 +189,7 @@ def open_classes(folder: str, labels: str = "", own_first: bool = False):
         few = ", ".join(map(" or ".join, called[:5])) + (" ..." if len(empty) > 5 else "")
         raise DataError(f"{root}: no pictures of {len(empty)} of {len(classes.chinese)} classes, looked for "
                         f"{few}; add them, or leave these classes out (the same name twice is two)")
+    classes = classes.usually_named(names == "usual")
     return classes, paths, shows if classes.metric == "map-11" else shows.argmax(dim=1)
 
 
@@ -195,7 +202,7 @@ def named_by_folders(root: str, own: str) -> Classes:
         raise DataError(f"{os.path.join(root, *other[:1])}: {what}; put the pictures of each class into a "
                         f"folder with its Chinese name, such as 水果, or write the names into {own}, line 1 "
                         "for folder 000, or give --labels, a file or one of labels/")
-    return Classes([[] for _ in names], names, numbered=False)
+    return Classes([[] for _ in names], names, names, numbered=False)
 
 
 def read_list(path: str, folder: str, classes: Classes) -> tuple[list[str], list[list[int]]]:

@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None):
     part = commands.add_parser("download", help="fetch published weights and data (mirror: HF_ENDPOINT)")
     part.add_argument("names", nargs="+", choices=(*SOURCES, *PAIRS, *CLASSES), metavar="NAME",
                       help="weights: " + ", ".join(SOURCES) + "; data: " + ", ".join((*PAIRS, *CLASSES)))
-    part.add_argument("--to", default=CACHE, metavar="FOLDER", help="default: %(default)s, where names are found")
+    part.add_argument("--to", default=CACHE, metavar="FOLDER", help="default: %(default)s")
     part.add_argument("--from", dest="hub", default=os.environ.get("ZHCLIP_HUB", HUBS[0]), choices=HUBS,
                       help="the host to ask first (default: %(default)s, or ZHCLIP_HUB)")
     part = commands.add_parser("info", help="say what a file is")

@@ -63,6 +63,30 @@ def test_folders_by_number_and_by_name(tmp_path, folders):
     assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
+USUAL = "metric: accuracy\ncolumbine\t漏斗菜\t耧斗菜\nrose\t玫瑰\nbuttercup|crowfoot\t黄花\t毛茛\n"
+
+
+def test_usual_names_take_the_place_of_aliases(tmp_path):
+    """A file with a third column, in the order of the folder's label.txt. Folders may have any of the names."""
+    (tmp_path / "flowers.txt").write_text(USUAL, encoding="utf-8")
+    labels = str(tmp_path / "flowers.txt")
+    found = classes.read_classes(labels)
+    assert found.chinese == ["漏斗菜", "玫瑰", "黄花"] and found.usual == ["耧斗菜", "玫瑰", "毛茛"]
+    assert found.usually_named(False) == found
+    assert found.usually_named(True) == found._replace(chinese=["耧斗菜", "玫瑰", "毛茛"])
+    for number, names in enumerate((("毛茛", "漏斗菜", "rose"), ("crowfoot", "耧斗菜", "玫瑰"))):
+        data = write_folders(tmp_path / f"set{number}", *names, count=1)
+        for own, order in (("", [0, 1, 2]), ("Buttercup\n耧斗菜\nrose\n", [2, 0, 1])):
+            if own:
+                (tmp_path / f"set{number}" / "label.txt").write_text(own, encoding="utf-8")
+            for usual in (False, True):
+                opened, paths, numbers = classes.open_classes(data, labels, "usual" if usual else "ours")
+                stand = found.usual if usual else found.chinese
+                assert opened.chinese == [stand[c] for c in order] and opened.usual == [found.usual[c] for c in order]
+                shown = {os.path.basename(os.path.dirname(path)): c for path, c in zip(paths, numbers.tolist())}
+                assert shown == {names[0]: order.index(2), names[1]: order.index(0), names[2]: order.index(1)}
+
+
 def test_countries_lie_in_folders_of_their_codes(tmp_path):
     two = tmp_path / "two.txt"
     two.write_text("metric: accuracy\nAD|Andorra\t安道尔\nZW|Zimbabwe\t津巴布韦\n", encoding="utf-8")
@@ -185,7 +209,7 @@ def test_an_own_file_that_is_not_in_utf_8(tmp_path):
 @pytest.mark.parametrize("name, order, places", [
     ("caltech-101", lambda names: sorted(names, key=str.lower), {0: "手风琴", 4: "杂乱背景", 38: "占满画面的人脸特写"}),
     ("fer-2013", sorted, {1: "厌恶", 4: "平静", 6: "惊讶"}),
-    ("fgvc-aircraft", lambda names: sorted(names, key=str.lower), {34: "安-12运输机", 99: "雅克-42"}),
+    ("fgvc-aircraft", lambda names: sorted(names, key=str.lower), {34: "安-12运输机", 99: "雅克-42客机"}),
     ("cifar-100", lambda names: sorted(names, key=lambda name: name != "chimpanzee"), {0: "黑猩猩", 1: "苹果"})])
 def test_folders_as_elevater_numbers_them(tmp_path, name, order, places):
     """With its label.txt they open, without it they would be silently of other classes; by name they need
@@ -242,6 +266,8 @@ def test_several_classes_a_picture_need_a_list(tmp_path):
     ("metric: accuracy\ncat\t\t猫", ("line 2",)), ("metric: accuracy\ntemplates: none\n", ("line 2", "alone")),
     ("metric: accuracy\ntemplates: alone\ncat\t猫\n", ("templates: alone", "{}")),
     ("metric: accuracy\ncat|puss\t猫\nPuss\t狗\n", ("line 3", "Puss again")),
+    ("metric: accuracy\ncat\t猫\t猫咪\ndog\t猫咪\n", ("line 3", "猫咪 again")),
+    ("metric: accuracy\ncat\t猫\t\n", ("line 2",)), ("metric: accuracy\na\tb\tc\td\n", ("line 2",)),
     ("metric: roc-auc\na\t猫\nb\t狗\nc\t船\n", ("two classes", "3"))])
 def test_label_files_that_are_wrong(tmp_path, text, parts):
     (tmp_path / "labels.txt").write_text(text, encoding="utf-8")

@@ -4,7 +4,8 @@ labels/: a file for each of the 20 data sets of the paper's Table 11, and the ge
 A file is lines of five kinds, in this order: `#` comments, `metric: NAME`, `order: not as in ELEVATER` or
 `templates: alone` where they are true, `template: TEXT with {}` (none or more, for this data set before the
 general ones, or alone), and a class a line, `English name<TAB>Chinese name`, where the English one may have
-further spellings after a bar.
+further spellings after a bar. Where the tokenizer lacks a character of the usual Chinese name, the second
+column has an alias, and a third one the usual name.
 """
 
 import re
@@ -12,6 +13,7 @@ import re
 import pytest
 from conftest import ROOT
 
+from data import tokenize
 from sources.classes import bare_name, read_classes
 
 FOLDER = ROOT / "labels"
@@ -73,8 +75,8 @@ def read(name: str):
             templates.append(line.removeprefix("template: "))
             stages.append(2)
         else:
-            english, chinese = line.split("\t")
-            assert english == english.strip() and chinese == chinese.strip()
+            english, chinese, *usual = line.split("\t")
+            assert english == english.strip() and chinese == chinese.strip() and len(usual) <= 1
             classes.append((english.split("|"), chinese))
             stages.append(3)
     assert stages == sorted(stages) and comments and len(metrics) == 1
@@ -134,6 +136,25 @@ def test_everything_is_simplified_and_known_to_the_tokenizer(name):
     assert characters <= known
 
 
+def test_a_name_that_the_tokenizer_lacks_has_an_alias():
+    flowers = read_classes("oxford-flowers-102")
+    columbine = next(c for c, english in enumerate(flowers.english) if english == ["columbine"])
+    assert (flowers.chinese[columbine], flowers.usual[columbine]) == ("漏斗菜", "耧斗菜")
+    assert tokenize(["漏斗菜", "耧斗菜"], 5).tolist() == [[101, 4026, 3159, 5831, 102], [101, 100, 3159, 5831, 102]]
+
+
+@pytest.mark.parametrize("name", TABLE_11)
+def test_usual_names_are_there_where_a_character_is_unknown_and_some_are_not(name):
+    """A name of [UNK] alone says nothing, so it stands in a comment at most; no two classes look alike."""
+    classes = read_classes(name)
+    aliases, usual = tokenize(classes.chinese), tokenize(classes.usual)  # [C, 52], with 100 for [UNK]
+    assert not (aliases == 100).any()
+    differ = [alias != name for alias, name in zip(classes.chinese, classes.usual)]
+    assert (usual == 100).any(dim=1).tolist() == differ
+    assert (usual > 102).any(dim=1).all() and not set("".join(classes.usual)) & TRADITIONAL
+    assert len(usual.unique(dim=0)) == len(aliases.unique(dim=0)) == len(usual)
+
+
 @pytest.mark.parametrize("name", TABLE_11)
 def test_every_template_has_one_place_for_the_name(name):
     templates = read(name)[2]
@@ -165,3 +186,20 @@ def test_pets_are_sorted_whatever_the_case_and_countries_have_their_codes():
     assert pets == sorted(pets)
     codes = [english[0] for english, _ in read("country-211")[3]]
     assert all(re.fullmatch("[A-Z]{2}", code) for code in codes) and len(set(codes)) == 211
+
+
+def test_a_cars_year_is_first_and_a_sign_has_its_shape():
+    """2012款奥迪A5 reads right in every template, and a sign is told by what one sees from afar."""
+    for (english, *_), chinese in read("stanford-cars")[3]:
+        assert chinese.startswith(f"{english[-4:]}款") and chinese.count("款") == 1
+    looks = re.compile("(红边白底|白底灰色斜线|蓝色|白边黄底|红色|红底白色横杠).*(圆形|三角形|菱形|八角形).*“.+”标志")
+    signs = [chinese for _, chinese in read("gtsrb")[3]]
+    assert all(looks.fullmatch(sign) for sign in signs) and not any("“" in line for line in read("gtsrb")[2])
+    for word, shape in (("triangle", "三角形"), ("diamond", "菱形"), ("blue", "蓝色")):
+        assert [word in english[0] for english, _ in read("gtsrb")[3]] == [shape in sign for sign in signs]
+
+
+def test_every_aircraft_ends_in_its_kind():
+    """A word on some names only could raise or lower their scores."""
+    kinds = ("客机", "公务机", "运输机", "战斗机", "教练机", "双翼机", "小型飞机")
+    assert all(chinese.endswith(kinds) for _, chinese in read("fgvc-aircraft")[3])

@@ -142,9 +142,10 @@ def test_elevaters_file_and_the_measure_of_the_labels(weights, tmp_path, capsys)
     assert torch.equal(torch.tensor(written["predictions"][0]), shares.flip(0))
 
 
-def test_elevaters_order_of_classes_in_table_12_and_in_its_file(small_b16, weights, tmp_path):
+def test_elevaters_order_of_classes_in_table_12_and_in_its_file(small_b16, weights, tmp_path, monkeypatch):
     """The same pictures in folders by name, in our order, and by number, in ELEVATER's: the measure is the
     same, the columns are permuted. Without label.txt neither numbers nor a submission can be right."""
+    monkeypatch.chdir(tmp_path)
     names, theirs = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"], [0, 1, 2, 3, 6, 4, 5]
     folders = {"named": names, "numbered": [str(theirs.index(c)) for c in range(7)]}
     for name, places in folders.items():
@@ -237,7 +238,7 @@ def test_wrong_command_lines_end_with_2(arguments):
 
 @pytest.mark.parametrize("arguments, said", (
     (("zeroshot", "--data", "nowhere"), "nowhere: no such folder"), (("retrieval", "--data", "nowhere"), "nowhere"),
-    (("reproduce", "table2"), "table2 is measured on MUGE"), (("prompts",), "--data: not given")))
+    (("prompts",), "--data: not given")))
 def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
     code, last_words = typed("python -m tools.measure", *arguments, "--model", weights)
     assert code == 1 and last_words.startswith("error: ") and said in last_words
@@ -250,11 +251,10 @@ def test_wrong_data_end_with_1_and_one_line(weights, arguments, said):
     (("classify", "--out", "x.csv"), "label_cn.txt: not there; expected --labels"),
     (("classify", "--labels", "mnist", "--out", "x.csv"), "no pictures in it"),
     (("zeroshot", "--templates", "x"), "x: expected a file of lines with {}"),
-    (("reproduce", "table12"), "nowhere: no such folder"),
     (("retrieval",), "no pairs in it"), (("calibrate",), "no pairs in it")))
 def test_data_come_before_the_model(tmp_path, arguments, said):
     """A fault in the data is reported although the model is not there either."""
-    data = "dtd=nowhere" if arguments[0] == "reproduce" else str(tmp_path)
+    data = str(tmp_path)
     if "--templates" in arguments:
         write_folders(tmp_path, "水果", "动物", count=1)
     with pytest.raises(DataError) as caught:
@@ -329,6 +329,26 @@ def test_pictures_without_classes_are_classified_into_a_table(clip, weights, tmp
         shares = zeroshot.probabilities(feature @ core.ensemble(sentences).T, clip.logit_scale.exp().item())[0]
         assert row["class"] == ("水果", "蔬菜")[shares.argmax()]
         assert float(row["score"]) == pytest.approx(shares.max().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("flags, names", (([], ["漏斗菜", "玫瑰"]), (["--names", "usual"], ["耧斗菜", "玫瑰"])))
+def test_usual_names_stand_in_the_sentences(weights, tmp_path, monkeypatch, flags, names):
+    """In both programs, whatever the folders are called; shots are matched all the same."""
+    (tmp_path / "two.txt").write_text("metric: accuracy\na\t漏斗菜\t耧斗菜\nb\t玫瑰\n", encoding="utf-8")
+    data = write_folders(tmp_path / "set", "a", "b")
+    shots = write_folders(tmp_path / "more", "a", "b", colour="blue")
+    asked, real = [], core.sentence_features
+    for module in (core, measure, zeroshot):
+        monkeypatch.setattr(module, "sentence_features",
+                            lambda clip, names, some: asked.append(names) or real(clip, names, some))
+    common = ["--model", weights, "--data", data, "--labels", str(tmp_path / "two.txt"), "--device", "cpu", *flags]
+    core.main(["zeroshot", *common])
+    measure.main(["zeroshot", *common, "--shots", shots])
+    measure.main(["prompts", *common])
+    measure.main(["classify", *common, "--out", str(tmp_path / "found.csv")])
+    assert asked == [names] * 4
+    rows = (tmp_path / "found.csv").read_text("utf-8-sig").splitlines()[1:]
+    assert {row.split(",")[1] for row in rows} <= set(names)
 
 
 @pytest.mark.parametrize("task", measure.RUN)

@@ -123,7 +123,7 @@ def named(folder, counts: dict[str, int], first: int = 0) -> str:
 
 
 def open_named(folder: str, classes: list[str], taken=(), per_class: int = 0, seed: int = 0):
-    return shots.open_shots(folder, "", Classes([[] for _ in classes], classes), list(taken), per_class, seed)
+    return shots.open_shots(folder, "", Classes([[] for _ in classes], classes, classes), list(taken), per_class, seed)
 
 
 def test_classes_are_matched_by_name_and_the_seed_picks(tmp_path):
@@ -146,7 +146,7 @@ def test_wrong_shots_are_one_line(tmp_path):
     says(lambda: open_named(folder, NAMES), folder, "0 pictures of the class 花")
     says(lambda: open_named(folder, NAMES[:2], per_class=3), "2 pictures of the class 猫", "at least 3")
     says(lambda: open_named(f"{folder}/../shots", NAMES[:2], [f"{folder}/船/0.png"]), "船/0.png", "--data")
-    several = Classes([[], []], NAMES[:2], metric="map-11")
+    several = Classes([[], []], NAMES[:2], NAMES[:2], metric="map-11")
     says(lambda: shots.open_shots(folder, "voc-2007", several, [], 0, 0), folder, "voc-2007", "several")
 
 

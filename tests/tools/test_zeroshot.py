@@ -19,7 +19,7 @@ NAMES, TEMPLATES = ["猫", "船", "花"], ["一张{}的图片", "{}", "画着{}"
 
 
 def three(metric: str = "accuracy") -> Classes:
-    return Classes([[name] for name in NAMES], NAMES, metric)
+    return Classes([[name] for name in NAMES], NAMES, NAMES, metric)
 
 
 @pytest.fixture(scope="module")

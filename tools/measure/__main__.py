@@ -20,7 +20,7 @@ from PIL import Image
 from common import Flags, one_line_errors, rank, replace_text, sum_over_ranks, write_json
 from eval import (
     FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
-from sources.classes import class_lines, open_classes, read_classes, templates_for
+from sources.classes import NAMES, class_lines, open_classes, read_classes, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import PICTURES, DataError, Pairs, open_image, pictures_below
 from tools import onnx
@@ -124,7 +124,7 @@ def run_calibrate(args, load) -> tuple[dict, str]:
 
 
 def run_zeroshot(args, load) -> tuple[dict, str]:
-    classes, paths, labels = open_classes(args.data, args.labels)
+    classes, paths, labels = open_classes(args.data, args.labels, args.names)
     get_image, templates = lambda row: open_image(paths[row]), templates_for(classes, args.templates)
     shots = args.shots and open_shots(args.shots, args.labels, classes, paths, args.per_class, args.seed)
     data = args.labels or os.path.abspath(args.data)
@@ -159,9 +159,8 @@ def run_classify(args, load) -> tuple[dict, str]:
     all. Pictures that cannot be decoded have an empty class, and stderr names them."""
     own = os.path.join(args.data, "label_cn.txt")
     if not args.labels and not os.path.isfile(own):
-        raise DataError(f"{own}: not there; expected --labels, a file with a class name on each line, or one "
-                        "of labels/")
-    classes = read_classes(args.labels or own)
+        raise DataError(f"{own}: not there; expected --labels, a file of class names or one of labels/")
+    classes = read_classes(args.labels or own).usually_named(args.names == "usual")
     templates = templates_for(classes, args.templates)
     folder = os.fsencode(args.data)
     files = sorted(os.fsdecode(os.path.relpath(path, folder)) for path in pictures_below([folder])[0])
@@ -201,7 +200,7 @@ def run_prompts(args, load) -> tuple[dict, str]:
         return {"negation": found}, ""
     if not args.data:
         raise DataError("--data: not given; expected a folder of classes, or --negation, which needs none")
-    classes, paths, labels = open_classes(args.data, args.labels)
+    classes, paths, labels = open_classes(args.data, args.labels, args.names)
     templates = templates_for(classes, args.templates)
     found = zeroshot.prompts(load(), classes, lambda row: open_image(paths[row]), labels, templates)
     print(f"{classes.metric} in percent, {len(templates)} templates alone and all together, best first")
@@ -232,8 +231,7 @@ def main(argv: list[str] | None = None):
     add("--top-k", type=int, default=10, help="answers to each query (default: 10, as the scripts want it)")
     add = command("zeroshot", "classes", "classification by the data set's own measure").add_argument
     add("--submission", **file, help="write the predictions as ELEVATER's server takes them")
-    add("--shots", default="", metavar="FOLDER", help="also classify with the help of these other pictures, "
-        "in folders of the same classes")
+    add("--shots", default="", metavar="FOLDER", help="also use these other pictures, sorted like --data")
     add("--per-class", type=int, default=0, metavar="K", help="of --shots, only K of each class (0: all)")
     add("--seed", type=int, default=0, help="which K (default: 0)")
     for p in (commands.choices["retrieval"], commands.choices["zeroshot"]):
@@ -262,8 +260,7 @@ def main(argv: list[str] | None = None):
         "are: muge=path/to/MUGE (default: all, fetched by name)")
     add("--setup", default="zero-shot", choices=published.SETUPS, help="rows (default: zero-shot)")
     add("--train", action="store_true", help="of --setup finetune: run the paper's recipe first")
-    add("--names", default="theirs", choices=("theirs", "ours"), help="class names of the data set's own "
-        "label_cn.txt if it has one (default), or of labels/")
+    add("--names", default="theirs", choices=NAMES, help="as in zeroshot (default: theirs)")
     add("--templates", **file, help="sentences to use, with {} for the class name (default: ours)")
     add("--into", default="reproduced", metavar="FOLDER", help="of tables and features (default: reproduced)")
     args = parser.parse_args(argv)

@@ -23,14 +23,18 @@ from weights.read import digest
 FILES = ("image_features.npy", "text_features.npy")
 
 
-def kept_features(clip, pairs: Pairs, context_length: int, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_features(clip, pairs: Pairs, context_length: int, folder: str, replace_others: bool = False):
     """`eval.pair_features` [N_image, E] and [N_text, E], read from `folder`, or computed and kept there; only
-    computed if `folder` is ""."""
+    computed if `folder` is "". Features of something else are refused, or replaced."""
     if not folder:
         return pair_features(clip, pairs, context_length)
     origin = origin_of(clip, pairs, context_length)
     if os.path.isfile(os.path.join(folder, "features.json")):
-        return read_features(folder, origin)
+        try:
+            return read_features(folder, origin)
+        except DataError:
+            if not replace_others:
+                raise
     features = pair_features(clip, pairs, context_length)
     if rank() == 0:
         for name, array in zip(FILES, features):

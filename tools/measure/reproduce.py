@@ -155,7 +155,7 @@ def open_set(args, data: str, source: str) -> tuple:
     """A data set, fetched if need be: its pairs alone, or its pictures, classes and labels."""
     if args.table in published.RETRIEVAL:
         return (open_pairs(source, published.read_paper()[args.table].get("split", "test")),)
-    classes, paths, labels = open_classes(source, data, args.names == "theirs")
+    classes, paths, labels = open_classes(source, data, args.names)
     return Pictures(paths), classes, labels
 
 
@@ -165,7 +165,7 @@ def measured(args, clip, name: str, data: str, pairs: Pairs, classes=None, label
     official = copy.copy(pairs)
     official.image = lambda row: pairs.image(row).resize(size).convert("RGB")  # Pillow's default is bicubic
     context_length = 128 if args.table == "table10" else 52  # app. A.4
-    features = kept_features(clip, official, context_length, kept_in(args, name, data))
+    features = kept_features(clip, official, context_length, kept_in(args, name, data), True)
     if not classes:
         return published.retrieval_columns(retrieval(clip, pairs, features=features), args.table)
     sentences = sentence_features(clip, classes.chinese, templates_for(classes, args.templates))

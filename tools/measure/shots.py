@@ -27,13 +27,13 @@ def open_shots(folder: str, labels: str, classes: Classes, taken: list[str], per
     if classes.metric == "map-11":
         raise DataError(f"{folder}: shots need one class each, but {labels} has pictures of several")
     own, paths, numbers = open_classes(folder, labels)
-    if len(set(classes.chinese)) < len(classes.chinese):
+    if len(set(classes.usual)) < len(classes.usual):
         raise DataError(f"{folder}: shots are matched by names of classes, and two classes have the same one")
-    rows_of = {name: [] for name in own.chinese}
+    rows_of = {name: [] for name in own.usual}
     for row, number in enumerate(numbers.tolist()):
-        rows_of[own.chinese[number]].append(row)
+        rows_of[own.usual[number]].append(row)
     picked, shown, rng = [], [], random.Random(seed)
-    for number, name in enumerate(classes.chinese):
+    for number, name in enumerate(classes.usual):
         rows = rows_of.get(name, [])
         if len(rows) < max(1, per_class):
             raise DataError(f"{folder}: {len(rows)} pictures of the class {name}, expected at least "
