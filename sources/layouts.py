@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from sources import scenes
-from sources.named import at_hand
+from sources.named import PAIRS, at_hand
 from sources.pairs import (
     LIST_KEYS, DataError, Pairs, as_text, check_unchanged, kept, lines_of, parse_json, read_at, read_csv,
     read_jsonl, read_picture, require, stamp)
@@ -72,7 +72,8 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     hint += "; quoted, ~ is not the home folder" if source.startswith("~") else ""
     hint += "; folders are separated by /" if "\\" in source else ""
     raise DataError(f"{source}: {hint}; expected a folder with {split}_imgs.tsv and {split}_texts.jsonl, "
-                    f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh")
+                    f"{split}.jsonl, {split}.csv or {split}-*.tar, or tar shards, scenes-en or scenes-zh, or "
+                    f"one of {', '.join(PAIRS)}")
 
 
 def find(source: str, split: str) -> tuple[str, list[str]]:

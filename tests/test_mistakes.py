@@ -133,13 +133,13 @@ train --recipe muge --data photos
 train.py --data photos
     2 error: --data: --recipe demo draws its own pairs and starts from nothing; for your pairs --recipe muge --init ViT-B-16 (fine-tuning) or --recipe scratch (from nothing)
 train --recipe scratch --data potos
-    1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
+    1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh, or one of muge, flickr30k-cn, coco-cn
 train --recipe scratch --data photos/train.jsonl
     1 error: photos/train.jsonl: a file; name the folder that it is in, photos
 train --recipe scratch --data '~/photos'
-    1 error: ~/photos: no such folder; quoted, ~ is not the home folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
+    1 error: ~/photos: no such folder; quoted, ~ is not the home folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh, or one of muge, flickr30k-cn, coco-cn
 train --recipe scratch --data 'photos\2024'
-    1 error: photos\2024: no such folder; folders are separated by /; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
+    1 error: photos\2024: no such folder; folders are separated by /; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh, or one of muge, flickr30k-cn, coco-cn
 train --recipe scratch --data album
     1 error: album: no split 'valid' in it, only train; `python -m tools.curate split album NEW` makes a set that has one, and train.py takes another set as --valid-data
 train --recipe scratch --data photos --out photo.png
@@ -223,9 +223,9 @@ tools.weights convert vit.safetensors official.pt --to official
 tools.weights convert rn.safetensors hf --to huggingface
     1 error: hf: transformers has no Chinese CLIP with a ResNet; --to official or ours
 tools.weights download ViT-B-17
-    2 error: argument name: invalid choice: 'ViT-B-17' (choose from ...); add --help to see the flags
+    2 error: argument NAME: invalid choice: 'ViT-B-17' (choose from ...); add --help to see the flags
 tools.curate check potos
-    1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh
+    1 error: potos: no such folder; expected a folder with train_imgs.tsv and train_texts.jsonl, train.jsonl, train.csv or train-*.tar, or tar shards, scenes-en or scenes-zh, or one of muge, flickr30k-cn, coco-cn
 tools.curate filter photos album
     1 error: album: already there; name a new folder
 tools.curate check album --workers 0
@@ -235,13 +235,13 @@ tools.curate split photos new --valid 0.1
 tools.curate split album new --valid 2
     1 error: --valid 2.0: expected a share of the pairs, over 0 and under 1
 tools.measure classify --model vit.safetensors --data album --out found.csv
-    1 error: album/label_cn.txt: not there; expected --labels, a file with a class name on each line, or one of labels/
+    1 error: album/label_cn.txt: not there; expected --labels, a file of class names or one of labels/
 tools.measure zeroshot --model vit.safetensors --data goods --labels gbk-labels/label_cn.txt
     1 error: gbk-labels/label_cn.txt: not UTF-8 (invalid start byte); save it as UTF-8, for example by `iconv -f GBK -t UTF-8 OLD > NEW`
 tools.measure retrieval --model vit.safetensors --data photos --predictions p.jsonl --split valid
     1 error: --top-k 10: every query of --predictions gets that many answers, but text-to-image has only 8 to choose from
 tools.measure reproduce table2 --model vit.safetensors --data photos
-    1 error: table2 is measured on MUGE; expected one of these or more, such as --data MUGE=path/to/it, got photos
+    1 error: table2 is measured on MUGE; expected one of these or more, by name or such as --data MUGE=path/to/it, got photos
 train.py --recipe scratch --model ViT-tiny --data photos --init vit.safetensors
     2 error: --init: --recipe scratch has the rate of random weights, which would destroy those; --recipe direct keeps them, or give --lr
 train --recipe stage2 --data photos --init vit.safetensors --augment flip

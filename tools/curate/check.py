@@ -35,7 +35,7 @@ from sources.pairs import (
 from sources.shards import caption_in, is_file, members, sample_of
 from training.recipes import SMALL_FROM_NOTHING
 from training.report import repeats
-from weights.download import size_of
+from weights.transfer import size_of
 
 BATCH = SMALL_FROM_NOTHING["batch_size"]  # of the run that a newcomer starts
 CAP = 1000  # places that are kept of each kind; all of them are counted
