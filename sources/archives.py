@@ -18,36 +18,22 @@ import zlib
 from tqdm import tqdm
 
 from sources.pairs import DataError
+from weights.transfer import Readable
 
 RATIO, SMALL = 200, 1 << 20  # A member may grow 200 times, or to 1 MB: base64 grows 1.3, pictures 1.0 times.
 DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what they leave everywhere
 
 
-class Section(io.RawIOBase):
-    """The bytes [first, first + size) of a file, such as an archive that lies in another, as a file."""
+class Section(Readable):
+    """The bytes [first, first + size) of a file, such as an archive that lies in another."""
 
     def __init__(self, file, first: int, size: int):
-        self.file, self.first, self.size, self.position = file, first, size, 0
+        super().__init__(size)
+        self.file, self.first = file, first
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        self.file.seek(self.first + self.position)
-        data = self.file.read(min(len(buffer), max(0, self.size - self.position)))
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+    def bytes_at(self, position: int, count: int) -> bytes:
+        self.file.seek(self.first + position)
+        return self.file.read(count)
 
 
 def open_zip(file, name: str) -> zipfile.ZipFile:

@@ -34,6 +34,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.wrong_range = False
         self.content_type = "application/octet-stream"
         self.stall = 0  # seconds without a byte, once
+        self.delay = 0  # seconds before each answer
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()  # sees in 10 ms that it shall end
 
     @property
@@ -49,6 +50,7 @@ class Hub(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub: Hub = self.server
+        threading.Event().wait(hub.delay)
         asked, path = self.headers.get("Range"), urllib.parse.unquote(self.path)
         if asked != "bytes=0-0":
             hub.requests.append((self.path, asked))

@@ -209,16 +209,11 @@ def size_of(path: str) -> int:
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
-class RemoteFile(io.RawIOBase):
-    """A file on a host that knows ranges, to be read and sought like one on the disk, as zipfile does. To
-    read on costs one request a block; to jump begins another row of blocks."""
+class Readable(io.RawIOBase):
+    """A file of `size` bytes that can be read and sought, for zipfile; a subclass has bytes_at."""
 
-    def __init__(self, url: str):
-        self.url, self.row, self.position = url, None, 0
-        self.block, self.block_start = b"", 0
-        self.remote = persist(url, lambda: ask(url))
-        if not self.remote.ranges:
-            raise HostError(f"{url}: its host sends no parts of files; download it whole, by hand")
+    def __init__(self, size: int):
+        self.size, self.position = size, 0
 
     def readable(self) -> bool:
         return True
@@ -226,31 +221,45 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.remote.size)[whence]
+        self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
     def readinto(self, buffer) -> int:
-        """As many bytes as are at hand from `position` on; 0 at the end."""
-        if self.position >= self.remote.size:
-            return 0
-        while not self.block_start <= self.position < self.block_start + len(self.block):
-            persist(self.url, self.read_on)
-        data = self.block[self.position - self.block_start :][: len(buffer)]
+        count = min(len(buffer), self.size - self.position)
+        data = self.bytes_at(self.position, count) if count > 0 else b""
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
 
-    def read_on(self):
+    def bytes_at(self, position: int, count: int) -> bytes:
+        """At least one and at most `count` bytes from `position` on."""
+
+
+class RemoteFile(Readable):
+    """A file on a host that knows ranges. To read on costs one request a block; to jump begins another row of
+    blocks. HostError if the host does not, or the file changes."""
+
+    def __init__(self, url: str):
+        self.url, self.row, self.block, self.block_start = url, None, b"", 0
+        self.remote = persist(url, lambda: ask(url))
+        if not self.remote.ranges:
+            raise HostError(f"{url}: its host sends no parts of files; download it whole, by hand")
+        super().__init__(self.remote.size)
+
+    def bytes_at(self, position: int, count: int) -> bytes:
+        while not 0 <= position - self.block_start < len(self.block):
+            persist(self.url, lambda: self.read_on(position))
+        start = position - self.block_start
+        return self.block[start : start + count]
+
+    def read_on(self, position: int):
         """Take the next block of the row, or the first of a new row if the position is not just ahead."""
         end = self.block_start + len(self.block)
-        if self.row is None or not end <= self.position <= end + TOGETHER * BLOCK:
-            self.close_row()
-            remote, end = ask(self.url), self.position
-            if (remote.size, remote.sha256) != (self.remote.size, self.remote.sha256):
+        if self.row is None or not end <= position <= end + TOGETHER * BLOCK:
+            self.end_row()
+            remote, end = ask(self.url), position
+            if (remote.size, remote.sha256) != (self.size, self.remote.sha256):
                 raise HostError(f"{self.url}: the file changed while it was read; repeat the command")
             self.row = blocks(remote, end)
         self.block, self.block_start = b"", end
@@ -260,11 +269,11 @@ class RemoteFile(io.RawIOBase):
             self.row = None
             raise
 
-    def close_row(self):
+    def end_row(self):
         if self.row:
             self.row.close()
         self.row = None
 
     def close(self):
-        self.close_row()
+        self.end_row()
         super().close()

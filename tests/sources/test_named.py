@@ -103,9 +103,9 @@ def test_the_archive_is_replaced_while_it_is_read(cache, hub, monkeypatch):
     monkeypatch.setattr(transfer, "BLOCK", 1000)
     original = transfer.RemoteFile.read_on
 
-    def other(self):
+    def other(self, position):
         hub.files[ELEVATER] += b"1"
-        return original(self)
+        return original(self, position)
     monkeypatch.setattr(transfer.RemoteFile, "read_on", other)
     with pytest.raises(DataError, match="the file changed while it was read; repeat the command|.* and sends another part"):
         at_hand("mnist")

@@ -210,6 +210,8 @@ def plant_official(folder: Path) -> tuple[set, set]:
     plant("odd characters", jsonl, text_line(5305, text="猫\x07狗", image_ids=[1000]))
     plant("odd characters", jsonl, text_line(5306, text="猫&amp;狗", image_ids=[1000]))
     plant("odd characters", jsonl, text_line(5307, text="猫&#x732B;", image_ids=[1000]))
+    plant("tags in the caption", jsonl, text_line(5308, text="小狗/n 在/p 草地/n 上/f", image_ids=[1000]))
+    plant("tags in the caption", jsonl, text_line(5309, text="一只:m 狗:n", image_ids=[1000]))
     good(2)
     write_lines(folder / "train_imgs.tsv", tsv)
     write_lines(folder / "train_texts.jsonl", jsonl)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -241,3 +242,60 @@ def test_data_that_are_not_named_are_asked_for_before_anything_is_loaded(data, p
 def test_icr_is_not_public(small):
     with pytest.raises(DataError, match="ICR is not public; expected --data ICR=path/to/it"):
         measure.main(["reproduce", "table10", "--models", small, "--device", "cpu"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# killed and started again
+
+CHILD = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import model
+from checkpoints import VIT
+from tools.measure import __main__ as measure, reproduce
+from weights import download, transfer
+transfer.BLOCK = 20_000
+for name in download.RELEASED:
+    model.MODELS[name] = model.MODELS[VIT]
+reproduce.row_of = lambda clip: "ViT-B-16"
+print("begun", flush=True)
+measure.main(["reproduce", "table12", "--models", "ViT-B-16", "RN50", "--data", "mnist", "dtd", "voc-2007",
+              "--device", "cpu", "--into", sys.argv[1]])
+"""
+
+
+def killed_and_started_again(published, tmp_path, kills: int):
+    """Every end is that of the run that nobody disturbed, from an empty cache, and nothing unfinished stays."""
+    published.delay = 0.01  # of each answer: otherwise nothing would be on its way when the kill comes
+    script = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    rng = random.Random(0)
+
+    def begin(name: str) -> subprocess.Popen:
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}"), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", script, f"into-{name}"], cwd=tmp_path, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def whole(name: str) -> list:
+        process = begin(name)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return json.loads((tmp_path / f"into-{name}" / "table12-zero-shot.json").read_text(encoding="utf-8"))["rows"]
+
+    start = time.perf_counter()
+    expected = whole("whole")
+    seconds = time.perf_counter() - start
+    for kill in range(kills):
+        name = f"killed-{kill // 4}"  # four times, then to the end
+        process = begin(name)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, seconds / 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if kill % 4 == 3 or kill == kills - 1:
+            assert whole(name) == expected
+            left = [path.name for path in (tmp_path / f"cache-{name}").rglob("*") if path.suffix in (".part", ".tmp", ".zip")]
+            assert left == []
+
+
+def test_killed_and_started_again(published, tmp_path):
+    killed_and_started_again(published, tmp_path, int(os.environ.get("KILLS", 2)))

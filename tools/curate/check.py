@@ -51,7 +51,7 @@ ERRORS = (  # kinds of fault at which a run stops, or from which it should not l
 NOTES = (  # what is worth knowing; docs/data.md says why
     "no image_ids", "no answers", "picture unused", "large picture", "CMYK", "16 bits", "animated",
     "transparent", "sideways", "tiny picture", "repeated picture", "picture in train too", "long caption",
-    "repeated caption", "caption in train too", "odd characters")
+    "repeated caption", "caption in train too", "odd characters", "tags in the caption")
 
 # ------------------------------------------------------------------------------------------------------------
 # what is found
@@ -112,6 +112,8 @@ class Piece(Findings):
             odd = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]|&(#\\d+|#x[0-9a-f]+|[a-z]+\\d*);"
             if found := re.search(odd, text, re.IGNORECASE):
                 self.fault("odd characters", place, f"{found[0]!a} in {text}")
+            if len(tags := re.findall(r"[\u3400-\u9fff][/:_]\w{1,4}(?=\s|$)", text, re.ASCII)) > 1:
+                self.fault("tags in the caption", place, f"{tags[0]} in {text}")  # of speech, as 狗/n
             self.rows["captions"].append((digest(text), at))
             return digest(text)
         return 0

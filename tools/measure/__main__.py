@@ -3,7 +3,7 @@ The rarer measurements, the paper's tables, and files for others to read; docs/m
 
     python -m tools.measure zeroshot  --model ViT-B-16 --data path/to/voc-2007 --labels voc-2007
     python -m tools.measure zeroshot  --model ViT-B-16 --data goods --shots some-goods --per-class 4
-    python -m tools.measure reproduce table2 --model ViT-B-16
+    python -m tools.measure reproduce table2 --models ViT-B-16
 """
 
 import collections
