@@ -187,6 +187,8 @@ def write_stand_ins(folder: Path):
         names = {"label_cn.txt": labels.chinese, "label.txt": [spellings[0] for spellings in labels.english]}
         for file, lines in names.items():
             (folder / data / file).write_text("\n".join(lines), encoding="utf-8")
+    for data, name in (("MUGE", "muge"), ("elevater/cifar-10", "cifar-10"), ("elevater/dtd", "dtd")):
+        shutil.copytree(folder / data, folder / "cache" / name)
     vit, rn = built(VIT), built(RN)
     for act, clip in (("photos/scratch", rn), ("muge/muge", vit), ("stage2", rn)):
         (folder / "out" / act).mkdir(parents=True)
@@ -194,8 +196,9 @@ def write_stand_ins(folder: Path):
     shutil.copy(ROOT / "docs" / "retrieval.png", folder / "out")
     torch.save(official(vit.state_dict()), folder / "clip_cn_vit-b-16.pt")
     for cache, name in (("cache", "ViT-B-16"), ("carry", "ViT-B-16"), ("cache", "ViT-L-14"),
-                        ("cache", "openai-ViT-B-16"), ("cache", "chinese-roberta-wwm-ext")):
-        file = folder / cache / name / download.address(name).rsplit("/", 1)[-1]
+                        ("cache", "openai-ViT-B-16"), ("cache", "chinese-roberta-wwm-ext"),
+                        ("cache", "qa-ViT-B-16")):
+        file = folder / cache / name / download.SOURCES[name].rsplit("/", 1)[-1]
         file.parent.mkdir(parents=True)
         shutil.copy(folder / "clip_cn_vit-b-16.pt", file)  # has both towers
 
