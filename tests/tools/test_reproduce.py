@@ -264,6 +264,22 @@ measure.main(["reproduce", "table12", "--models", "ViT-B-16", "RN50", "--data", 
 """
 
 
+def test_two_ranks_measure_what_one_does(published, tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(root=str(ROOT), tests=str(ROOT / "tests")), encoding="utf-8")
+    rows = {}
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([sys.executable, *start, str(script), name], cwd=tmp_path, env=env, timeout=300,
+                               capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        rows[name] = json.loads((tmp_path / name / "table12-zero-shot.json").read_text(encoding="utf-8"))["rows"]
+    for one, two in zip(rows["one"], rows["two"], strict=True):
+        assert one["data"] == two["data"] and one["measured"] == pytest.approx(two["measured"])
+    asked = [one for path, one in published.requests if path.startswith("/bytes") and "rn50" in path]
+    assert len(asked) == 2 * len(set(asked))  # each run fetched it once, not each process
+
+
 def killed_and_started_again(published, tmp_path, kills: int):
     """Every end is that of the run that nobody disturbed, from an empty cache, and nothing unfinished stays."""
     published.delay = 0.01  # of each answer: otherwise nothing would be on its way when the kill comes

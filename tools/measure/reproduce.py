@@ -42,8 +42,7 @@ BEST = "the best of them"  # Table 5 has one row for the five models
 def run_reproduce(args, load) -> tuple[dict, str]:
     table, sets = args.table, published.data_sets(args.table, args.data)
     setup = "finetune" if table == "table10" else args.setup
-    if rank() == 0:
-        announce(args, sets)
+    announce(args, sets)
     opened, rows, failed, loaded = {}, [], [], ""
     for data in sets:  # before any model is fetched
         with noted(failed, data):
@@ -184,6 +183,8 @@ def finetuned(args, name: str, data: str, source: str) -> str:
              "--out", folder]
     command = shlex.join(["train.py", *flags])
     print(f"{name} on {data}: python {command}", flush=True)
+    if args.train and world_size() > 1:
+        raise DataError("--train: starts processes of its own; run it without torchrun, or the recipe with it")
     if args.train and (status := subprocess.run([sys.executable, TRAIN, *flags]).returncode):
         raise DataError(f"{command} ended with {status}; the same command continues")
     if not os.path.isfile(path):
