@@ -13,14 +13,12 @@ import torch
 from eval import accuracy, encode_images, ensemble, hits, sentence_features
 from sources import scenes
 from sources.classes import Classes, by_class, read_text
+from sources.named import OTHERWISE
 from sources.pairs import DataError
 from tools.measure.metrics import map_11, mean_per_class, roc_auc
 from tools.measure.shots import few_shots
 
-# ELEVATER's names for data sets of labels/, where they differ
-ELEVATER = {"country-211": "country211", "eurosat": "eurosat_clip", "resisc-45": "resisc45_clip",
-            "fgvc-aircraft": "fgvc-aircraft-2013b-variants102", "oxford-flowers-102": "oxford-flower-102",
-            "voc-2007": "voc-2007-classification"}
+ELEVATER = {"country-211": "country211"} | OTHERWISE  # its names for data sets of labels/, where they differ
 
 
 def own_zero_shot(
