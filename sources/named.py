@@ -40,13 +40,18 @@ def bare_name(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum()) or name
 
 
+def is_published(name: str) -> bool:
+    """Whether this is the name of a data set below, and no path here."""
+    return name.lower() in (*PAIRS, *CLASSES) and not os.path.exists(name)
+
+
 def at_hand(name_or_path: str, root: str = "") -> str:
     """The folder of a published data set, which is downloaded if it is not in `root`, by default the cache
     folder. Anything else, and what is a path here, stays as it is. DataError or WeightsError if it cannot be
     had."""
-    name = name_or_path.lower()
-    if name not in PAIRS and name not in CLASSES or os.path.exists(name_or_path) and not root:
+    if not is_published(name_or_path) and not root:
         return name_or_path
+    name = name_or_path.lower()
     folder = os.path.join(root or download.CACHE, name)
     if not os.path.isdir(folder):
         try:

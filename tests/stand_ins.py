@@ -1,11 +1,11 @@
 """Small sets to measure on, in the layouts that users have, and recall restated in plain Python."""
 
 import base64
+import functools
 import io
 import json
 import os
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,17 +58,17 @@ def write_official(folder, split: str, count: int = 12, answers: bool = True) ->
     return str(folder)
 
 
-def write_zip(path, members: dict[str, bytes], compression=zipfile.ZIP_DEFLATED) -> bytes:
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def write_zip(members: dict[str, bytes], compression=zipfile.ZIP_DEFLATED) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    return Path(path).read_bytes()
+    return file.getvalue()
 
 
-def elevater(folder, names, train: int = 1) -> bytes:
+@functools.cache
+def elevater(names: tuple[str, ...], train: int = 1) -> bytes:
     """ELEVATER_all.zip with a zip for each of these data sets: one picture of every class to test on, and as
     many as `train` says to train on."""
-    folder.mkdir(exist_ok=True)
     outer = {}
     for name in names:
         classes = read_classes(name)
@@ -83,8 +83,8 @@ def elevater(folder, names, train: int = 1) -> bytes:
                     members[f"{part}/{number}/{n}.png"] = png.getvalue()
         if classes.metric == "map-11":
             members["test.txt"] = "".join(f"test/{c:03d}/0.png\t{c}\n" for c in range(len(english))).encode()
-        outer[f"ELEVATER_all/{OTHERWISE.get(name, name)}.zip"] = write_zip(folder / "inner.zip", members)
-    return write_zip(folder / "outer.zip", outer, zipfile.ZIP_STORED)
+        outer[f"ELEVATER_all/{OTHERWISE.get(name, name)}.zip"] = write_zip(members)
+    return write_zip(outer, zipfile.ZIP_STORED)
 
 
 def lines_of(path) -> list[dict]:

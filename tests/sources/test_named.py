@@ -27,8 +27,8 @@ def cache(hub, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "cache"))
     for split in ("train", "valid"):
         folder = Path(write_official(tmp_path / "made", split))
-    hub.files[MUGE] = write_zip(tmp_path / "made.zip", {f"MUGE/{p.name}": p.read_bytes() for p in folder.iterdir()})
-    hub.files[ELEVATER] = elevater(tmp_path / "elevater", ("mnist", "eurosat", "dtd", "gtsrb"), train=20)
+    hub.files[MUGE] = write_zip({f"MUGE/{p.name}": p.read_bytes() for p in folder.iterdir()})
+    hub.files[ELEVATER] = elevater(("mnist", "eurosat", "dtd", "gtsrb"), train=20)
     return tmp_path / "cache"
 
 

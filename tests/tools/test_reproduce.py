@@ -57,8 +57,8 @@ def published(hub, small, tmp_path, monkeypatch):
     for split, file in (("valid", "MUGE"), ("test", "Flickr30k-CN"), ("test", "COCO-CN")):
         folder = Path(write_official(tmp_path / "made", split))
         members = {f"{file}/{path.name}": path.read_bytes() for path in folder.iterdir() if path.name.startswith(split)}
-        hub.add(f"{RELEASE}/{file}.zip", write_zip(tmp_path / "made.zip", members))
-    hub.add(f"{RELEASE}/ELEVATER_all.zip", elevater(tmp_path / "elevater", named.CLASSES))
+        hub.add(f"{RELEASE}/{file}.zip", write_zip(members))
+    hub.add(f"{RELEASE}/ELEVATER_all.zip", elevater(named.CLASSES))
     return hub
 
 
@@ -93,7 +93,8 @@ def test_table_2_from_nothing_but_its_name(published, clip, tmp_path, capsys):
 
 @pytest.mark.parametrize("table, sets, figures", [("table3", 1, 6), ("table4", 1, 6), ("table5", 10, 1), ("table12", 20, 1)])
 def test_every_table_from_its_name(table, sets, figures, published):
-    rows = run(table, "--models", NAME)["rows"]
+    Path("short.txt").write_text("{}\n", encoding="utf-8")  # 1,200 classes with 90 templates would take long
+    rows = run(table, "--models", NAME, *(["--templates", "short.txt"] if sets > 1 else []))["rows"]
     assert len([row for row in rows if row["model"] == NAME]) == sets * figures + (table == "table12")
     assert all(row["published"] is not None for row in rows)
     text = Path(f"reproduced/{table}-zero-shot.md").read_text(encoding="utf-8")
@@ -102,11 +103,12 @@ def test_every_table_from_its_name(table, sets, figures, published):
 
 
 def test_the_average_and_the_best_of_several(published):
-    rows = run("table12", "--models", NAME, "RN50")["rows"]
+    Path("short.txt").write_text("{}\n", encoding="utf-8")
+    rows = run("table12", "--models", NAME, "RN50", "--templates", "short.txt")["rows"]
     for name in (NAME, "RN50"):
         mine = {row["column"]: row["measured"] for row in rows if row["model"] == name}
         assert mine.pop("average") == pytest.approx(sum(mine.values()) / 20)
-    rows = run("table5", "--models", NAME, "RN50")["rows"]
+    rows = run("table5", "--models", NAME, "RN50", "--templates", "short.txt")["rows"]
     assert len(rows) == 30 and rows[-1]["model"] == reproduce.BEST and rows[-1]["measured"] == max(
         row["measured"] for row in rows[:-1] if row["data"] == rows[-1]["data"])
 
@@ -259,7 +261,7 @@ for name in download.RELEASED:
     model.MODELS[name] = model.MODELS[VIT]
 reproduce.row_of = lambda clip: "ViT-B-16"
 print("begun", flush=True)
-measure.main(["reproduce", "table12", "--models", "ViT-B-16", "RN50", "--data", "mnist", "dtd", "voc-2007",
+measure.main(["reproduce", "table12", "--models", "ViT-B-16", "RN50", "--data", "mnist", "voc-2007",
               "--device", "cpu", "--into", sys.argv[1]])
 """
 
@@ -314,4 +316,4 @@ def killed_and_started_again(published, tmp_path, kills: int):
 
 
 def test_killed_and_started_again(published, tmp_path):
-    killed_and_started_again(published, tmp_path, int(os.environ.get("KILLS", 2)))
+    killed_and_started_again(published, tmp_path, int(os.environ.get("KILLS", 1)))

@@ -42,9 +42,11 @@ BEST = "the best of them"  # Table 5 has one row for the five models
 def run_reproduce(args, load) -> tuple[dict, str]:
     table, sets = args.table, published.data_sets(args.table, args.data)
     setup = "finetune" if table == "table10" else args.setup
+    rows, failed, loaded = [], [], ""
+    by_name = [data for data, source in sets.items() if named.is_published(source)]
+    opened = {data: open_set(args, data, sets[data]) for data in sets if data not in by_name}
     announce(args, sets)
-    opened, rows, failed, loaded = {}, [], [], ""
-    for data in sets:  # before any model is fetched
+    for data in by_name:  # before any model is fetched
         with noted(failed, data):
             opened[data] = open_set(args, data, sets[data])
     for name, data in [(name, data) for name in args.models for data in opened]:
@@ -87,7 +89,7 @@ def row_of(clip) -> str:
 def announce(args, sets: dict[str, str]):
     """Print what will be fetched, and how long the pictures and captions of each data set will take here."""
     sizes = {name: download.to_fetch(name) for name in args.models if not os.path.exists(name)} | {
-        source: named.to_fetch(source) for source in sets.values() if not os.path.exists(source)}
+        source: named.to_fetch(source) for source in sets.values() if named.is_published(source)}
     for name, size in sizes.items():
         print(f"{name}: " + ("is there" if size == 0 else
                              f"{size / 1e9:.2f} GB to fetch" if size else "to fetch, of unknown size"))
