@@ -109,12 +109,12 @@ def member_of(outer: zipfile.ZipFile, where: str, name: str) -> zipfile.ZipInfo:
     return members[found.pop()]
 
 
-def to_fetch(name: str, root: str = "") -> int | None:
-    """The bytes that `at_hand` would download, at most: 0 if it is there, None if the host does not say."""
-    if os.path.isdir(os.path.join(root or download.CACHE, name)):
-        return 0
-    if name in PAIRS:
-        return download.size_at_host(f"{RELEASE}/{PAIRS[name]}")
-    with contextlib.suppress(DataError), elevater(root or download.CACHE) as (outer, where):
-        return member_of(outer, where, name).compress_size
-    return None
+def to_fetch(names: list[str]) -> dict[str, int | None]:
+    """By name, the bytes that `at_hand` would download, at most: 0 if it is there, None if no host says."""
+    sizes = {name: 0 if os.path.isdir(os.path.join(download.CACHE, name)) else None for name in names}
+    absent = [name for name in names if sizes[name] is None]
+    sizes |= {name: download.size_at_host(f"{RELEASE}/{PAIRS[name]}") for name in absent if name in PAIRS}
+    if classes := [name for name in absent if name in CLASSES]:
+        with contextlib.suppress(DataError), elevater(download.CACHE) as found:
+            sizes |= {name: member_of(*found, name).compress_size for name in classes}
+    return sizes

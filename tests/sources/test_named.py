@@ -136,11 +136,11 @@ def test_a_full_disk(cache, monkeypatch):
 
 
 def test_sizes_before_anything_is_fetched(cache, hub):
-    assert named.to_fetch("muge") == len(hub.files[MUGE])
-    assert 0 < named.to_fetch("dtd") < len(hub.files[ELEVATER])
-    assert named.to_fetch("cifar-10") is None
+    sizes = named.to_fetch(["muge", "dtd", "coco-cn"])
+    assert sizes["muge"] == len(hub.files[MUGE]) and 0 < sizes["dtd"] < len(hub.files[ELEVATER])
+    assert sizes["coco-cn"] is None and named.to_fetch(["cifar-10"]) == {"cifar-10": None}
     at_hand("muge")
-    assert named.to_fetch("muge") == 0
+    assert named.to_fetch(["muge"]) == {"muge": 0}
 
 
 def test_one_command_for_weights_and_data(cache, hub, tmp_path, capsys):

@@ -88,8 +88,8 @@ def row_of(clip) -> str:
 
 def announce(args, sets: dict[str, str]):
     """Print what will be fetched, and how long the pictures and captions of each data set will take here."""
-    sizes = {name: download.to_fetch(name) for name in args.models if not os.path.exists(name)} | {
-        source: named.to_fetch(source) for source in sets.values() if named.is_published(source)}
+    sizes = {name: download.to_fetch(name) for name in args.models if not os.path.exists(name)}
+    sizes |= named.to_fetch([source for source in sets.values() if named.is_published(source)])
     for name, size in sizes.items():
         print(f"{name}: " + ("is there" if size == 0 else
                              f"{size / 1e9:.2f} GB to fetch" if size else "to fetch, of unknown size"))
