@@ -139,10 +139,8 @@ def download(names: list[str], to: str, hub: str):
     """Fetch published files, from `hub` if it has them."""
     os.environ["ZHCLIP_HUB"] = hub
     for name in names:
-        if name in SOURCES:
-            done(fetch(name, to))
-        else:
-            done(at_hand(name, to), then="curate check")
+        then = "curate check" if name in PAIRS else "measure prompts --model ViT-B-16 --data"
+        done(fetch(name, to)) if name in SOURCES else done(at_hand(name, to), then=then)
 
 
 def info(file: str):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import VIT, built, official
 from conftest import ROOT
-from hub import FILE, NAME, PATH
+from hub import NAME
 from PIL import Image
 from stand_ins import elevater, write_folders, write_official, write_zip
 
@@ -27,6 +27,7 @@ from sources.pairs import DataError
 from tools.measure import __main__ as measure
 from tools.measure import reproduce
 from weights import download
+from weights.names import WeightsError
 
 RELEASE = "datasets/OFA-Sys/chinese-clip-eval"
 
@@ -80,9 +81,10 @@ def test_table_2_from_nothing_but_its_name(published, clip, tmp_path, capsys):
     assert rows["MR"]["measured"] == pytest.approx(expected["mean"])
     assert rows["t2i_R@1"]["published"] == 52.1 and rows["t2i_R@1"]["row"] == NAME
     assert rows["t2i_R@1"]["gap"] == pytest.approx(expected["R@1"] - 52.1)
-    assert re.search(rf"{NAME}: 0\.\d\d GB to fetch\nmuge: 0\.\d\d GB to fetch\n", said)  # before anything else
+    assert re.search(rf"{NAME}: 3\.\d MB to fetch\nmuge: 0\.\d MB to fetch\n", said)  # before anything else
     assert re.search(rf"{NAME}: .+ pictures and .+ captions a second here\n   MUGE: 29,806 pictures, 5,008 sentences, "
                      "about .+ minutes", said)
+    assert "MUGE: 12 pictures are here, the paper's split has 29,806" in said
     assert "49.5 R2D2 ViT-L-14" in said and said.endswith(os.path.join("reproduced", "table2-zero-shot.md") + "\n")
     lines = Path("reproduced/table2-zero-shot.md").read_text(encoding="utf-8").splitlines()
     assert lines[2:6] == ["|  |  | t2i_R@1 | t2i_R@5 | t2i_R@10 | MR | verdict |", "|---|---|---|---|---|---|---|",
@@ -113,6 +115,12 @@ def test_the_average_and_the_best_of_several(published):
         row["measured"] for row in rows[:-1] if row["data"] == rows[-1]["data"])
 
 
+def test_a_model_that_nobody_published(published):
+    with pytest.raises(WeightsError, match="RN51: no such file, and none of RN50, ViT-B-16, .*qa-RN50"):
+        run("table2", "--models", "RN51")
+    assert not published.requests
+
+
 def test_qa_clip_is_measured_without_the_papers_figures(published):
     rows = run("table2", "--models", "qa-ViT-B-16")["rows"]
     assert len(rows) == 4 and all(row["published"] is None for row in rows)
@@ -133,8 +141,9 @@ def test_a_set_that_fails_does_not_stop_the_others(published, capsys):
     inner = hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"]
     at = inner.index(b"label_cn.txt", inner.index(b"dtd.zip"))  # within the member, in dtd.zip's own list
     hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"] = inner[: at + 60] + b"\0\0\0\0" + inner[at + 64 :]
-    with pytest.raises(DataError, match="table12: 1 failed; .*dtd.zip: '.*' is broken"):
+    with pytest.raises(DataError, match="table12: 1 failed, as said above; what was measured is in reproduced"):
         run("table12", "--models", NAME, "--data", "dtd", "mnist")
+    assert re.search("dtd.zip: '.*' is broken", capsys.readouterr().err)
     assert "mnist" in Path("reproduced/table12-zero-shot.md").read_text(encoding="utf-8")
     assert not (Path(download.CACHE) / "dtd").exists()
 
@@ -164,11 +173,14 @@ def named_by_us(name: str) -> list[str]:
     return read_classes(name).chinese
 
 
-def test_finetuned_rows(published, monkeypatch):
+def test_finetuned_rows(published, monkeypatch, capsys):
     """The recipe is printed, and run if --train says so; then its best weights are measured."""
     command = ("table2", "--setup", "finetune", "--models", NAME)
-    with pytest.raises(DataError, match="not there; add --train, or first run torchrun .* --recipe muge"):
+    with pytest.raises(DataError, match="table2: 1 failed, as said above; what was measured is in "):
         run(*command)
+    said = capsys.readouterr()
+    assert f"python train.py --recipe muge --model {NAME} --init {NAME} --data muge" in said.out
+    assert "best.safetensors: not there; add --train, or first run this command" in said.err
     ran = []
 
     def train(arguments):
@@ -183,8 +195,9 @@ def test_finetuned_rows(published, monkeypatch):
     assert ran == [["--recipe", "muge", "--model", NAME, "--init", NAME, "--data", "muge", "--out", out]]
     assert rows[0]["published"] == 60.6 or rows[0]["published"] is not None
     monkeypatch.setattr(reproduce.subprocess, "run", lambda arguments: subprocess.CompletedProcess(arguments, 3))
-    with pytest.raises(DataError, match="ended with 3; the same command continues"):
+    with pytest.raises(DataError, match="1 failed"):
         run(*command, "--train")
+    assert "ended with 3; the same command continues" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from tools.measure import published
 from tools.measure.kept import kept_features
 from tools.measure.zeroshot import own_measure
 from weights import download
+from weights.names import WeightsError
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(model.__file__)), "train.py")
 # pictures and captions of the splits that the paper measures on, where they are public
@@ -43,12 +44,18 @@ def run_reproduce(args, load) -> tuple[dict, str]:
     table, sets = args.table, published.data_sets(args.table, args.data)
     setup = "finetune" if table == "table10" else args.setup
     rows, failed, loaded = [], [], ""
+    for name in args.models:  # before anything is fetched
+        if not os.path.exists(name) and name not in download.COMPLETE:
+            raise WeightsError(f"{name}: no such file, and none of {', '.join(download.COMPLETE)}")
     by_name = [data for data, source in sets.items() if named.is_published(source)]
     opened = {data: open_set(args, data, sets[data]) for data in sets if data not in by_name}
     announce(args, sets)
     for data in by_name:  # before any model is fetched
         with noted(failed, data):
             opened[data] = open_set(args, data, sets[data])
+    for data, (pairs, *_) in opened.items():
+        if (said := size_of(data)[0]) not in (0, pairs.image_count):
+            print(f"{data}: {pairs.image_count:,} pictures are here, the paper's split has {said:,}")
     for name, data in [(name, data) for name in args.models for data in opened]:
         with noted(failed, f"{name} on {data}"):
             args.model = finetuned(args, name, data, sets[data]) if setup == "finetune" else name
@@ -61,10 +68,11 @@ def run_reproduce(args, load) -> tuple[dict, str]:
             rows += [{"model": name, "row": ours} | row for row in found]
             report(args, setup, rows)
     rows += summaries(table, setup, rows)
+    path = report(args, setup, rows)
     if failed:
-        raise DataError(f"{args.table}: {len(failed)} failed; {failed[0]}")
-    return {"title": published.read_paper()[table]["title"], "setup": setup, "rows": rows}, (
-        f"next: see {report(args, setup, rows)}")
+        raise DataError(f"{table}: {len(failed)} failed, as said above; what was measured is in {path}")
+    title = published.read_paper()[table]["title"]
+    return {"title": title, "setup": setup, "rows": rows}, f"next: see {path}"
 
 
 @contextlib.contextmanager
@@ -92,7 +100,7 @@ def announce(args, sets: dict[str, str]):
     sizes |= named.to_fetch([source for source in sets.values() if named.is_published(source)])
     for name, size in sizes.items():
         print(f"{name}: " + ("is there" if size == 0 else
-                             f"{size / 1e9:.2f} GB to fetch" if size else "to fetch, of unknown size"))
+                             f"{size / 1e6:,.1f} MB to fetch" if size else "to fetch, of unknown size"))
     device = join_processes(args.device)
     for name in args.models:
         config = model.MODELS.get(name.removeprefix("qa-"))
@@ -101,7 +109,7 @@ def announce(args, sets: dict[str, str]):
         pictures_s, texts_s = rates(model.ChineseCLIP(config).to(device).eval())
         print(f"{name}: {pictures_s:.3g} pictures and {texts_s:.3g} captions a second here")
         for data in sets:
-            pictures, texts = RETRIEVAL_SIZES.get(data) or size_of_classes(data)
+            pictures, texts = size_of(data)
             kept = os.path.isfile(os.path.join(kept_in(args, name, data), "features.json"))
             minutes = ((0 if kept else pictures / pictures_s) + texts / texts_s) / 60 / world_size()
             if pictures:
@@ -109,8 +117,10 @@ def announce(args, sets: dict[str, str]):
                       + ", as the features of its pictures are kept" * kept)
 
 
-def size_of_classes(data: str) -> tuple[int, int]:
-    """Pictures (Table 11) and sentences of a data set of classes; 0 for another."""
+def size_of(data: str) -> tuple[int, int]:
+    """Pictures and captions, or sentences, of a split that the paper measures on; 0 if it is not public."""
+    if data in RETRIEVAL_SIZES:
+        return RETRIEVAL_SIZES[data]
     for row in published.read_paper()["table11"]["rows"]:
         if row["data"] == data:
             return row["test_size"], row["labels"] * len(templates_for(read_classes(data)))
@@ -186,11 +196,11 @@ def finetuned(args, name: str, data: str, source: str) -> str:
     command = shlex.join(["train.py", *flags])
     print(f"{name} on {data}: python {command}", flush=True)
     if args.train and world_size() > 1:
-        raise DataError("--train: starts processes of its own; run it without torchrun, or the recipe with it")
+        raise DataError("--train: expected one process; start the recipe by torchrun, then this without --train")
     if args.train and (status := subprocess.run([sys.executable, TRAIN, *flags]).returncode):
         raise DataError(f"{command} ended with {status}; the same command continues")
     if not os.path.isfile(path):
-        raise DataError(f"{path}: not there; add --train, or first run torchrun --nproc-per-node N {command}")
+        raise DataError(f"{path}: not there; add --train, or first run this command (by torchrun, on GPUs)")
     return path
 
 
