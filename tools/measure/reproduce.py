@@ -196,7 +196,7 @@ def finetuned(args, name: str, data: str, source: str) -> str:
     command = shlex.join(["train.py", *flags])
     print(f"{name} on {data}: python {command}", flush=True)
     if args.train and world_size() > 1:
-        raise DataError("--train: expected one process; start the recipe by torchrun, then this without --train")
+        raise DataError("--train: expected one process; run the recipe by torchrun, then this without it")
     if args.train and (status := subprocess.run([sys.executable, TRAIN, *flags]).returncode):
         raise DataError(f"{command} ended with {status}; the same command continues")
     if not os.path.isfile(path):
