@@ -32,6 +32,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.tokens = []  # (path, Authorization) of those that had one
         self.length = True  # does it say Content-Length?
         self.wrong_range = False
+        self.short = 0  # bytes that the next answer has less than it says in Content-Range
+        self.elsewhere = False  # are the bytes on a host of another name?
         self.content_type = "application/octet-stream"
         self.stall = 0  # seconds without a byte, once
         self.delay = 0  # seconds before each answer
@@ -70,7 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.wfile.write(body)
         if path in hub.files:
             etag = f'"{hashlib.sha256(hub.files[path]).hexdigest()}"' if hub.etag is None else hub.etag
-            return self.answer(302, {"Location": "/bytes" + self.path, "Content-Length": "0"}
+            host = hub.endpoint.replace("127.0.0.1", "localhost") if hub.elsewhere else ""
+            return self.answer(302, {"Location": f"{host}/bytes{self.path}", "Content-Length": "0"}
                                | ({"X-Linked-ETag": etag} if etag else {}))
         if one := re.fullmatch(r"/api/v1/models/AI-ModelScope/(.+)/repo\?Revision=master&FilePath=(.+)", path):
             path = f"/bytes/OFA-Sys/{one[1]}/resolve/main/{one[2]}"
@@ -86,10 +89,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start, stop = int(first), min(stop, int(last) + 1 if last else stop)
         if start >= len(content):
             return self.answer(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+        said = stop
+        if stop - start > 1:
+            stop, hub.short = stop - hub.short, 0
         headers = {"Content-Length": str(stop - start)} if hub.length else {"Connection": "close"}
         if asked and hub.ranges:
             wrong = hub.wrong_range and start
-            headers["Content-Range"] = f"bytes {start - 1 if wrong else start}-{stop - 1}/{len(content)}"
+            headers["Content-Range"] = f"bytes {start - 1 if wrong else start}-{said - 1}/{len(content)}"
         headers["Content-Type"] = hub.content_type
         self.answer(206 if asked and hub.ranges else 200, headers)
         if stop - start > 1 or not hub.ranges:

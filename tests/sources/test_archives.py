@@ -128,6 +128,7 @@ def test_hostile_archives(kind, tmp_path):
         unpacked(HOSTILE[kind], place / "out")
     message = str(caught.value)
     assert "\n" not in message and message.isprintable() and len(message) < 1500
+    assert ("over the member before it" in message) == (kind == "one over the other")
     assert not (place / "out").exists()
     outside = [path for path in tmp_path.rglob("*") if path.is_file() and place / "out.tmp" not in path.parents]
     assert outside == [] and not any(path.is_symlink() for path in tmp_path.rglob("*"))

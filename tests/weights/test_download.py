@@ -71,7 +71,9 @@ def test_the_token_goes_to_hugging_face_alone(hub, tmp_path, monkeypatch):
     token.write_text("hf_secret\n")
     monkeypatch.setenv("HF_TOKEN_PATH", str(token))
     monkeypatch.setenv("MODELSCOPE_DOMAIN", hub.endpoint.replace("127.0.0.1", "localhost"))
+    hub.elsewhere = True
     fetch(NAME, str(tmp_path / "a"))
+    assert {path for path, _ in hub.tokens} == {PATH} and any(path.startswith("/bytes") for path, _ in hub.requests)
     assert (PATH, "Bearer hf_secret") in hub.tokens
     hub.tokens, hub.down = [], ("huggingface",)
     monkeypatch.setenv("HF_TOKEN", "hf_other")

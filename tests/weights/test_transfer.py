@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_blocks_arrive_in_order_and_without_holes_whatever_breaks(seed, hub, tmp
     hub.cuts = [rng.choice([0, 1, 500, 10**6, 10**6, 10**6]) for _ in range(40)]
     monkeypatch.setattr(transfer, "TRIES", 40)
     monkeypatch.setattr(download, "TRIES", 40)
+    arrived(fetch(NAME, str(tmp_path)), tmp_path)
+
+
+def test_an_answer_that_is_shorter_than_it_says_leaves_no_hole(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transfer, "BLOCK", 100_000)
+    hub.short, hub.etag = 30_000, ""
+    arrived(fetch(NAME, str(tmp_path)), tmp_path)
+    assert re.search("it ended at byte [12]?70,000|it ended at byte 270,000", capsys.readouterr().err)
+
+
+def test_without_a_checksum_the_length_is_compared(hub, tmp_path):
+    hub.etag = ""
+    part(tmp_path).parent.mkdir()
+    part(tmp_path).write_bytes(CONTENT + b"more")
     arrived(fetch(NAME, str(tmp_path)), tmp_path)
 
 
