@@ -1,9 +1,12 @@
 """sources/named.py: data sets by name, from a local server and from an archive on the disk."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoints import VIT, built, official
 from hub import NAME
 from stand_ins import elevater, write_official, write_zip
 
@@ -13,6 +16,7 @@ from sources.layouts import open_pairs, splits_of
 from sources.named import at_hand
 from sources.pairs import DataError
 from tools import weights as command
+from tools.measure import __main__ as measure
 from weights import download, transfer
 from weights.names import WeightsError
 
@@ -48,6 +52,21 @@ def test_classes_by_name_fetch_their_own_pictures_to_test_on(cache, hub, monkeyp
     assert sorted(os.listdir(cache / "eurosat")) == ["label.txt", "label_cn.txt", "test"]
     asked = [tuple(map(int, one.removeprefix("bytes=").split("-"))) for _, one in hub.requests if one]
     assert sum(stop + 1 - start for start, stop in asked) < len(hub.files[ELEVATER]) / 3
+
+
+def test_submissions_and_classify_by_name(cache, hub, tmp_path):
+    """index.json lies in the folder that the name stands for."""
+    torch.save(official(built(VIT).state_dict()), tmp_path / "clip.pt")
+    common = ["--model", str(tmp_path / "clip.pt"), "--data", "mnist", "--device", "cpu"]
+    at_hand("mnist")
+    (cache / "mnist" / "index.json").write_text(json.dumps([*range(9, -1, -1)]), encoding="utf-8")
+    for file in ("turned.json", "straight.json"):
+        measure.main(["zeroshot", *common, "--labels", "mnist", "--submission", file])
+        (cache / "mnist" / "index.json").unlink(missing_ok=True)
+    turned, straight = (json.loads((tmp_path / file).read_text())["predictions"][0] for file in ("turned.json", "straight.json"))
+    assert turned == straight[::-1] != straight
+    measure.main(["classify", *common, "--out", "found.csv"])
+    assert (tmp_path / "found.csv").read_text(encoding="utf-8-sig").count("\n") == 11
 
 
 def test_a_path_comes_before_a_name(cache, hub, tmp_path):

@@ -22,6 +22,7 @@ from eval import (
     FAILURES, command_flags, encode_images, ensemble, places, retrieval, run_command, sentence_features)
 from sources.classes import NAMES, class_lines, open_classes, read_classes, templates_for
 from sources.layouts import open_pairs
+from sources.named import at_hand
 from sources.pairs import PICTURES, DataError, Pairs, open_image, pictures_below
 from tools import onnx
 from tools.measure import page, published, zeroshot
@@ -132,7 +133,7 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
     if args.submission and not classes.numbered:
         raise DataError(f"--submission: ELEVATER numbers the classes of {data} differently; expected "
                         f"label.txt in {args.data}, with ELEVATER's English class name on each line")
-    rows = zeroshot.elevaters_pictures(args.data, len(labels)) if args.submission else []
+    rows = zeroshot.elevaters_pictures(at_hand(args.data), len(labels)) if args.submission else []
     result, scores = zeroshot.own_zero_shot(clip := load(), classes, get_image, labels, templates, shots)
     value = result[classes.metric]
     line = "{0:.1f} % {metric} of {images:,} images in {classes} classes with {templates} templates".format(
@@ -157,6 +158,7 @@ def run_zeroshot(args, load) -> tuple[dict, str]:
 def run_classify(args, load) -> tuple[dict, str]:
     """Writes a CSV: each picture below --data, its most likely class, and the probability of that class among
     all. Pictures that cannot be decoded have an empty class, and stderr names them."""
+    args.data = at_hand(args.data)
     own = os.path.join(args.data, "label_cn.txt")
     if not args.labels and not os.path.isfile(own):
         raise DataError(f"{own}: not there; expected --labels, a file of class names or one of labels/")
