@@ -41,7 +41,7 @@ def open_zip(file, name: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise DataError(f"{name}: no whole zip archive ({error}); remove it and download it again") from None
+        raise DataError(f"{name}: no whole zip archive ({error}); download it again") from None
 
 
 def inside(outer: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> zipfile.ZipFile:
@@ -109,17 +109,16 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, path: 
             if target.tell() != member.file_size:
                 raise zipfile.BadZipFile(f"{target.tell():,} bytes, expected {member.file_size:,}")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, NotADirectoryError,
-            IsADirectoryError) as error:
-        raise DataError(f"{name}: {member.filename!a} is broken ({error}); remove the archive and download "
-                        "it again") from None
+            IsADirectoryError, ValueError) as error:
+        raise DataError(f"{name}: {member.filename!a} is broken ({error!a}); download it again") from None
 
 
 def safe_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
     """The files of an archive by their paths, with / between the parts. DataError with the member and what is
     wrong, if any of them could write elsewhere, over another, or more than the archive's size tells."""
-    members, files, folders, end = {}, {}, set(), 0
+    members, files, folders, end, encoding = {}, {}, set(), 0, encoding_of(archive.infolist())
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
-        path, kind = path_of(member), stat.S_IFMT(member.external_attr >> 16)
+        path, kind = path_of(member, encoding), stat.S_IFMT(member.external_attr >> 16)
         # on many disks a and A, or two forms of one letter, are one name
         parts = unicodedata.normalize("NFC", path).casefold().split("/")  # the last is "" for a folder
         faults = {
@@ -139,22 +138,34 @@ def safe_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipIn
             files["/".join(parts)] = member
             if path.split("/")[-1] not in DESKTOPS and parts[0] != "__macosx":
                 members[path] = member
+    sizes, packed = (sum(getattr(member, size) for member in archive.infolist())
+                     for size in ("file_size", "compress_size"))
+    if sizes > max(100 * SMALL, RATIO * packed):
+        raise DataError(f"{name}: refused (its members grow {sizes // packed} times); nothing was unpacked")
     if both := files.keys() & folders:
         raise DataError(f"{name}: {files[both.pop()].filename!a} is refused (it is a file and a folder); "
                         "nothing of it was unpacked")
     return members
 
 
-def path_of(member: zipfile.ZipInfo) -> str:
-    """The member's path. If the archive does not say UTF-8, zipfile reads cp437, while most programs write
-    UTF-8 nevertheless and Chinese Windows writes GBK."""
-    if member.flag_bits & 0x800:
-        return member.orig_filename
-    raw = member.orig_filename.encode("cp437")
+UTF_8 = 0x800  # the flag of a member whose name is said to be UTF-8
+
+
+def encoding_of(members: list[zipfile.ZipInfo]) -> str:
+    """Of the names without that flag, which zipfile reads as cp437: most programs write UTF-8 nevertheless,
+    and Chinese Windows writes GBK. One name that is not UTF-8 tells for all."""
     try:
-        return raw.decode()
+        for member in members:
+            member.flag_bits & UTF_8 or member.orig_filename.encode("cp437").decode()
     except UnicodeDecodeError:
-        return raw.decode("gb18030", errors="surrogateescape")  # which is_safe refuses
+        return "gb18030"
+    return "utf-8"
+
+
+def path_of(member: zipfile.ZipInfo, encoding: str) -> str:
+    if member.flag_bits & UTF_8:
+        return member.orig_filename
+    return member.orig_filename.encode("cp437").decode(encoding, errors="surrogateescape")  # see is_safe
 
 
 def is_safe(path: str) -> bool:

@@ -75,20 +75,22 @@ def addresses(source: str) -> list[str]:
 
 def fetch(name: str, root: str = "") -> str:
     """The path of a published file, which is downloaded if it is not there: root/name/file, where `root` is
-    CACHE by default. A released model is also found at root/file, where cn_clip puts it. WeightsError if
-    there is no such file and none can be downloaded."""
-    file_name = SOURCES[name].rsplit("/", 1)[-1]
-    path, official = (os.path.join(root or CACHE, *parts) for parts in ((name, file_name), (file_name,)))
-    if name in RELEASED and os.path.isfile(official) and not os.path.isfile(path):
-        return official
+    CACHE by default. A whole model is also found at root/file, where cn_clip puts it. WeightsError if there
+    is no such file and none can be downloaded."""
+    path = place_of(name, root or CACHE)
     fetch_file(SOURCES[name], path)
     return path
 
 
+def place_of(name: str, root: str) -> str:
+    file_name = SOURCES[name].rsplit("/", 1)[-1]
+    path, official = (os.path.join(root, *parts) for parts in ((name, file_name), (file_name,)))
+    return official if name in COMPLETE and os.path.isfile(official) and not os.path.isfile(path) else path
+
+
 def to_fetch(name: str) -> int | None:
     """The bytes that `fetch` would download: 0 if the file is there, None if no host says."""
-    path = os.path.join(CACHE, name, SOURCES[name].rsplit("/", 1)[-1])
-    return 0 if os.path.isfile(path) else size_at_host(SOURCES[name])
+    return 0 if os.path.isfile(place_of(name, CACHE)) else size_at_host(SOURCES[name])
 
 
 def size_at_host(source: str) -> int | None:

@@ -26,9 +26,9 @@ from common import UserError
 USER_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 TIMEOUT = (10, 30)  # seconds: to connect, and between two bytes
 TRIES = 5  # in a row that bring no byte
-CHUNK = 1 << 18  # bytes: how often is asked whether to stop
-BLOCK = 4 << 20  # bytes of one request; a kill loses up to this much of each
-TOGETHER = 4  # requests
+CHUNK = 1 << 14  # bytes, after which a request sees that it is no longer wanted
+BLOCK = 1 << 20  # bytes of one request; a kill loses up to this much of each
+TOGETHER = 6  # requests
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
@@ -61,7 +61,8 @@ def ask(url: str) -> Remote:
             raise HostError(f"{url}: the server says {status} {response.reason}, or sends a web page; is "
                             "HF_ENDPOINT a mirror of Hugging Face, and does this network ask for a login?")
         ranges = status == 206 and bool(re.fullmatch(r"bytes 0-0/\d+", content_range))
-        size = content_range.rpartition("/")[2] if ranges else response.headers.get("Content-Length")
+        length = response.headers.get("Content-Length") if status == 200 else ""
+        size = content_range.rpartition("/")[2] if ranges else length
         if "Authorization" not in response.request.headers:
             headers.pop("Authorization", None)  # a redirect led to a host that the token is not for
         etags = [answer.headers.get("X-Linked-ETag", "") for answer in (*response.history, response)]
@@ -77,8 +78,9 @@ def token_for(url: str) -> dict[str, str]:
     if not token and os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
             token = file.read()
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() and url.startswith(endpoint) else {}
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    theirs = token.strip() and url.startswith(endpoint + "/")
+    return {"Authorization": f"Bearer {token.strip()}"} if theirs else {}
 
 
 def published_sha256(url: str, etags: list[str]) -> str:
@@ -90,7 +92,7 @@ def published_sha256(url: str, etags: list[str]) -> str:
     address, _, name = url.partition("/repo?Revision=master&FilePath=")
     if not name:
         return ""
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a list of another form has none
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a list of another form
         files = requests.get(f"{address}/repo/files?Revision=master", timeout=TIMEOUT).json()["Data"]["Files"]
         return next((file["Sha256"].lower() for file in files if file["Path"] == name), "")
     return ""
@@ -103,6 +105,8 @@ def blocks(remote: Remote, start: int = 0, stop: int | None = None):
     if not remote.ranges:
         with requests.get(remote.url, headers=remote.headers, stream=True, timeout=TIMEOUT) as response:
             have = 0
+            if response.status_code != 200:
+                raise requests.ConnectionError(f"the server says {response.status_code}")
             for chunk in response.iter_content(CHUNK):
                 yield chunk[max(0, start - have) :]
                 have += len(chunk)
@@ -242,7 +246,7 @@ class RemoteFile(Readable):
 
     def __init__(self, url: str):
         self.url, self.row, self.block, self.block_start = url, None, b"", 0
-        self.remote = persist(url, lambda: ask(url))
+        self.remote = persist(url, lambda: ask(url), tries=2)
         if not self.remote.ranges:
             raise HostError(f"{url}: its host sends no parts of files; download it whole, by hand")
         super().__init__(self.remote.size)

@@ -69,9 +69,15 @@ def named(raw: bytes) -> bytes:
 @pytest.mark.parametrize("encoding", ["utf-8", "gbk", "gb18030"])
 def test_names_in_utf_8_and_in_gbk_without_a_mark(encoding, tmp_path):
     name = "红花/图片一.txt" if encoding != "gb18030" else "㐂/㐃一.txt"
-    assert unpacked(packed(("top/a", b""), ), tmp_path / "mark") == {"a": b""}
     content = named(name.encode(encoding))
     assert unpacked(content, tmp_path / "out") == {name.split("/")[1]: b"1"}
+
+
+def test_one_name_in_gbk_tells_for_all(tmp_path):
+    """\xc3\xa8, 猫 in GBK, would be a letter in UTF-8, too."""
+    content = packed(("xx/1.jpg", b"1"), ("yy/1.jpg", b"2"), edit=lambda data: data.replace(b"xx/", "猫/".encode(
+        "gbk")).replace(b"yy/", "狗/".encode("gbk")))
+    assert unpacked(content, tmp_path / "out") == {"猫/1.jpg": b"1", "狗/1.jpg": b"2"}
 
 
 def special(kind: int, target: bytes = b"/etc/passwd") -> bytes:
@@ -115,6 +121,8 @@ HOSTILE = {
     "cut": packed(A)[:-30], "cut in the middle": packed(A, ("b", b"2"))[:40], "empty": b"", "no zip": b"<html>" * 99,
     "a damaged stream": packed(A, edit=lambda data: data.replace(data[35:50], b"\xff" * 15)),
     "nothing in it": packed(), "only folders": packed(("a/", b"")),
+    "a bomb of small ones": packed(*((str(n), bytes(1 << 20)) for n in range(110))),
+    "a local name in no encoding": packed(("图片", b"1"), edit=lambda data: data[:30] + b"\xff" * 6 + data[36:]),
     "beyond the end": packed(A, edit=central(42, "<I", 9999)),
 }
 

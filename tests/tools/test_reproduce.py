@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from eval import retrieval
 from sources import layouts, named
 from sources.pairs import DataError
 from tools.measure import __main__ as measure
+from tools.measure import published as figures
 from tools.measure import reproduce
+from tools.measure.reproduce import row_of
 from weights import download
 from weights.names import WeightsError
 
@@ -100,25 +103,70 @@ def test_every_table_from_its_name(table, sets, figures, published):
     assert len([row for row in rows if row["model"] == NAME]) == sets * figures + (table == "table12")
     assert all(row["published"] is not None for row in rows)
     text = Path(f"reproduced/{table}-zero-shot.md").read_text(encoding="utf-8")
-    assert text.count("off by") == 1
+    assert text.count("off by") == (table != "table5")  # whose row is the best of five
     assert not [path for path in Path(download.CACHE).rglob("*") if "train" in path.parts or path.suffix in (".zip", ".part")]
 
 
-def test_the_average_and_the_best_of_several(published):
+def test_the_average_and_the_best_of_several(published, monkeypatch):
     Path("short.txt").write_text("{}\n", encoding="utf-8")
     rows = run("table12", "--models", NAME, "RN50", "--templates", "short.txt")["rows"]
     for name in (NAME, "RN50"):
         mine = {row["column"]: row["measured"] for row in rows if row["model"] == name}
         assert mine.pop("average") == pytest.approx(sum(mine.values()) / 20)
-    rows = run("table5", "--models", NAME, "RN50", "--templates", "short.txt")["rows"]
-    assert len(rows) == 30 and rows[-1]["model"] == reproduce.BEST and rows[-1]["measured"] == max(
-        row["measured"] for row in rows[:-1] if row["data"] == rows[-1]["data"])
+    rows = run("table5", "--models", NAME, "RN50", "--data", "mnist")["rows"]
+    assert {row["model"] for row in rows} == {NAME, "RN50"}  # the paper's row is the best of five
+    names = iter([name for name in download.RELEASED for _ in range(2)])
+    monkeypatch.setattr(reproduce, "row_of", lambda clip: next(names))
+    rows = run("table5", "--data", "mnist", "dtd", "--templates", "short.txt")["rows"]
+    best = [row for row in rows if row["model"] == reproduce.BEST]
+    assert len(rows) == 12 and [row["data"] for row in best] == ["mnist", "dtd"]
+    assert best[0]["measured"] == max(row["measured"] for row in rows[:10] if row["data"] == "mnist")
+    assert best[0]["published"] == 74.0 or best[0]["gap"] == pytest.approx(best[0]["measured"] - best[0]["published"])
+
+
+def test_a_report_that_another_run_has_begun_is_completed(published):
+    run("table12", "--models", NAME, "--data", "mnist", "eurosat")
+    path, seen = Path("reproduced/table12-zero-shot.json"), []
+    original = reproduce.measured
+
+    def stopped(*arguments):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return original(*arguments)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reproduce, "measured", stopped)
+        run("table12", "--models", NAME, "--data", "mnist", "eurosat")
+    assert {row["data"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} == {"mnist", "eurosat"}
+
+
+def test_verdicts_agree_with_what_is_printed():
+    for gap, verdict in ((0.0, "reproduced"), (-0.249, "reproduced"), (0.251, "off by 0.3"), (None, "")):
+        assert figures.verdict([{"gap": 0.1}, {"gap": gap}] if gap is not None else [{"gap": None}]) == verdict
+
+
+def test_the_row_of_a_model_is_told_by_its_shape():
+    for name in download.RELEASED:
+        assert row_of(SimpleNamespace(config=model.MODELS[name])) == name
+    assert row_of(SimpleNamespace(config=model.MODELS[VIT])) == ""
 
 
 def test_a_model_that_nobody_published(published):
     with pytest.raises(WeightsError, match="RN51: no such file, and none of RN50, ViT-B-16, .*qa-RN50"):
         run("table2", "--models", "RN51")
     assert not published.requests
+
+
+def test_names_are_spelled_freely_and_finetuning_is_for_retrieval(published):
+    assert figures.data_sets("table12", ["CIFAR10", "Oxford_Flowers_102"]) == {
+        "cifar-10": "cifar-10", "oxford-flowers-102": "oxford-flowers-102"}
+    with pytest.raises(DataError, match="--setup finetune: table12 has zero-shot rows alone"):
+        run("table12", "--setup", "finetune", "--models", NAME)
+    published.files.pop("/OFA-Sys/chinese-clip-rn50/resolve/main/clip_cn_rn50.pt")
+    with pytest.raises(DataError, match="1 failed"):  # it is asked for once, not for every set
+        run("table12", "--models", "RN50", NAME, "--data", "mnist", "dtd")
+    rows = json.loads(Path("reproduced/table12-zero-shot.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["model"], row["data"]) for row in rows] == [(NAME, "mnist"), (NAME, "dtd")]
 
 
 def test_qa_clip_is_measured_without_the_papers_figures(published):
@@ -141,7 +189,7 @@ def test_a_set_that_fails_does_not_stop_the_others(published, capsys):
     inner = hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"]
     at = inner.index(b"label_cn.txt", inner.index(b"dtd.zip"))  # within the member, in dtd.zip's own list
     hub.files[f"/{RELEASE}/resolve/main/ELEVATER_all.zip"] = inner[: at + 60] + b"\0\0\0\0" + inner[at + 64 :]
-    with pytest.raises(DataError, match="table12: 1 failed, as said above; what was measured is in reproduced"):
+    with pytest.raises(DataError, match="table12: 1 failed, as said above; others: reproduced"):
         run("table12", "--models", NAME, "--data", "dtd", "mnist")
     assert re.search("dtd.zip: '.*' is broken", capsys.readouterr().err)
     assert "mnist" in Path("reproduced/table12-zero-shot.md").read_text(encoding="utf-8")
@@ -176,7 +224,7 @@ def named_by_us(name: str) -> list[str]:
 def test_finetuned_rows(published, monkeypatch, capsys):
     """The recipe is printed, and run if --train says so; then its best weights are measured."""
     command = ("table2", "--setup", "finetune", "--models", NAME)
-    with pytest.raises(DataError, match="table2: 1 failed, as said above; what was measured is in "):
+    with pytest.raises(DataError, match="table2: 1 failed, as said above; others: "):
         run(*command)
     said = capsys.readouterr()
     assert f"python train.py --recipe muge --model {NAME} --init {NAME} --data muge" in said.out
@@ -193,7 +241,7 @@ def test_finetuned_rows(published, monkeypatch, capsys):
     rows = run(*command, "--train")["rows"]
     out = os.path.join("reproduced", "finetuned", NAME)
     assert ran == [["--recipe", "muge", "--model", NAME, "--init", NAME, "--data", "muge", "--out", out]]
-    assert rows[0]["published"] == 60.6 or rows[0]["published"] is not None
+    assert rows[0]["published"] == 58.4
     monkeypatch.setattr(reproduce.subprocess, "run", lambda arguments: subprocess.CompletedProcess(arguments, 3))
     with pytest.raises(DataError, match="1 failed"):
         run(*command, "--train")
@@ -328,5 +376,6 @@ def killed_and_started_again(published, tmp_path, kills: int):
             assert left == []
 
 
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes nine seconds a kill: KILLS=20 python -m pytest -k killed")
 def test_killed_and_started_again(published, tmp_path):
-    killed_and_started_again(published, tmp_path, int(os.environ.get("KILLS", 1)))
+    killed_and_started_again(published, tmp_path, int(os.environ["KILLS"]))

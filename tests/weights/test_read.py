@@ -216,7 +216,7 @@ def test_names_are_fetched_and_loaded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["ViT-B-16/clip_cn_vit-b-16.pt", "clip_cn_vit-b-16.pt"])
 def test_names_are_looked_for_where_one_says(where, tmp_path, monkeypatch):
     """In the folder of the name, where they are fetched to, or where cn_clip puts them."""
-    monkeypatch.setattr(download, "fetch_part", lambda url, path: pytest.fail(f"fetched {path}"))
+    monkeypatch.setattr(download, "download", lambda url, path, tries: pytest.fail(f"fetched {path}"))
     (tmp_path / where).parent.mkdir(exist_ok=True)
     path = saved((tmp_path / where).parent, official(built(VIT).state_dict()), "clip_cn_vit-b-16.pt")
     assert read.find("ViT-B-16", str(tmp_path)) == path
@@ -224,7 +224,7 @@ def test_names_are_looked_for_where_one_says(where, tmp_path, monkeypatch):
 
 def test_names_are_fetched_to_where_one_says(tmp_path, monkeypatch):
     fetched = []
-    monkeypatch.setattr(download, "fetch_part", lambda url, path: fetched.append(path))
+    monkeypatch.setattr(download, "download", lambda url, path, tries: fetched.append(path))
     monkeypatch.setattr(download, "CACHE", str(tmp_path / "nowhere"))
     # a BERT's file name says nothing, so it is not looked for outside its folder
     saved(tmp_path, {}, "pytorch_model.bin")

@@ -55,15 +55,15 @@ def data_sets(table: str, items: list[str]) -> dict[str, str]:
     name that can be fetched; all sets of the table if there are no items."""
     places = places_of(table)
     items = items or [data.lower() for _, data in places.values()]
-    sets = {bare_name(item.partition("=")[0]): item.partition("=")[2] if "=" in item else item.lower()
-            for item in items}
+    sets = {bare_name(name): path if equals else None
+            for name, equals, path in (item.partition("=") for item in items)}
     names = [data for _, data in places.values()]
     if not sets.keys() <= places.keys() or "" in sets.values():
         raise DataError(f"{table} is measured on {', '.join(names)}; expected one of these or more, by name "
                         f"or such as --data {names[0]}=path/to/it, got {' '.join(items)}")
-    if closed := [places[name][1] for name, source in sets.items() if source == "icr"]:
-        raise DataError(f"{closed[0]} is not public; expected --data {closed[0]}=path/to/it")
-    return {places[name][1]: source for name, source in sets.items()}
+    if sets.get("icr", "") is None:
+        raise DataError("ICR is not public; expected --data ICR=path/to/it")
+    return {places[name][1]: source or places[name][1].lower() for name, source in sets.items()}
 
 
 def retrieval_columns(result: dict, table: str) -> dict[str, float]:
@@ -95,8 +95,8 @@ def compare(measured: dict[str, float], table: str, data: str, setup: str, ours:
 
 def verdict(rows) -> str:
     """Whether rows of `compare` agree with the paper: all within REPRODUCED points."""
-    gaps = [abs(row["gap"]) for row in rows if row["gap"] is not None]
-    return "" if not gaps else "reproduced" if max(gaps) <= REPRODUCED + 1e-9 else f"off by {max(gaps):.1f}"
+    gaps = [round(abs(row["gap"]), 1) for row in rows if row["gap"] is not None]
+    return "" if not gaps else "reproduced" if max(gaps) <= REPRODUCED else f"off by {max(gaps)}"
 
 
 def comparison_table(rows: list[dict]) -> str:

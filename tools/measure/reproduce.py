@@ -41,38 +41,55 @@ BEST = "the best of them"  # Table 5 has one row for the five models
 
 
 def run_reproduce(args, load) -> tuple[dict, str]:
+    """Measure every model on every data set, and write the report after each."""
     table, sets = args.table, published.data_sets(args.table, args.data)
     setup = "finetune" if table == "table10" else args.setup
-    rows, failed, loaded = [], [], ""
+    if setup == "finetune" and table in published.CLASSIFICATION:
+        raise DataError(f"--setup finetune: {table} has zero-shot rows alone")
     for name in args.models:  # before anything is fetched
         if not os.path.exists(name) and name not in download.COMPLETE:
             raise WeightsError(f"{name}: no such file, and none of {', '.join(download.COMPLETE)}")
     by_name = [data for data, source in sets.items() if named.is_published(source)]
     opened = {data: open_set(args, data, sets[data]) for data in sets if data not in by_name}
     announce(args, sets)
+    failed, lost, loaded, clip = [], set(), "", None
     for data in by_name:  # before any model is fetched
         with noted(failed, data):
             opened[data] = open_set(args, data, sets[data])
     for data, (pairs, *_) in opened.items():
         if (said := size_of(data)[0]) not in (0, pairs.image_count):
             print(f"{data}: {pairs.image_count:,} pictures are here, the paper's split has {said:,}")
+    rows = measured_before(args, setup, opened)
     for name, data in [(name, data) for name in args.models for data in opened]:
         with noted(failed, f"{name} on {data}"):
             args.model = finetuned(args, name, data, sets[data]) if setup == "finetune" else name
+            if args.model in lost:
+                continue
             if loaded != args.model:
+                clip, loaded = None, ""  # makes room for the next
+                lost.add(args.model)
                 clip, loaded = load(), args.model
+                lost.remove(args.model)
             ours = "" if name.startswith("qa-") else row_of(clip)
-            figures = measured(args, clip, name, data, *opened[data])
+            figures = measured(args, clip, data, *opened[data])
             found = published.compare(figures, table, data, setup, ours)
             print(f"{name}, {setup}\n{published.comparison_table(found)}", flush=True)
-            rows += [{"model": name, "row": ours} | row for row in found]
+            rows = [row for row in rows if (row["model"], row["data"]) != (name, data)]
+            unknown = {} if ours else {"published": None, "gap": None}  # Table 5's row is of the five
+            rows += [{"model": name, "row": ours} | row | unknown for row in found]
             report(args, setup, rows)
-    rows += summaries(table, setup, rows)
-    path = report(args, setup, rows)
     if failed:
-        raise DataError(f"{table}: {len(failed)} failed, as said above; what was measured is in {path}")
-    title = published.read_paper()[table]["title"]
-    return {"title": title, "setup": setup, "rows": rows}, f"next: see {path}"
+        raise DataError(f"{table}: {len(failed)} failed, as said above; others: {path_of(args, setup)}")
+    return report(args, setup, rows), f"next: see {path_of(args, setup)}"
+
+
+def measured_before(args, setup: str, opened: dict) -> list[dict]:
+    """The rows of these models and data sets that an earlier run has left in its report."""
+    path = path_of(args, setup).removesuffix("md") + "json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
+        return [row for row in json.load(file)["rows"] if row["model"] in args.models and row["column"]
+                and row["data"] in opened]
+    return []
 
 
 @contextlib.contextmanager
@@ -170,13 +187,13 @@ def open_set(args, data: str, source: str) -> tuple:
     return Pictures(paths), classes, labels
 
 
-def measured(args, clip, name: str, data: str, pairs: Pairs, classes=None, labels=None) -> dict[str, float]:
+def measured(args, clip, data: str, pairs: Pairs, classes=None, labels=None) -> dict[str, float]:
     """Figures in percent by column of the table; in classification the column is the data set."""
     size = (clip.config.visual.resolution,) * 2
     official = copy.copy(pairs)
     official.image = lambda row: pairs.image(row).resize(size).convert("RGB")  # Pillow's default is bicubic
     context_length = 128 if args.table == "table10" else 52  # app. A.4
-    features = kept_features(clip, official, context_length, kept_in(args, name, data), True)
+    features = kept_features(clip, official, context_length, kept_in(args, args.model, data), True)
     if not classes:
         return published.retrieval_columns(retrieval(clip, pairs, features=features), args.table)
     sentences = sentence_features(clip, classes.chinese, templates_for(classes, args.templates))
@@ -217,22 +234,26 @@ def summaries(table: str, setup: str, rows: list[dict]) -> list[dict]:
         if table == "table12" and len(values) == len(published.places_of(table)):
             found = published.compare({"average": sum(values) / len(values)}, table, "average", setup, ours)
             more += [{"model": name, "row": ours} | row for row in found]
-    if table == "table5":
+    if table == "table5" and {row["row"] for row in rows} >= set(download.RELEASED):
         for data in dict.fromkeys(row["data"] for row in rows):
-            best = max(row["measured"] for row in rows if row["data"] == data)
+            best = max(row["measured"] for row in rows if row["data"] == data and row["row"])
             found = published.compare({data: best}, table, data, setup, "")
             more += [{"model": BEST, "row": ""} | row for row in found]
     return more
 
 
-def report(args, setup: str, rows: list[dict]) -> str:
-    """Write the rows as JSON, and as a table in Markdown whose path is returned."""
-    title = published.read_paper()[args.table]["title"]
-    path = os.path.join(args.into, f"{args.table}-{setup}")
+def path_of(args, setup: str) -> str:
+    return os.path.join(args.into, f"{args.table}-{setup}.md")
+
+
+def report(args, setup: str, rows: list[dict]) -> dict:
+    """Write the rows and their summaries as JSON, which is returned, and as a table in Markdown."""
+    rows, path = rows + summaries(args.table, setup, rows), path_of(args, setup)
+    result = {"title": published.read_paper()[args.table]["title"], "setup": setup, "rows": rows}
     if rank() == 0:
-        write_json(f"{path}.json", {"title": title, "setup": setup, "rows": rows})
-        replace_text(f"{path}.md", f"# {title}: {setup}\n\n" + markdown(args.table, setup, rows))
-    return f"{path}.md"
+        write_json(path.removesuffix("md") + "json", result)
+        replace_text(path, f"# {result['title']}: {setup}\n\n" + markdown(args.table, setup, rows))
+    return result
 
 
 def markdown(table: str, setup: str, rows: list[dict]) -> str:
