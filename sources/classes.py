@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from sources.layouts import picture_path
-from sources.named import at_hand, bare_name
+from sources.named import at_hand, bare_name, is_published
 from sources.pairs import DataError, utf8
 
 LABELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "labels")
@@ -161,6 +161,8 @@ def open_classes(folder: str, labels: str = "", names: str = "ours"):
     """The classes of a data set, named by `labels` (a file, or one of labels/), its label_cn.txt or folders
     -> (classes, picture paths [N], class numbers [N]; for map-11 a 1 for each class shown [N, C]). `names`,
     where `labels` has several: ours, usual, or theirs, those of label_cn.txt if it is there."""
+    if is_published(folder) and not labels:  # the measure and the templates are ours, the names its own
+        labels, names = folder.lower(), "theirs" if names == "ours" else names
     folder = at_hand(folder)
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; expected one with a folder of pictures for each class")

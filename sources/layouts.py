@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from sources import scenes
-from sources.named import PAIRS, at_hand
+from sources.named import CLASSES, PAIRS, at_hand
 from sources.pairs import (
     LIST_KEYS, DataError, Pairs, as_text, check_unchanged, kept, lines_of, parse_json, read_at, read_csv,
     read_jsonl, read_picture, require, stamp)
@@ -51,7 +51,7 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     if layout == "joined":
         several = split_outside_braces(source)
         if split != "train":  # all must have pairs to train on; to measure on, those that have them
-            several = [one for one in several if find(one, split)[0]] or several
+            several = [one for one in several if find(one, split)[0] or not splits_of(one)] or several
         return JoinedPairs([open_pairs(one, split) for one in several])
     if layout == "scenes":
         _, world, *count = source.split("-")
@@ -64,6 +64,8 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
         return TarPairs(files)
     if os.path.isfile(source):
         raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
+    if source.lower() in CLASSES:
+        raise DataError(f"{source}: classes, not pairs; measure it by `python eval.py zeroshot --data {source}`")
     if there := ", ".join(splits_of(source)):
         cure = (f"; `python -m tools.curate split {shlex.quote(source)} NEW` makes a set that has one, and "
                 "train.py takes another set as --valid-data") if split == "valid" else ""

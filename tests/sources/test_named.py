@@ -11,7 +11,7 @@ from hub import NAME
 from stand_ins import elevater, write_official, write_zip
 
 from sources import named
-from sources.classes import open_classes
+from sources.classes import open_classes, read_classes
 from sources.layouts import open_pairs, splits_of
 from sources.named import at_hand
 from sources.pairs import DataError
@@ -67,6 +67,22 @@ def test_submissions_and_classify_by_name(cache, hub, tmp_path):
     assert turned == straight[::-1] != straight
     measure.main(["classify", *common, "--out", "found.csv"])
     assert (tmp_path / "found.csv").read_text(encoding="utf-8-sig").count("\n") == 11
+
+
+def test_a_set_by_name_has_its_own_measure_and_names(cache):
+    theirs = [f"名{c}" for c in range(10)]
+    at_hand("mnist")
+    (cache / "mnist" / "label_cn.txt").write_text("\n".join(theirs), encoding="utf-8")
+    classes, ours = open_classes("mnist")[0], read_classes("mnist")
+    assert classes.chinese == theirs and classes.templates == ours.templates and classes.alone
+    assert open_classes("mnist", "mnist")[0].chinese == ours.chinese
+
+
+def test_sets_of_classes_and_mistyped_ones_are_no_pairs(cache):
+    with pytest.raises(DataError, match="mnist: classes, not pairs; measure it by `python eval.py zeroshot --data mnist`"):
+        open_pairs("mnist", "train")
+    with pytest.raises(DataError, match="nosuch: no such folder"):
+        open_pairs("nosuch,muge", "valid")
 
 
 def test_a_path_comes_before_a_name(cache, hub, tmp_path):

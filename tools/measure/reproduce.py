@@ -25,7 +25,7 @@ import model
 from common import UserError, join_processes, rank, replace_text, world_size, write_json
 from eval import encode_images, encode_texts, ensemble, retrieval, sentence_features
 from sources import named
-from sources.classes import open_classes, read_classes, templates_for
+from sources.classes import open_classes, read_classes, read_templates, templates_for
 from sources.layouts import open_pairs
 from sources.pairs import DataError, Pairs, open_image, stamp
 from tools.measure import published
@@ -44,8 +44,10 @@ def run_reproduce(args, load) -> tuple[dict, str]:
     """Measure every model on every data set, and write the report after each."""
     table, sets = args.table, published.data_sets(args.table, args.data)
     setup = "finetune" if table == "table10" else args.setup
-    if setup == "finetune" and table in published.CLASSIFICATION:
-        raise DataError(f"--setup finetune: {table} has zero-shot rows alone")
+    if setup == "finetune" and table in published.CLASSIFICATION or args.train and setup != "finetune":
+        raise DataError("--setup finetune: of tables 2, 3, 4 and 10 alone; --train: of that setup alone")
+    if args.templates:
+        read_templates(args.templates)
     for name in args.models:  # before anything is fetched
         if not os.path.exists(name) and name not in download.COMPLETE:
             raise WeightsError(f"{name}: no such file, and none of {', '.join(download.COMPLETE)}")
@@ -59,7 +61,7 @@ def run_reproduce(args, load) -> tuple[dict, str]:
     for data, (pairs, *_) in opened.items():
         if (said := size_of(data)[0]) not in (0, pairs.image_count):
             print(f"{data}: {pairs.image_count:,} pictures are here, the paper's split has {said:,}")
-    rows = measured_before(args, setup, opened)
+    rows = measured_before(args, setup)
     for name, data in [(name, data) for name in args.models for data in opened]:
         with noted(failed, f"{name} on {data}"):
             args.model = finetuned(args, name, data, sets[data]) if setup == "finetune" else name
@@ -75,7 +77,8 @@ def run_reproduce(args, load) -> tuple[dict, str]:
             found = published.compare(figures, table, data, setup, ours)
             print(f"{name}, {setup}\n{published.comparison_table(found)}", flush=True)
             rows = [row for row in rows if (row["model"], row["data"]) != (name, data)]
-            unknown = {} if ours else {"published": None, "gap": None}  # Table 5's row is of the five
+            # the row of Table 5 is of the best of five
+            unknown = {} if ours and table != "table5" else {"published": None, "gap": None}
             rows += [{"model": name, "row": ours} | row | unknown for row in found]
             report(args, setup, rows)
     if failed:
@@ -83,12 +86,11 @@ def run_reproduce(args, load) -> tuple[dict, str]:
     return report(args, setup, rows), f"next: see {path_of(args, setup)}"
 
 
-def measured_before(args, setup: str, opened: dict) -> list[dict]:
-    """The rows of these models and data sets that an earlier run has left in its report."""
+def measured_before(args, setup: str) -> list[dict]:
+    """The rows that earlier runs have left in this report, without their summaries."""
     path = path_of(args, setup).removesuffix("md") + "json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
-        return [row for row in json.load(file)["rows"] if row["model"] in args.models and row["column"]
-                and row["data"] in opened]
+        return [row for row in json.load(file)["rows"] if row["model"] != BEST and row["data"] != "average"]
     return []
 
 
@@ -127,7 +129,7 @@ def announce(args, sets: dict[str, str]):
         print(f"{name}: {pictures_s:.3g} pictures and {texts_s:.3g} captions a second here")
         for data in sets:
             pictures, texts = size_of(data)
-            kept = os.path.isfile(os.path.join(kept_in(args, name, data), "features.json"))
+            kept = not args.train and os.path.isfile(os.path.join(kept_in(args, name, data), "features.json"))
             minutes = ((0 if kept else pictures / pictures_s) + texts / texts_s) / 60 / world_size()
             if pictures:
                 print(f"   {data}: {pictures:,} pictures, {texts:,} sentences, about {minutes:,.1f} minutes"
@@ -206,8 +208,9 @@ def finetuned(args, name: str, data: str, source: str) -> str:
     says so. Another file is taken to be finetuned already."""
     if os.path.exists(name):
         return name
-    folder, recipe = os.path.join(args.into, "finetuned", name), data.lower()
-    path = os.path.join(folder, recipe, "best.safetensors")
+    recipe = data.lower()
+    folder = os.path.join(args.into, "finetuned", name, recipe)
+    path, end = os.path.join(folder, recipe, "best.safetensors"), os.path.join(folder, "results.json")
     flags = ["--recipe", recipe, "--model", name.removeprefix("qa-"), "--init", name, "--data", source,
              "--out", folder]
     command = shlex.join(["train.py", *flags])
@@ -216,8 +219,9 @@ def finetuned(args, name: str, data: str, source: str) -> str:
         raise DataError("--train: expected one process; run the recipe by torchrun, then this without it")
     if args.train and (status := subprocess.run([sys.executable, TRAIN, *flags]).returncode):
         raise DataError(f"{command} ended with {status}; the same command continues")
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: not there; add --train, or first run this command (by torchrun, on GPUs)")
+    if not os.path.isfile(path) or not os.path.isfile(end):  # which train.py writes last
+        raise DataError(f"{path}: not there, or not trained to its end; add --train, or first run this command "
+                        "(by torchrun, on GPUs)")
     return path
 
 
@@ -243,13 +247,16 @@ def summaries(table: str, setup: str, rows: list[dict]) -> list[dict]:
 
 
 def path_of(args, setup: str) -> str:
-    return os.path.join(args.into, f"{args.table}-{setup}.md")
+    """Of the table in Markdown. Other names or templates are another table."""
+    other = f"-{args.names}" * (args.names != "theirs") + "-templates" * bool(args.templates)
+    return os.path.join(args.into, f"{args.table}-{setup}{other}.md")
 
 
 def report(args, setup: str, rows: list[dict]) -> dict:
     """Write the rows and their summaries as JSON, which is returned, and as a table in Markdown."""
     rows, path = rows + summaries(args.table, setup, rows), path_of(args, setup)
-    result = {"title": published.read_paper()[args.table]["title"], "setup": setup, "rows": rows}
+    result = {"title": published.read_paper()[args.table]["title"], "setup": setup, "names": args.names,
+              "templates": args.templates, "dtype": args.dtype, "rows": rows}
     if rank() == 0:
         write_json(path.removesuffix("md") + "json", result)
         replace_text(path, f"# {result['title']}: {setup}\n\n" + markdown(args.table, setup, rows))
