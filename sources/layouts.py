@@ -65,7 +65,7 @@ def open_pairs(source: str, split: str, answers: bool = True) -> Pairs:
     if os.path.isfile(source):
         raise DataError(f"{source}: a file; name the folder that it is in, {os.path.dirname(source) or '.'}")
     if source.lower() in CLASSES:
-        raise DataError(f"{source}: classes, not pairs; measure it by `python eval.py zeroshot --data {source}`")
+        raise DataError(f"{source}: classes, not pairs; expected `python eval.py zeroshot --data {source}`")
     if there := ", ".join(splits_of(source)):
         cure = (f"; `python -m tools.curate split {shlex.quote(source)} NEW` makes a set that has one, and "
                 "train.py takes another set as --valid-data") if split == "valid" else ""

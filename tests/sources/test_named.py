@@ -79,7 +79,7 @@ def test_a_set_by_name_has_its_own_measure_and_names(cache):
 
 
 def test_sets_of_classes_and_mistyped_ones_are_no_pairs(cache):
-    with pytest.raises(DataError, match="mnist: classes, not pairs; measure it by `python eval.py zeroshot --data mnist`"):
+    with pytest.raises(DataError, match="mnist: classes, not pairs; expected `python eval.py zeroshot --data mnist`"):
         open_pairs("mnist", "train")
     with pytest.raises(DataError, match="nosuch: no such folder"):
         open_pairs("nosuch,muge", "valid")

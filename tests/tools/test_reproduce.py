@@ -228,7 +228,7 @@ def test_finetuned_rows(published, monkeypatch, capsys):
         run(*command)
     said = capsys.readouterr()
     assert f"python train.py --recipe muge --model {NAME} --init {NAME} --data muge" in said.out
-    assert "best.safetensors: not there, or not trained to its end; add --train, or first run this command" in said.err
+    assert "best.safetensors: not there, or not trained to its end; add --train, or first run this " in said.err
     ran = []
 
     def train(arguments):

@@ -220,8 +220,8 @@ def finetuned(args, name: str, data: str, source: str) -> str:
     if args.train and (status := subprocess.run([sys.executable, TRAIN, *flags]).returncode):
         raise DataError(f"{command} ended with {status}; the same command continues")
     if not os.path.isfile(path) or not os.path.isfile(end):  # which train.py writes last
-        raise DataError(f"{path}: not there, or not trained to its end; add --train, or first run this command "
-                        "(by torchrun, on GPUs)")
+        raise DataError(f"{path}: not there, or not trained to its end; add --train, or first run this "
+                        "command (by torchrun, on GPUs)")
     return path
 
 
