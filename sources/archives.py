@@ -21,6 +21,7 @@ from sources.pairs import DataError
 from weights.transfer import Readable
 
 RATIO, SMALL = 200, 1 << 20  # A member may grow 200 times, or to 1 MB: base64 grows 1.3, pictures 1.0 times.
+UTF_8 = 0x800  # the flag of a member whose name is said to be UTF-8 (zip's specification, 4.4.4)
 DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what they leave everywhere
 
 
@@ -141,14 +142,11 @@ def safe_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipIn
     sizes, packed = (sum(getattr(member, size) for member in archive.infolist())
                      for size in ("file_size", "compress_size"))
     if sizes > max(100 * SMALL, RATIO * packed):
-        raise DataError(f"{name}: refused (its members grow {sizes // packed} times); nothing was unpacked")
+        raise DataError(f"{name}: refused (its members grow over {RATIO} times); nothing was unpacked")
     if both := files.keys() & folders:
         raise DataError(f"{name}: {files[both.pop()].filename!a} is refused (it is a file and a folder); "
                         "nothing of it was unpacked")
     return members
-
-
-UTF_8 = 0x800  # the flag of a member whose name is said to be UTF-8
 
 
 def encoding_of(members: list[zipfile.ZipInfo]) -> str:
@@ -156,16 +154,18 @@ def encoding_of(members: list[zipfile.ZipInfo]) -> str:
     and Chinese Windows writes GBK. One name that is not UTF-8 tells for all."""
     try:
         for member in members:
-            member.flag_bits & UTF_8 or member.orig_filename.encode("cp437").decode()
+            if not member.flag_bits & UTF_8:
+                member.orig_filename.encode("cp437").decode()
     except UnicodeDecodeError:
         return "gb18030"
     return "utf-8"
 
 
 def path_of(member: zipfile.ZipInfo, encoding: str) -> str:
+    """The member's path, in which bytes that are no text become what is_safe refuses."""
     if member.flag_bits & UTF_8:
         return member.orig_filename
-    return member.orig_filename.encode("cp437").decode(encoding, errors="surrogateescape")  # see is_safe
+    return member.orig_filename.encode("cp437").decode(encoding, errors="surrogateescape")
 
 
 def is_safe(path: str) -> bool:

@@ -98,8 +98,8 @@ def published_sha256(url: str, etags: list[str]) -> str:
     return ""
 
 
-def blocks(remote: Remote, start: int = 0, stop: int | None = None):
-    """Yield the bytes from `start` to `stop` or the end, in order. Several requests run at once. What came
+def blocks(remote: Remote, start: int):
+    """Yield the bytes from `start` to the end, in order. Several requests run at once. What came
     before an error is yielded before it is raised: a ConnectionError of requests, if another try may bring
     more."""
     if not remote.ranges:
@@ -111,7 +111,7 @@ def blocks(remote: Remote, start: int = 0, stop: int | None = None):
                 yield chunk[max(0, start - have) :]
                 have += len(chunk)
         return
-    enough, waiting, stop = threading.Event(), collections.deque(), min(stop or remote.size, remote.size)
+    enough, waiting, stop = threading.Event(), collections.deque(), remote.size
     with ThreadPoolExecutor(TOGETHER) as pool:
         try:
             firsts = iter(range(start, stop, BLOCK))

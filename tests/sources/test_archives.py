@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -122,6 +123,8 @@ HOSTILE = {
     "a damaged stream": packed(A, edit=lambda data: data.replace(data[35:50], b"\xff" * 15)),
     "nothing in it": packed(), "only folders": packed(("a/", b"")),
     "a bomb of small ones": packed(*((str(n), bytes(1 << 20)) for n in range(110))),
+    "a bomb that says it is empty": packed(*((str(n), b"1") for n in range(110)), edit=lambda data: re.sub(
+        rb"(PK\x01\x02.{16}).{8}", lambda found: found[1] + struct.pack("<II", 0, 1 << 20), data, flags=re.DOTALL)),
     "a local name in no encoding": packed(("图片", b"1"), edit=lambda data: data[:30] + b"\xff" * 6 + data[36:]),
     "beyond the end": packed(A, edit=central(42, "<I", 9999)),
 }
